@@ -1,0 +1,37 @@
+"""Packaging. `kernels/` lies at the top level and is imported as `softkv.kernels`: a top-level package called
+`kernels` would shadow the Hugging Face package of that name, which transformers imports."""
+
+from setuptools import find_packages, setup
+
+DEVELOPMENT = ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "ruff", "mypy", "pre-commit"]
+BENCHMARKS = ["peft", "matplotlib", "psutil"]
+
+setup(
+    name="softkv",
+    version="0.1.0",
+    description="Attention that reads soft-prompt prefixes as an operand of its own, and the four methods that train them",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=["softkv.kernels", *find_packages(include=["softkv", "softkv.*"])],
+    package_dir={"softkv.kernels": "kernels"},
+    package_data={"softkv": ["py.typed"]},
+    install_requires=[
+        "torch>=2.11",
+        "triton>=3.6; platform_system == 'Linux'",
+        "transformers>=5.20",
+        "accelerate>=1.10",
+        "safetensors>=0.5",
+        "typer>=0.15",
+        "rich>=13",
+        "matplotlib>=3.9",
+    ],
+    extras_require={
+        "dev": [*DEVELOPMENT, *BENCHMARKS, "gguf"],
+        "bench": BENCHMARKS,
+        "demo": ["gguf", *BENCHMARKS],
+        "flash": ["flash-attn>=2.7"],
+    },
+    entry_points={"console_scripts": ["softkv = softkv.cli:app"]},
+)
