@@ -1,0 +1,1 @@
+"""The four soft-prompt methods."""

@@ -1,0 +1,122 @@
+"""`Prefix`: soft keys and values that every row of a batch may attend to, before its own tokens.
+
+One rule for positions: prefix slots stand for positions 0..P-1, and a row's first real token has position P. Keys are
+stored as attention sees them (after RoPE and q/k-norm), so a learned prefix, the cached K/V of a prompt and a PEFT
+checkpoint are interchangeable.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Soft keys and values for attention.
+
+    Args:
+        k, v: `[L or 1, A, G, P, D]`, one floating dtype. A leading 1 means one pair for all layers; A is the number of
+            prefixes (1: shared by all rows of a batch).
+        lengths: `[A]` integers, the slots of each prefix that exist, or None when all P do.
+        window_covers: whether sliding-window layers count the slots as the positions just before the first token.
+            True for K/V of real tokens, False for learned ones, which stay visible to every query.
+
+    Raises:
+        ValueError: when shapes or dtypes don't fit together.
+    """
+
+    k: Tensor
+    v: Tensor
+    lengths: Tensor | None = None
+    window_covers: bool = False
+
+    def __post_init__(self) -> None:
+        if self.k.dim() != 5 or self.k.shape != self.v.shape:
+            raise ValueError(
+                "Prefix expects k and v of one shape [L or 1, A, G, P, D], "
+                f"got {tuple(self.k.shape)} and {tuple(self.v.shape)}"
+            )
+        if self.k.dtype != self.v.dtype:
+            raise ValueError(f"Prefix expects k and v of one dtype, got {self.k.dtype} and {self.v.dtype}")
+        if self.lengths is not None and self.lengths.shape != self.k.shape[1:2]:
+            raise ValueError(f"Prefix expects lengths of shape [{self.count}], got {tuple(self.lengths.shape)}")
+
+    @property
+    def count(self) -> int:
+        """A, the number of prefixes held."""
+        return self.k.shape[1]
+
+    @property
+    def length(self) -> int:
+        """P, the number of slots (of the longest prefix)."""
+        return self.k.shape[3]
+
+    def layers(self, number: int) -> list[tuple[Tensor, Tensor]]:
+        """The (k, v) of each of `number` layers, `[A, G, P, D]` each: views, unbound once so that autograd
+        writes one gradient of the whole."""
+        keys, values = self.k.unbind(0), self.v.unbind(0)
+        if len(keys) == 1:
+            keys, values = keys * number, values * number
+        if len(keys) != number:
+            raise ValueError(f"this prefix holds {len(keys)} layers, the model has {number}")
+        return list(zip(keys, values, strict=True))
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Prefix:
+        """The same prefix on another device or in another floating dtype."""
+        lengths = self.lengths if self.lengths is None else self.lengths.to(device)
+        return replace(self, k=self.k.to(device, dtype), v=self.v.to(device, dtype), lengths=lengths)
+
+    @classmethod
+    def from_cache(cls, cache: Any) -> Prefix:
+        """The K/V of a transformers cache, layer by layer, as a prefix of real tokens.
+
+        Args:
+            cache: a cache whose every layer holds `keys` and `values` `[A, G, P, D]` of the same P tokens
+                (a `DynamicCache` after one unpadded forward).
+
+        Raises:
+            ValueError: when layers differ in shape, as when a sliding-window layer has dropped tokens.
+        """
+        keys, values = [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers]
+        return cls.from_layers(keys, values)
+
+    @classmethod
+    def from_layers(cls, keys: list[Tensor], values: list[Tensor]) -> Prefix:
+        """K/V of real tokens, one `[A, G, P, D]` tensor a layer, stacked into a prefix."""
+        shapes = sorted({tuple(tensor.shape) for tensor in [*keys, *values]})
+        if len(shapes) != 1:
+            raise ValueError(f"a prefix needs K/V of one shape in every layer, got {shapes}")
+        return cls(torch.stack(keys), torch.stack(values), window_covers=True)
+
+    @classmethod
+    @torch.no_grad()
+    def from_text(cls, model: Any, tokenizer: Any, text: str) -> Prefix:
+        """The K/V of a text, run once through the model: with it as prefix, a model answers as with the text in context.
+
+        Args:
+            model: a transformers causal LM (no soft prompt is applied to it).
+            tokenizer: its tokenizer; the text is tokenised with its special tokens (a BOS where it adds one).
+            text: at least one token long.
+
+        Raises:
+            ValueError: when the text has no tokens.
+        """
+        ids = tokenizer(text)["input_ids"]
+        if not ids:
+            raise ValueError(f"Prefix.from_text expects a text of at least one token, got {text!r}")
+        return cls.from_ids(model, torch.tensor([ids], device=model.device))
+
+    @classmethod
+    @torch.no_grad()
+    def from_ids(cls, model: Any, input_ids: Tensor) -> Prefix:
+        """The K/V of `input_ids` `[A, P]`, run once through the model."""
+        # A cache without the config keeps every token in sliding-window layers too.
+        from transformers import DynamicCache
+
+        cache = DynamicCache()
+        model(input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return cls.from_cache(cache)
