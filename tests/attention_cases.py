@@ -1,0 +1,164 @@
+"""Named inputs of the op, each with the reason it is awkward, and the comparison every backend goes through."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softkv.attention import prefix_attention, prefix_attention_varlen
+
+LEAVES = ("q", "k", "v", "prefix_k", "prefix_v", "sinks")
+
+
+@dataclass
+class Case:
+    """One call: the leaves that take gradients, and the remaining arguments."""
+
+    leaves: dict[str, Tensor]
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def packed(self) -> bool:
+        return self.leaves["q"].dim() == 3
+
+    def to(self, dtype: torch.dtype) -> "Case":
+        return Case({name: x.detach().to(dtype).requires_grad_() for name, x in self.leaves.items()}, self.options)
+
+    def call(self, **overrides: Any) -> tuple[Tensor, Tensor]:
+        op: Callable[..., Any] = prefix_attention_varlen if self.packed else prefix_attention
+        return op(**{**self.leaves, **self.options, **overrides}, return_lse=True)
+
+    def run(self, backend: str | None = None, with_lse: bool = True) -> dict[str, Tensor]:
+        """Outputs and the gradient of every leaf, for one fixed random direction of grad_out and grad_lse."""
+        out, lse = self.call(backend=backend)
+        generator = torch.Generator().manual_seed(1)
+        grad_out = torch.randn(out.shape, dtype=torch.float64, generator=generator).to(out)
+        grad_lse = torch.randn(lse.shape, dtype=torch.float64, generator=generator).to(lse)
+        targets = ([out, lse], [grad_out, grad_lse]) if with_lse else ([out], [grad_out])
+        grads = torch.autograd.grad(targets[0], list(self.leaves.values()), targets[1])
+        return {"out": out.detach(), "lse": lse.detach(), **dict(zip(self.leaves, grads, strict=True))}
+
+
+def _random(*shape: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64)
+
+
+def dense(B=2, H=4, G=2, T=5, S=None, D=16, A=None, P=0, sinks=False, seed=0, **options: Any) -> Case:
+    """A = None: as many prefixes as rows where there is no index."""
+    torch.manual_seed(seed)
+    S = T if S is None else S
+    leaves = {"q": _random(B, T, H, D).transpose(1, 2), "k": _random(B, G, S, D), "v": _random(B, G, S, D)}
+    if P or A:
+        leaves |= {"prefix_k": _random(A or B, G, P, D), "prefix_v": _random(A or B, G, P, D)}
+    if sinks:
+        leaves["sinks"] = _random(H)
+    return Case({name: x.requires_grad_() for name, x in leaves.items()}, options)
+
+
+def packed(lengths_q, lengths_k=None, H=4, G=2, D=16, A=None, P=0, sinks=False, seed=0, **options: Any) -> Case:
+    torch.manual_seed(seed)
+    lengths_k = lengths_q if lengths_k is None else lengths_k
+    leaves = {"q": _random(sum(lengths_q), H, D), "k": _random(sum(lengths_k), G, D), "v": _random(sum(lengths_k), G, D)}
+    if P or A:
+        rows = len(lengths_q)
+        leaves |= {"prefix_k": _random(A or rows, G, P, D), "prefix_v": _random(A or rows, G, P, D)}
+    if sinks:
+        leaves["sinks"] = _random(H)
+    options |= {
+        "cu_seqlens_q": torch.tensor([0, *lengths_q]).cumsum(0).int(),
+        "cu_seqlens_k": torch.tensor([0, *lengths_k]).cumsum(0).int(),
+        "max_seqlen_q": max(lengths_q),
+        "max_seqlen_k": max(lengths_k),
+    }
+    return Case({name: x.requires_grad_() for name, x in leaves.items()}, options)
+
+
+def index(*numbers: int) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int32)
+
+
+def mask(*rows: str) -> Tensor:
+    return torch.tensor([[c == "1" for c in row] for row in rows])
+
+
+# Built when asked for: name (the reason) → case.
+CASES: dict[str, Callable[[], Case]] = {
+    "no prefix": lambda: dense(),
+    "shared prefix": lambda: dense(P=7, A=1),
+    "one prefix a row": lambda: dense(P=7),
+    "bank with a row without prefix": lambda: dense(B=4, A=3, P=7, prefix_index=index(2, -1, 0, 2)),
+    "ragged bank, a prefix of length 0": lambda: dense(
+        B=4, A=3, P=7, prefix_index=index(2, -1, 0, 1), prefix_lengths=index(7, 0, 3)
+    ),
+    "ragged rows": lambda: dense(B=3, P=7, prefix_lengths=index(7, 0, 3)),
+    "shared prefix, shortened": lambda: dense(P=7, A=1, prefix_lengths=index(4)),
+    "P = 0": lambda: dense(P=0, A=1),
+    "P = 1": lambda: dense(P=1, A=1),
+    "long odd P": lambda: dense(P=131, A=1, T=37),
+    "H = G": lambda: dense(H=3, G=3, P=7, A=1),
+    "G = 1": lambda: dense(H=4, G=1, P=7, A=1),
+    "D = 80": lambda: dense(D=80, P=7, A=1),
+    "one row": lambda: dense(B=1, P=7),
+    "one query": lambda: dense(T=1, S=9, P=7, A=1),
+    "one query, ragged cache": lambda: dense(B=3, T=1, S=9, P=7, A=1, key_lengths=index(9, 0, 4)),
+    "one query, bank": lambda: dense(B=4, T=1, S=9, A=2, P=7, prefix_index=index(1, -1, 0, 1)),
+    "one query, a prefix a row": lambda: dense(B=3, T=1, S=9, P=7, prefix_lengths=index(7, 2, 0)),
+    "one query, padding": lambda: dense(T=1, S=6, P=3, A=1, key_mask=mask("001111", "110110")),
+    "T < S": lambda: dense(T=3, S=9, P=7, A=1),
+    "T > S: the first queries see no token": lambda: dense(T=9, S=4, P=7, A=1),
+    "T > S without prefix: out 0, lse −inf": lambda: dense(T=9, S=4),
+    "S = 0": lambda: dense(T=3, S=0, P=7, A=1),
+    "S = 0 without prefix": lambda: dense(T=3, S=0),
+    "no query": lambda: dense(T=0, S=4, P=7, A=1),
+    "no row": lambda: dense(B=0, T=3, P=7, A=1),
+    "not causal": lambda: dense(P=7, A=1, is_causal=False),
+    "not causal, T ≠ S": lambda: dense(T=3, S=8, P=7, A=1, is_causal=False),
+    "left padding": lambda: dense(B=3, T=6, P=3, A=1, key_mask=mask("001111", "111111", "000000")),
+    "right padding": lambda: dense(T=6, P=3, A=1, key_mask=mask("111100", "111111")),
+    "padding with holes": lambda: dense(T=6, P=3, A=1, key_mask=mask("010110", "101011")),
+    "padding, not causal": lambda: dense(T=6, P=3, A=1, is_causal=False, key_mask=mask("010110", "001100")),
+    "everything masked, no prefix": lambda: dense(T=4, key_mask=mask("0000", "0000")),
+    "part-filled cache": lambda: dense(B=3, T=2, S=9, P=3, A=1, key_lengths=index(9, 0, 5)),
+    "part-filled cache, same everywhere": lambda: dense(T=3, S=9, P=3, A=1, key_lengths=index(7, 7)),
+    "part-filled cache with padding": lambda: dense(
+        T=2, S=6, P=3, A=1, key_lengths=index(4, 6), key_mask=mask("001111", "011111")
+    ),
+    "window": lambda: dense(T=9, P=3, A=1, window=4),
+    "window of one": lambda: dense(T=9, P=3, A=1, window=1),
+    "window, T < S": lambda: dense(T=3, S=12, P=3, A=1, window=4),
+    "window with padding": lambda: dense(T=6, P=3, A=1, window=3, key_mask=mask("001111", "111011")),
+    "window over the prefix": lambda: dense(T=9, P=7, A=1, window=4, window_covers_prefix=True),
+    "window over the prefix, padded": lambda: dense(
+        T=6, P=7, A=1, window=5, window_covers_prefix=True, key_mask=mask("001111", "111111")
+    ),
+    "window over a ragged bank": lambda: dense(
+        B=4, T=6, A=3, P=7, window=5, window_covers_prefix=True, prefix_index=index(2, -1, 0, 1),
+        prefix_lengths=index(7, 0, 3),
+    ),
+    "window over the prefix, one query": lambda: dense(
+        B=2, T=1, S=6, A=1, P=7, window=9, window_covers_prefix=True, key_mask=mask("001111", "111111")
+    ),
+    "softcap": lambda: dense(P=7, A=1, softcap=1.5),
+    "sinks": lambda: dense(P=7, A=1, sinks=True),
+    "sinks where nothing is seen": lambda: dense(T=9, S=4, sinks=True),
+    "scale": lambda: dense(P=7, A=1, scale=0.3),
+    "everything at once": lambda: dense(
+        B=3, T=5, S=7, A=2, P=6, sinks=True, softcap=2.0, window=4, window_covers_prefix=True, scale=0.4,
+        prefix_index=index(1, -1, 0), prefix_lengths=index(6, 3), key_lengths=index(7, 4, 0),
+        key_mask=mask("0111011", "1111111", "1011111"),
+    ),
+    "packed": lambda: packed([3, 5, 1], P=7, A=1),
+    "packed without prefix": lambda: packed([3, 5, 1]),
+    "packed, rows of length 0": lambda: packed([0, 3, 0, 5, 0], P=7, A=1),
+    "packed, a prefix a row": lambda: packed([3, 0, 2], P=7, prefix_lengths=index(7, 7, 2)),
+    "packed, bank": lambda: packed([3, 4, 2], A=2, P=7, prefix_index=index(1, -1, 1)),
+    "packed, keys longer and shorter": lambda: packed([3, 4, 2], [5, 0, 1], P=3, A=1),
+    "packed, equal rows": lambda: packed([4, 4, 4], P=7, A=1, sinks=True),
+    "packed, window over ragged rows": lambda: packed(
+        [6, 1, 3], P=5, window=4, window_covers_prefix=True, prefix_lengths=index(5, 1, 0), sinks=True
+    ),
+    "packed, not causal": lambda: packed([3, 5, 1], P=7, A=1, is_causal=False, softcap=3.0),
+    "packed, no row": lambda: packed([0], P=7, A=1),
+}  # fmt: skip
