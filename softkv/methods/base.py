@@ -6,11 +6,14 @@ ask of the frozen model is `FrozenModel`.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+import torch
 from torch import Tensor, nn
 
+from softkv.methods.template import Template
 from softkv.prefix import Prefix
 
 Placement = Literal["before", "after", "inline"]
@@ -29,7 +32,8 @@ class BaseShape:
 
 
 class FrozenModel(Protocol):
-    """What a method may ask of the model that it steers."""
+    """What a method may ask of the model that it steers. Token ids come on the CPU; answers may be on any device and
+    of any floating dtype."""
 
     shape: BaseShape
 
@@ -39,27 +43,47 @@ class FrozenModel(Protocol):
     def prefix_of(self, ids: Tensor) -> Prefix:
         """The K/V of the tokens `ids` `[P]`, run through the frozen model."""
 
-    def tokenize(self, text: str) -> list[int]:
-        """Token ids of a text without special tokens; an error when no tokenizer was given."""
+    def tokenize(self, text: str, special: bool = False) -> list[int]:
+        """Token ids of a text, with the special tokens that the tokenizer adds if `special`; an error when no
+        tokenizer was given."""
 
 
-class Method(Protocol):
-    """A frozen config: says what is learned and where it goes."""
+class Method(ABC):
+    """A frozen config: says what is learned and where it goes. Its fields survive JSON (`dataclasses.asdict`)."""
 
     template: str
 
-    def build(self, base: FrozenModel) -> SoftPrompt:
-        """The module of learned parameters, initialised for this frozen model."""
+    @abstractmethod
+    def build(self, base: FrozenModel, *, folded: bool = False) -> SoftPrompt:
+        """The module of learned parameters, in fp32 on the CPU, initialised for this frozen model.
+
+        With `folded`, a module of the kind that `SoftPrompt.folded` gives, whose values are only a place to load saved
+        ones into: no tokenizer and no run of the model is needed.
+        """
 
     def encode(self, tokenizer: Any, *, answer: str | None = None, **fields: str) -> dict[str, list[int]]:
-        """`{"input_ids", "labels"}` of one example; soft token `[Pi]` has id `-i`, labels are -100 off the answer."""
+        """One example as token ids, by the method's template.
+
+        Args:
+            tokenizer: a transformers tokenizer.
+            answer: the text of `[Y]`; None for a prompt alone, as generation needs it.
+            fields: the text of each field of the template (`X="..."` for `[X]`).
+
+        Returns:
+            `{"input_ids", "labels"}`, lists of one length: soft token `[Pi]` has id `-i`, labels are -100 off the
+            answer.
+
+        Raises:
+            ValueError: when a field is missing or unknown, or the answer holds no token.
+        """
+        return Template.parse(self.template).encode(tokenizer, answer=answer, **fields)
 
 
 class SoftPrompt(nn.Module):
     """The learned parameters of a method, in fp32, and what they give at a forward pass.
 
     Attributes:
-        config: the method that built it.
+        config: the method that built it, with its `length` resolved.
         placement: where `soft_tokens` go: "before" or "after" a row's prompt, "inline" at negative ids, or None
             when the method has none.
         encodes_rows: whether `row_prefix` makes the K/V of each block from the hidden states that enter it.
@@ -82,9 +106,67 @@ class SoftPrompt(nn.Module):
 
     def row_prefix(self, layer: int, hidden: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """K and V `[R, G, n, D]` of block `layer` from the prompt's hidden states `[R, M, C]`, of which row r has
-        `lengths[r]` (the rest is padding and must not matter)."""
+        `lengths[r]` (the rest is padding and must not matter), in their dtype."""
         raise NotImplementedError(f"{type(self).__name__} does not encode rows")
 
     def folded(self) -> SoftPrompt:
         """What is worth keeping after training: reparametrisations computed once, their networks left out."""
         return self
+
+
+class SoftTokens(SoftPrompt):
+    """Plain soft embeddings `[k, embedding_size]`."""
+
+    def __init__(self, config: Method, embeddings: Tensor, placement: Placement) -> None:
+        super().__init__(config)
+        self.placement = placement
+        self.embeddings = nn.Parameter(embeddings.float())
+
+    def soft_tokens(self) -> Tensor:
+        return self.embeddings
+
+
+class SoftMatrices(SoftPrompt):
+    """Plain key and value matrices `[L or 1, 1, G, n, D]`: what a `Prefix` holds, without a copy."""
+
+    def __init__(self, config: Method, k: Tensor, v: Tensor, *, window_covers: bool) -> None:
+        super().__init__(config)
+        self.k = nn.Parameter(k.float())
+        self.v = nn.Parameter(v.float())
+        self.window_covers = window_covers
+
+    def prefix(self) -> Prefix:
+        return Prefix(self.k, self.v, window_covers=self.window_covers)
+
+
+class Computed(SoftPrompt):
+    """A soft prompt that a network computes: at every call while it learns, once and remembered in evaluation without
+    gradients."""
+
+    def __init__(self, config: Method) -> None:
+        super().__init__(config)
+        self._remembered: tuple[tuple[int, ...], Tensor] | None = None
+
+    def compute(self) -> Tensor:
+        """Run the network, in fp32."""
+        raise NotImplementedError
+
+    def computed(self) -> Tensor:
+        """What `compute` gives, remembered where no gradient is asked for."""
+        parameters = list(self.parameters())
+        with torch.autocast(parameters[0].device.type, enabled=False):
+            if self.training or torch.is_grad_enabled():
+                return self.compute()
+            # In-place updates (an optimizer's, load_state_dict's) show in the version counters.
+            versions = tuple(parameter._version for parameter in parameters)
+            if self._remembered is None or self._remembered[0] != versions:
+                self._remembered = versions, self.compute()
+            return self._remembered[1]
+
+    def train(self, mode: bool = True) -> Computed:
+        self._remembered = None
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Computed:
+        self._remembered = None
+        return super()._apply(*args, **kwargs)

@@ -1,0 +1,89 @@
+"""Where learned parameters start: random, sampled from the vocabulary, or from a text."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from softkv.methods.base import FrozenModel
+from softkv.methods.template import leading_special_ids
+from softkv.prefix import Prefix
+
+Init = Literal["random", "vocabulary", "text"]
+
+# Lester et al. 2021 sample among the 5,000 most common tokens; ids of learned vocabularies are ordered by frequency.
+COMMON_TOKENS = 5_000
+
+
+def check_positive(name: str, value: object) -> None:
+    """Raise unless `value` is an integer of at least 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} expects an integer of at least 1, got {value!r}")
+
+
+def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    """Raise unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name} expects one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_init(init: str, init_text: str | None, length: int | None) -> None:
+    """Raise unless the three fields that say how a method starts fit together."""
+    check_choice("init", init, ("random", "vocabulary", "text"))
+    if init == "text" and not init_text:
+        raise ValueError('init="text" expects a text to start from, got none: give init_text="..."')
+    if init != "text" and init_text is not None:
+        raise ValueError(f'init_text is only read with init="text", got init={init!r}: set it, or leave init_text out')
+    if length is not None:
+        check_positive("length", length)
+    elif init != "text":
+        raise ValueError(
+            f'length is needed with init={init!r}: give length=..., or init="text", whose tokens can be counted'
+        )
+
+
+def text_ids(base: FrozenModel, text: str, length: int | None, *, special: bool) -> Tensor:
+    """Ids `[length]` of a text, repeated where it is too short and cut where it is too long; its own length for None.
+
+    With `special` it begins as the tokenizer begins a text (with a BOS where it adds one).
+    """
+    ids = base.tokenize(text)
+    if not ids:
+        raise ValueError(f"init_text expects a text of at least one token, got {text!r}")
+    head = leading_special_ids(ids, base.tokenize(text, special=True)) if special else []
+    length = length or len(head) + len(ids)
+    repeats = -(-length // len(ids))
+    return torch.tensor((head + ids * repeats)[:length])
+
+
+def sampled_ids(base: FrozenModel, length: int) -> Tensor:
+    """Ids `[length]` of different common tokens of the vocabulary (repeated when it holds fewer)."""
+    ids = torch.randperm(min(COMMON_TOKENS, base.shape.vocab_size))
+    return ids.repeat(-(-length // len(ids)))[:length]
+
+
+def embeddings(base: FrozenModel, ids: Tensor) -> Tensor:
+    """Frozen embeddings `[..., embedding_size]` of `ids`, in fp32 on the CPU."""
+    return base.embed(ids).detach().float().cpu()
+
+
+def embedding_std(base: FrozenModel) -> float:
+    """The standard deviation of the base's input embeddings, from a sample of the vocabulary."""
+    ids = torch.linspace(0, base.shape.vocab_size - 1, min(1024, base.shape.vocab_size)).long()
+    return embeddings(base, ids).std().item()
+
+
+def real_matrices(base: FrozenModel, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """The frozen model's own K and V `[L, 1, G, P, D]` of the tokens `ids`, in fp32 on the CPU."""
+    prefix: Prefix = base.prefix_of(ids)
+    return prefix.k.detach().float().cpu(), prefix.v.detach().float().cpu()
+
+
+@torch.no_grad()
+def scale_outputs(last: nn.Linear, outputs: Tensor, std: float) -> None:
+    """Rescale the last layer of a network so that `outputs`, which it just gave, would have the deviation `std`."""
+    scale = std / outputs.std().clamp_min(1e-12)
+    last.weight.mul_(scale)
+    last.bias.mul_(scale)

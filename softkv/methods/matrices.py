@@ -1,0 +1,91 @@
+"""Learned key and value matrices, shared by prefix-tuning (one pair for all layers) and P-tuning v2 (one a layer)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from softkv.methods import initial
+from softkv.methods.base import BaseShape, Computed, FrozenModel, Method, SoftMatrices
+from softkv.prefix import Prefix
+
+# Small enough that slots, whose scores then lie within about one of 0, take little attention from the tokens before
+# anything is learned; large enough that slots differ and don't all learn the same. What an MLP with torch's default
+# initialisation gives is of this size too.
+INIT_STD = 0.3
+
+# The middle width of Li & Liang's reparametrisation.
+REPARAMETRIZE_SIZE = 512
+
+
+def check_matrices(
+    init: str,
+    init_text: str | None,
+    init_std: float | None,
+    length: int | None,
+    reparametrize: bool,
+    reparametrize_size: int | None,
+) -> None:
+    """Raise unless the fields that prefix-tuning and P-tuning v2 share fit together."""
+    initial.check_init(init, init_text, length)
+    if init_std is not None:
+        if init != "random":
+            raise ValueError(f'init_std is only read with init="random", got init={init!r}: leave one of them out')
+        if not init_std > 0:
+            raise ValueError(f"init_std expects a number above 0, got {init_std!r}")
+    if reparametrize and init != "random":
+        raise ValueError(f'reparametrize=True expects init="random", got {init!r}: its network decides the start')
+    if reparametrize_size is not None:
+        initial.check_positive("reparametrize_size", reparametrize_size)
+        if not reparametrize:
+            raise ValueError("reparametrize_size is only read with reparametrize=True: set it, or leave the size out")
+
+
+def empty_matrices(shape: BaseShape, layers: int, length: int | None) -> Tensor:
+    """Zeros `[2, layers, 1, G, n, D]`, keys and values to load saved ones into."""
+    if length is None:
+        raise ValueError("length expects the number of saved slots, got None")
+    return torch.zeros(2, layers, 1, shape.kv_heads, length, shape.head_dim)
+
+
+def initial_matrices(
+    base: FrozenModel,
+    layers: int,
+    length: int | None,
+    init: str,
+    init_text: str | None,
+    init_std: float | None,
+) -> tuple[Tensor, Tensor]:
+    """First K and V, `[layers, 1, G, n, D]` each; for "vocabulary" and "text" the model's own, `[L, 1, G, n, D]`."""
+    if init == "text":
+        assert init_text is not None
+        return initial.real_matrices(base, initial.text_ids(base, init_text, length, special=True))
+    assert length is not None
+    if init == "vocabulary":
+        return initial.real_matrices(base, initial.sampled_ids(base, length))
+    k, v = torch.randn_like(empty_matrices(base.shape, layers, length)) * (init_std or INIT_STD)
+    return k, v
+
+
+class ReparametrizedMatrices(Computed):
+    """Matrices that an MLP computes from learned embeddings while training (Li & Liang 2021); folded to plain ones."""
+
+    def __init__(self, config: Method, shape: BaseShape, layers: int, length: int, size: int, std: float) -> None:
+        super().__init__(config)
+        self.sizes = (length, layers, 2, shape.kv_heads, shape.head_dim)
+        self.embeddings = nn.Parameter(torch.randn(length, size))
+        last = nn.Linear(size, 2 * layers * shape.kv_heads * shape.head_dim)
+        self.mlp = nn.Sequential(nn.Linear(size, size), nn.Tanh(), last)
+        initial.scale_outputs(last, self.compute(), std)
+
+    def compute(self) -> Tensor:
+        return self.mlp(self.embeddings).view(self.sizes).permute(2, 1, 3, 0, 4).unsqueeze(2)  # [2, L or 1, 1, G, n, D]
+
+    def prefix(self) -> Prefix:
+        k, v = self.computed().unbind(0)
+        return Prefix(k, v)
+
+    @torch.no_grad()
+    def folded(self) -> SoftMatrices:
+        k, v = self.compute().unbind(0)
+        return SoftMatrices(self.config, k.contiguous(), v.contiguous(), window_covers=False)

@@ -1,0 +1,68 @@
+"""Prefix-tuning: soft keys and values in front of the tokens of every attention block (Li & Liang 2021,
+arXiv:2101.00190), here with one pair of matrices that all layers share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from softkv.methods import initial
+from softkv.methods.base import FrozenModel, Method, SoftMatrices, SoftPrompt
+from softkv.methods.matrices import (
+    INIT_STD,
+    REPARAMETRIZE_SIZE,
+    ReparametrizedMatrices,
+    check_matrices,
+    empty_matrices,
+    initial_matrices,
+)
+from softkv.methods.template import check_no_soft_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefixTuning(Method):
+    """ONE key and ONE value matrix of n slots, read by every attention block.
+
+    Trainable: `2·n·G·D` values, fp32, as `k, v [1, 1, G, n, D]`.
+
+    Args:
+        length: n; None with `init="text"` takes the text's number of tokens (a BOS included where the tokenizer adds
+            one).
+        init: "random"; or the mean over layers of the model's own K/V of common tokens ("vocabulary") or of
+            `init_text` ("text"). A mean is only a start: it is not that text in context, as it is in `PTuningV2`.
+        init_text: repeated or cut to `length`.
+        init_std: standard deviation of a random start; 0.3 if None.
+        reparametrize: compute the matrices by an MLP from learned embeddings while training; `folded` leaves the plain
+            matrices.
+        reparametrize_size: width of these embeddings and of the MLP; 512 if None.
+        template: how `encode` builds a row; without soft tokens.
+
+    Raises:
+        ValueError: when fields don't fit together.
+    """
+
+    length: int | None = None
+    init: initial.Init = "random"
+    init_text: str | None = None
+    init_std: float | None = None
+    reparametrize: bool = False
+    reparametrize_size: int | None = None
+    template: str = "[X] [Y]"
+
+    def __post_init__(self) -> None:
+        check_matrices(
+            self.init, self.init_text, self.init_std, self.length, self.reparametrize, self.reparametrize_size
+        )
+        check_no_soft_tokens(self.template, "PrefixTuning")
+
+    def build(self, base: FrozenModel, *, folded: bool = False) -> SoftPrompt:
+        """`SoftMatrices` with `k, v [1, 1, G, n, D]`, or the MLP that computes them."""
+        if folded:
+            k, v = empty_matrices(base.shape, 1, self.length)
+            return SoftMatrices(self, k, v, window_covers=False)
+        if self.reparametrize:
+            assert self.length is not None
+            size, std = self.reparametrize_size or REPARAMETRIZE_SIZE, self.init_std or INIT_STD
+            return ReparametrizedMatrices(self, base.shape, 1, self.length, size, std)
+        k, v = initial_matrices(base, 1, self.length, self.init, self.init_text, self.init_std)
+        k, v = k.mean(0, keepdim=True), v.mean(0, keepdim=True)
+        return SoftMatrices(replace(self, length=k.shape[3]), k, v, window_covers=False)

@@ -1,0 +1,62 @@
+"""Prompt-tuning: k learned embeddings next to the prompt (Lester et al. 2021, arXiv:2104.08691)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from softkv.methods import initial
+from softkv.methods.base import FrozenModel, Method, SoftTokens
+from softkv.methods.template import check_no_soft_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptTuning(Method):
+    """k learned embeddings, put after a row's prompt (before its answer) or before everything.
+
+    Trainable: `k·C` values, fp32, as `embeddings [k, C]`.
+
+    Args:
+        length: k, the number of soft tokens; None with `init="text"` takes the text's.
+        position: "after" the prompt's embeddings, before the answer; or "before" the prompt.
+        init: "vocabulary" (rows of different common tokens, what the paper found better than random), "random" (normal,
+            as large as the base's embeddings), or "text" (the rows of `init_text`).
+        init_text: tokenised without special tokens; repeated or cut to `length`.
+        template: how `encode` builds a row; without soft tokens, the block is inserted by itself.
+
+    Raises:
+        ValueError: when fields don't fit together.
+    """
+
+    length: int | None = None
+    position: Literal["after", "before"] = "after"
+    init: initial.Init = "vocabulary"
+    init_text: str | None = None
+    template: str = "[X] [Y]"
+
+    def __post_init__(self) -> None:
+        initial.check_init(self.init, self.init_text, self.length)
+        initial.check_choice("position", self.position, ("after", "before"))
+        check_no_soft_tokens(self.template, "PromptTuning")
+
+    def build(self, base: FrozenModel, *, folded: bool = False) -> SoftTokens:
+        """`SoftTokens` with `embeddings [k, embedding_size]`."""
+        embeddings = self._empty(base) if folded else self._initial(base)
+        return SoftTokens(replace(self, length=len(embeddings)), embeddings, self.position)
+
+    def _empty(self, base: FrozenModel) -> Tensor:
+        if self.length is None:
+            raise ValueError("length expects the number of saved soft tokens, got None")
+        return torch.zeros(self.length, base.shape.embedding_size)
+
+    def _initial(self, base: FrozenModel) -> Tensor:
+        if self.init == "text":
+            assert self.init_text is not None
+            return initial.embeddings(base, initial.text_ids(base, self.init_text, self.length, special=False))
+        assert self.length is not None
+        if self.init == "vocabulary":
+            return initial.embeddings(base, initial.sampled_ids(base, self.length))
+        return torch.randn(self.length, base.shape.embedding_size) * initial.embedding_std(base)
