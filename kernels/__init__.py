@@ -1,1 +1,27 @@
-"""Triton kernels of softkv."""
+"""Triton kernels of softkv: attention over a prefix that is never copied, and over tokens; forward, backward, decoding.
+
+`forward` and `backward` are the engine behind `softkv.prefix_attention(..., backend="triton")`. Arguments are trusted: the
+public op checks them. Nothing here waits for the device, and every launch depends on shapes alone, so a call can be captured
+in a CUDA graph. Axes as in `softkv.prefix_attention`.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softkv.kernels.forward import run_forward
+from softkv.kernels.launch import interpreter_enabled
+from softkv.kernels.problem import Problem
+
+__all__ = ["DTYPES", "backward", "forward", "interpreter_enabled"]
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """(out, lse)."""
+    problem = Problem.of(q, k, v, prefix_k, prefix_v, **options)
+    return run_forward(problem)

@@ -1,0 +1,178 @@
+"""Where things are: rows, prefixes, and which tiles of keys (or of queries) a program must visit.
+
+Every kernel sees the same picture, dense or packed. A *row* of the batch has queries t < T and keys j < n; its query t
+stands at key position n − T + t. The H/G query heads that share a key/value head are packed with the queries into
+*items*: item i of (row, g) is query i // GROUP of head g·GROUP + i % GROUP, GROUP = H/G. So one load of a key tile
+serves all of them, and short rows still fill a tile.
+
+Visibility is always an interval. Seen from an item, keys `lower ≤ j ≤ upper`; seen from a key, items
+`lower ≤ i ≤ upper`. `span` cuts the visited tiles into those that need a mask (both edges) and those that don't.
+
+Axes: B rows, H query heads, G key/value heads, T query tokens, S key tokens, P prefix slots, A prefixes, D head dim.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+
+class Operand(NamedTuple):
+    """A tensor as kernels see it; the last axis is contiguous. A packed tensor has `row` = 0, and a shared prefix too."""
+
+    ptr: Any
+    row: Any  # stride from row to row of the batch, or from prefix to prefix
+    head: Any
+    item: Any  # stride from token to token, or from slot to slot
+
+
+class Rows(NamedTuple):
+    """How the batch is cut into rows. `cu_q`, `cu_k` [rows + 1] when packed, `lengths` [B] of part-filled caches."""
+
+    cu_q: Any
+    cu_k: Any
+    lengths: Any
+    mask: Any  # key_mask [B, S] as bytes
+
+
+class Prefix(NamedTuple):
+    """Which prefix a row reads. `index` [B] (else row b reads prefix b, or the only one), `lengths` [A].
+    `position` [tokens] is set where the window covers the prefix: the query's position counted from slot P on."""
+
+    index: Any
+    lengths: Any
+    position: Any
+
+
+class Groups(NamedTuple):
+    """Tokens grouped by the prefix they read: group a is `order[start[a] : start[a + 1]]`. None: all, or in order."""
+
+    order: Any
+    start: Any
+
+
+@triton.jit
+def row_extent(row, rows, T, S):
+    """(first query token, number of queries, first key token, number of keys) of a row."""
+    if rows.cu_q is not None:
+        q_start = tl.load(rows.cu_q + row)
+        k_start = tl.load(rows.cu_k + row)
+        return q_start, tl.load(rows.cu_q + row + 1) - q_start, k_start, tl.load(rows.cu_k + row + 1) - k_start
+    elif rows.lengths is not None:
+        n = tl.load(rows.lengths + row).to(tl.int32)
+        return 0, T, 0, tl.minimum(tl.maximum(n, 0), S)
+    else:
+        return 0, T, 0, S
+
+
+@triton.jit
+def prefix_length(a, prefix, A, P):
+    """Slots of prefix `a`; an index out of range reads none."""
+    known = (a >= 0) & (a < A)
+    if prefix.lengths is not None:
+        length = tl.load(prefix.lengths + a, mask=known, other=0).to(tl.int32)
+        return tl.minimum(tl.maximum(length, 0), P)
+    else:
+        return tl.where(known, P, 0)
+
+
+@triton.jit
+def prefix_of_row(row, prefix, A, P, SHARED: tl.constexpr):
+    """(prefix, its length) that a row reads."""
+    if prefix.index is not None:
+        a = tl.load(prefix.index + row)
+    elif SHARED:
+        a = row * 0
+    else:
+        a = row
+    length = prefix_length(a, prefix, A, P)
+    return tl.where(length > 0, a, 0).to(tl.int32), length
+
+
+@triton.jit
+def token_offset(x, token, T, PACKED: tl.constexpr):
+    """Offset of flat tokens: b·T + t when dense, the packed position otherwise."""
+    if PACKED:
+        return tl.cast(token, tl.int64) * x.item
+    else:
+        return tl.cast(token // T, tl.int64) * x.row + tl.cast(token % T, tl.int64) * x.item
+
+
+@triton.jit
+def span(lower_min, lower_max, upper_min, upper_max, MASK_ALL: tl.constexpr, BLOCK: tl.constexpr):
+    """(lo, full_lo, full_hi, hi): tiles from lo to hi; those in [full_lo, full_hi) are visible whole."""
+    lo = (lower_min // BLOCK) * BLOCK
+    hi = upper_max + 1
+    if MASK_ALL:
+        return lo, lo, lo, hi
+    else:
+        full_lo = tl.cdiv(lower_max, BLOCK) * BLOCK
+        full_hi = ((upper_min + 1) // BLOCK) * BLOCK
+        whole = full_lo < full_hi
+        return lo, tl.where(whole, full_lo, lo), tl.where(whole, full_hi, lo), hi
+
+
+@triton.jit
+def share(tiles, part, parts, BLOCK: tl.constexpr):
+    """Cut a span into `parts` runs of whole tiles and return the part-th."""
+    lo, full_lo, full_hi, hi = tiles
+    run = tl.cdiv(tl.cdiv(tl.maximum(hi - lo, 0), BLOCK), parts) * BLOCK
+    first = lo + part * run
+    last = tl.minimum(first + run, hi)
+    last = tl.maximum(last, first)
+    full_lo = tl.minimum(tl.maximum(full_lo, first), last)
+    full_hi = tl.minimum(tl.maximum(full_hi, first), last)
+    return first, full_lo, full_hi, last
+
+
+@triton.jit
+def masked_start(i, tiles, BLOCK: tl.constexpr):
+    """Start of the i-th tile that needs a mask: first those left of the whole ones, then those right of them."""
+    lo, full_lo, full_hi, _ = tiles
+    return lo + i * BLOCK + tl.where(lo + i * BLOCK >= full_lo, full_hi - full_lo, 0)
+
+
+@triton.jit
+def masked_count(tiles, BLOCK: tl.constexpr):
+    lo, full_lo, full_hi, hi = tiles
+    return tl.cdiv(full_lo - lo, BLOCK) + tl.cdiv(tl.maximum(hi - full_hi, 0), BLOCK)
+
+
+@triton.jit
+def load_tile(ptr, start, stride, exists, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr):
+    """[BLOCK, BLOCK_D]: consecutive rows from `start`; `exists` [BLOCK] or None when all do."""
+    d = tl.arange(0, BLOCK_D)[None, :]
+    ptrs = ptr + tl.cast(start, tl.int64) * stride + tl.arange(0, BLOCK)[:, None] * stride + d
+    if exists is not None:
+        keep = exists[:, None]
+        if HEAD_DIM != BLOCK_D:
+            keep = keep & (d < HEAD_DIM)
+        return tl.load(ptrs, mask=keep, other=0.0)
+    elif HEAD_DIM != BLOCK_D:
+        return tl.load(ptrs, mask=d < HEAD_DIM, other=0.0)
+    else:
+        return tl.load(ptrs)
+
+
+@triton.jit
+def load_items(ptr, offsets, exists, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """[items, BLOCK_D]: one head vector per item."""
+    d = tl.arange(0, BLOCK_D)[None, :]
+    if exists is not None:
+        keep = exists[:, None]
+        if HEAD_DIM != BLOCK_D:
+            keep = keep & (d < HEAD_DIM)
+        return tl.load(ptr + offsets[:, None] + d, mask=keep, other=0.0)
+    elif HEAD_DIM != BLOCK_D:
+        return tl.load(ptr + offsets[:, None] + d, mask=d < HEAD_DIM, other=0.0)
+    else:
+        return tl.load(ptr + offsets[:, None] + d)
+
+
+@triton.jit
+def store_items(ptr, offsets, x, exists, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    d = tl.arange(0, BLOCK_D)[None, :]
+    keep = exists[:, None]
+    if HEAD_DIM != BLOCK_D:
+        keep = keep & (d < HEAD_DIM)
+    tl.store(ptr + offsets[:, None] + d, x.to(ptr.dtype.element_ty), mask=keep)

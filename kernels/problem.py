@@ -1,0 +1,176 @@
+"""One call of the engine, as kernels want it: operands with strides, rows, prefixes, scales. Built once, by both passes."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softkv.kernels.geometry import Groups, Operand, Prefix, Rows
+from softkv.kernels.launch import target_of
+from softkv.kernels.tiles import Target, Tile, block_d, tile
+
+SMALLEST_SCALE = 1e-30  # a scale of 0 would make hidden scores −∞·0
+
+
+def tokens(x: Tensor) -> Operand:
+    """[B, H, T, D], or packed [N, H, D]."""
+    if x.dim() == 3:
+        return Operand(x, 0, x.stride(1), x.stride(0))
+    return Operand(x, x.stride(0), x.stride(1), x.stride(2))
+
+
+def per_item(x: Tensor) -> Operand:
+    """One number an item: [B, H, T], or packed [H, N]."""
+    if x.dim() == 2:
+        return Operand(x, 0, x.stride(0), x.stride(1))
+    return Operand(x, x.stride(0), x.stride(1), x.stride(2))
+
+
+def slots(x: Tensor | None) -> Operand:
+    """[A, G, P, D], or no prefix at all."""
+    return Operand(None, 0, 0, 0) if x is None else Operand(x, x.stride(0), x.stride(1), x.stride(2))
+
+
+@dataclass(frozen=True)
+class Problem:
+    """`T`, `S` are 0 when packed: a flat token's place is then its own. `T_max` is the longest row's number of queries."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    prefix_k: Tensor | None
+    prefix_v: Tensor | None
+    packed: bool
+    B: int
+    H: int
+    G: int
+    T: int
+    S: int
+    T_max: int
+    S_max: int
+    A: int
+    P: int
+    D: int
+    tokens: int  # B·T, or N
+    rows: Rows
+    prefix: Prefix
+    sinks: Tensor | None
+    is_causal: bool
+    window: int | None
+    softcap: float | None
+    scale: float
+    flipped: bool  # the scale was negative: q was negated instead
+
+    @classmethod
+    def of(
+        cls,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        prefix_k: Tensor | None,
+        prefix_v: Tensor | None,
+        *,
+        prefix_index: Tensor | None,
+        prefix_lengths: Tensor | None,
+        key_mask: Tensor | None,
+        key_lengths: Tensor | None,
+        cu_seqlens_q: Tensor | None,
+        cu_seqlens_k: Tensor | None,
+        max_seqlen_q: int | None,
+        max_seqlen_k: int | None,
+        sinks: Tensor | None,
+        scale: float,
+        is_causal: bool,
+        window: int | None,
+        window_covers_prefix: bool,
+        softcap: float | None,
+    ) -> "Problem":
+        packed = cu_seqlens_q is not None
+        if packed:
+            B, T, S, T_max, S_max = cu_seqlens_q.numel() - 1, 0, 0, max_seqlen_q, max_seqlen_k
+            count, H, D = q.shape
+        else:
+            B, H, T, D = q.shape
+            S = k.shape[2]
+            T_max, S_max, count = T, S, B * T
+        A, P = (0, 0) if prefix_k is None else (prefix_k.shape[0], prefix_k.shape[2])
+        mask = None if key_mask is None else key_mask.contiguous().view(torch.uint8)
+        rows = Rows(cu_seqlens_q, cu_seqlens_k, key_lengths, mask)
+        position = None
+        if prefix_k is not None and window is not None and window_covers_prefix:
+            position = slot_positions(rows, key_mask, B, T, S, count, q.device)
+        return cls(
+            q=-q if scale < 0 else q, k=k, v=v, prefix_k=prefix_k, prefix_v=prefix_v, packed=packed,
+            B=B, H=H, G=k.shape[1], T=T, S=S, T_max=T_max, S_max=S_max, A=A, P=P, D=D, tokens=count,
+            rows=rows, prefix=Prefix(prefix_index, prefix_lengths, position), sinks=sinks, is_causal=is_causal,
+            window=window, softcap=softcap, scale=max(abs(scale), SMALLEST_SCALE), flipped=scale < 0,
+        )  # fmt: skip
+
+    @property
+    def group(self) -> int:
+        return self.H // self.G
+
+    @property
+    def target(self) -> Target:
+        return target_of(self.q)
+
+    def tile(self, name: str) -> Tile:
+        return tile(name, self.target, self.D, self.q.dtype)
+
+    def arguments(self) -> dict[str, Any]:
+        """What every kernel takes."""
+        capped = self.softcap is not None
+        tf32 = torch.get_float32_matmul_precision() != "highest" and self.target.arch.startswith("sm_")
+        return dict(
+            q=tokens(self.q), k=tokens(self.k), v=tokens(self.v), prefix_k=slots(self.prefix_k), prefix_v=slots(self.prefix_v),
+            rows=self.rows, prefix=self.prefix, window=self.window,
+            score_scale=(self.softcap if capped else self.scale) * math.log2(math.e),
+            softcap_scale=self.scale / self.softcap if capped else None,
+            B=self.B, G=self.G, T=self.T, S=self.S, A=self.A, P=self.P,
+            CAUSAL=self.is_causal, SHARED=self.A == 1 and self.prefix.index is None, GROUP=self.group,
+            HEAD_DIM=self.D, BLOCK_D=block_d(self.D), PRECISION="tf32" if tf32 else "ieee",
+        )  # fmt: skip
+
+    def groups(self) -> Groups:
+        """Group the tokens by prefix without leaving the device: fixed shapes, a stable sort, no host sync.
+
+        Rows that read no prefix form a last group, number A.
+        """
+        index, device = self.prefix.index, self.q.device
+        if index is None and self.A == 1:
+            return Groups(None, None)
+        if index is None and self.packed:
+            return Groups(None, self.rows.cu_q)
+        if index is None:
+            return Groups(None, torch.arange(self.B + 1, device=device, dtype=torch.int32) * self.T)
+        group = torch.where((index >= 0) & (index < self.A), index, self.A).to(torch.int32)
+        if self.packed:
+            group = group[row_of_token(self.rows, self.tokens)]
+        else:
+            group = group.repeat_interleave(self.T)
+        group, order = torch.sort(group, stable=True)
+        start = torch.searchsorted(group, torch.arange(self.A + 2, device=device, dtype=torch.int32))
+        return Groups(order.to(torch.int32), start.to(torch.int32))
+
+
+def row_of_token(rows: Rows, count: int) -> Tensor:
+    """[N] the row each packed token belongs to."""
+    ids = torch.arange(count, device=rows.cu_q.device, dtype=torch.int32)
+    return (torch.searchsorted(rows.cu_q, ids, right=True) - 1).clamp(0, rows.cu_q.numel() - 2)
+
+
+def slot_positions(
+    rows: Rows, key_mask: Tensor | None, B: int, T: int, S: int, count: int, device: torch.device
+) -> Tensor:
+    """[tokens] a query's key position counted from its row's first visible key, where the prefix ends."""
+    if rows.cu_q is not None:
+        row = row_of_token(rows, count)
+        t = torch.arange(count, device=row.device) - rows.cu_q[row]
+        return (rows.cu_k.diff()[row] - rows.cu_q.diff()[row] + t).to(torch.int32)
+    n = torch.full((B,), S, device=device) if rows.lengths is None else rows.lengths.clamp(0, S)
+    if key_mask is not None and S > 0:
+        exists = key_mask & (torch.arange(S, device=device) < n[:, None])
+        n = n - exists.to(torch.int8).argmax(1)
+    return (n[:, None] - T + torch.arange(T, device=device)).reshape(-1).to(torch.int32)

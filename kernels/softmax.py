@@ -1,0 +1,100 @@
+"""The online softmax, in base 2: the one place where scores become weights.
+
+Going over key tiles with raw scores r (q kᵀ, or tanh(q kᵀ·scale/c) under a soft cap), `score_scale` = scale·log₂e
+(or c·log₂e) and the running maximum m, sum l and output acc of an item:
+
+    m' = max(m, max r)      a = 2^((m − m')·score_scale)      p = 2^(r·score_scale − m'·score_scale)
+    l' = a·l + Σp           acc' = a·acc + p v
+
+m starts at a finite, very negative number, so an item that has seen nothing yet is never −∞ − (−∞): a hidden key's score
+is −∞, its weight 0, and an item that saw nothing ends with l = 0, output 0 and lse −∞.
+
+Axes: M items (query tokens × heads of the group), N keys of a tile, D head dim.
+"""
+
+import triton
+import triton.language as tl
+
+from softkv.kernels.geometry import load_tile, masked_count, masked_start
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+LOWEST = tl.constexpr(-1.2676506002282294e30)  # −2^100: below every score, far from overflow
+
+
+@triton.jit
+def raw_scores(q, k, softcap_scale, PRECISION: tl.constexpr):
+    """q kᵀ [M, N], under a soft cap tanh(q kᵀ·softcap_scale)."""
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    if softcap_scale is not None:
+        s = 1 - 2 / (tl.exp2(s * (softcap_scale * 2 * LOG2E)) + 1)
+    return s
+
+
+@triton.jit
+def softmax_step(acc, m, l, s, v, score_scale, PRECISION: tl.constexpr):
+    m_new = tl.maximum(m, tl.max(s, 1))
+    a = tl.exp2((m - m_new) * score_scale)
+    p = tl.exp2(s * score_scale - (m_new * score_scale)[:, None])
+    l = l * a + tl.sum(p, 1)
+    acc = tl.dot(p.to(v.dtype), v, acc * a[:, None], input_precision=PRECISION)
+    return acc, m_new, l
+
+
+@triton.jit
+def visible(j, lower, upper):
+    """[M, N] which keys `j` [N] an item may see, by its bounds [M]."""
+    seen = j[None, :] <= upper[:, None]
+    if lower is not None:
+        seen = seen & (j[None, :] >= lower[:, None])
+    return seen
+
+
+@triton.jit
+def key_exists(j, tiles, mask_ptr):
+    """[N] keys that some item of the program may see. What nobody sees is not loaded: it may hold anything."""
+    lo, _, _, hi = tiles
+    exists = j < hi
+    if mask_ptr is not None:
+        exists = exists & (tl.load(mask_ptr + j, mask=exists, other=0) != 0)
+    return exists
+
+
+@triton.jit
+def attend(
+    acc, m, l, q, k_ptr, v_ptr, k_stride, v_stride, mask_ptr, lower, upper, tiles, score_scale, softcap_scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Run the softmax over a span of one row's keys (or of its prefix): whole tiles first, then the edges."""
+    _, full_lo, full_hi, _ = tiles
+    for start in range(full_lo, full_hi, BLOCK_N):
+        k = load_tile(k_ptr, start, k_stride, None, HEAD_DIM, BLOCK_D, BLOCK_N)
+        s = raw_scores(q, k, softcap_scale, PRECISION)
+        v = load_tile(v_ptr, start, v_stride, None, HEAD_DIM, BLOCK_D, BLOCK_N)
+        acc, m, l = softmax_step(acc, m, l, s, v, score_scale, PRECISION)
+    for i in range(masked_count(tiles, BLOCK_N)):
+        start = masked_start(i, tiles, BLOCK_N)
+        j = start + tl.arange(0, BLOCK_N)
+        exists = key_exists(j, tiles, mask_ptr)
+        k = load_tile(k_ptr, start, k_stride, exists, HEAD_DIM, BLOCK_D, BLOCK_N)
+        s = raw_scores(q, k, softcap_scale, PRECISION)
+        s = tl.where(exists[None, :] & visible(j, lower, upper), s, float("-inf"))
+        v = load_tile(v_ptr, start, v_stride, exists, HEAD_DIM, BLOCK_D, BLOCK_N)
+        acc, m, l = softmax_step(acc, m, l, s, v, score_scale, PRECISION)
+    return acc, m, l
+
+
+@triton.jit
+def finish(acc, m, l, score_scale, sink):
+    """(out, lse): the normalised output, and the natural log of the denominator, which a sink's logit joins."""
+    seen = l > 0
+    total = tl.where(seen, l, 1)
+    lse = tl.where(seen, m * score_scale + tl.log2(total), float("-inf"))  # base 2
+    weight = 1 / total
+    if sink is not None:
+        sink2 = sink * LOG2E
+        top = tl.maximum(tl.maximum(lse, sink2), LOWEST)
+        joint = top + tl.log2(tl.exp2(lse - top) + tl.exp2(sink2 - top))
+        weight = tl.where(seen, weight * tl.exp2(lse - joint), 0)
+        lse = joint
+    return acc * weight[:, None], lse * LN2

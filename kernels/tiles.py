@@ -1,0 +1,44 @@
+"""Tile sizes, warps and pipeline stages: one table, one reason a row.
+
+`M` counts items (query tokens × heads of a group), `N` keys. A pass asks `tile(pass, target, D, dtype)`.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+
+class Target(NamedTuple):
+    arch: str  # sm_80, sm_90, sm_100, sm_120, gfx942, or "interpreter"
+    units: int  # multiprocessors, or compute units
+
+
+class Tile(NamedTuple):
+    m: int
+    n: int
+    warps: int
+    stages: int
+    why: str
+
+
+# (pass, arch) → rows by the largest padded head dim they serve.
+TABLE: dict[tuple[str, str], dict[int, Tile]] = {}
+
+
+def block_d(head_dim: int) -> int:
+    """Head dims are padded to a power of two, at least 16."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+INTERPRETER = {
+    "forward": Tile(32, 16, 1, 1, "small and unequal: edges are met often, swapped axes are seen"),
+    "decode": Tile(16, 16, 1, 1, "as forward"),
+    "dq": Tile(32, 16, 1, 1, "as forward"),
+    "dkv": Tile(32, 16, 1, 1, "as forward"),
+}
+
+
+def tile(name: str, target: Target, head_dim: int, dtype: torch.dtype) -> Tile:
+    if target.arch == "interpreter":
+        return INTERPRETER[name]
+    return Tile(64, 64, 4, 2, "placeholder")
