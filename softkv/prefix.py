@@ -7,11 +7,13 @@ checkpoint are interchangeable.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -118,5 +120,18 @@ class Prefix:
         from transformers import DynamicCache
 
         cache = DynamicCache()
-        model(input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        with evaluating(model):
+            model(input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         return cls.from_cache(cache)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode (no dropout) for a while; every module gets its own mode back."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

@@ -1,0 +1,131 @@
+"""What travels with one forward pass of the frozen model, as the keyword `softkv_prefix=`.
+
+One object, not a tensor (beam search repeats every tensor keyword), and not an attribute of modules: gradient
+checkpointing re-runs forwards later, and two forwards may come before one backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from softkv.prefix import Prefix
+
+LayerKV = tuple[Tensor, Tensor]
+
+
+class Captured(NamedTuple):
+    """What reached the attention function in one block."""
+
+    block: nn.Module
+    key: Tensor  # [B, G, S, D]
+    value: Tensor
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """Rows put end to end in one line: row r holds tokens `cu_seqlens[r]` to `cu_seqlens[r + 1]`."""
+
+    cu_seqlens: Tensor  # int32 [rows + 1]
+    longest: int
+
+    @classmethod
+    def from_lengths(cls, lengths: Tensor) -> PackedRows:
+        cu_seqlens = torch.zeros(len(lengths) + 1, dtype=torch.int32, device=lengths.device)
+        cu_seqlens[1:] = lengths.cumsum(0)
+        return cls(cu_seqlens, int(lengths.max()))
+
+
+@dataclass(frozen=True)
+class RowPrompts:
+    """Where the prompt of each row lies among the B·T hidden states of a batch."""
+
+    index: Tensor  # [R, M] into the flattened [B·T], arbitrary past a row's length
+    lengths: Tensor  # [R]
+
+
+@dataclass(frozen=True)
+class RowEncoder:
+    """Makes the K/V of each attention block from the prompt's hidden states that enter it."""
+
+    encode: Callable[[int, Tensor, Tensor], LayerKV]
+    prompts: RowPrompts
+    memory: dict[int, LayerKV] | None = None  # filled at prefill, read when decoding
+
+    def __call__(self, layer: int, hidden: Tensor) -> LayerKV:
+        """K, V `[R, G, n, D]` of block `layer` from its input `[B, T, C]`."""
+        if self.memory is not None and layer in self.memory:
+            return self.memory[layer]
+        prompt = hidden.flatten(0, 1)[self.prompts.index]  # [R, M, C]
+        kv = self.encode(layer, prompt, self.prompts.lengths)
+        if self.memory is not None:
+            self.memory[layer] = kv
+        return kv
+
+
+@dataclass(frozen=True)
+class SoftContext:
+    """The prefix of a forward pass and where its rows lie.
+
+    Attributes:
+        layers: K, V `[A, G, P, D]` of every layer, or None.
+        lengths: `[A]`, slots of each prefix that exist, or None.
+        index: `[B]`, the prefix of each row (-1: none), or None.
+        window_covers: whether sliding windows count the slots.
+        rows: the packed rows of a batch of one line, or None.
+        encoder: makes K, V per row inside each attention block (encoder-mode P-tuning v2).
+        capture: collects what reaches each attention block, by layer.
+    """
+
+    layers: list[LayerKV] | None = None
+    lengths: Tensor | None = None
+    index: Tensor | None = None
+    window_covers: bool = False
+    rows: PackedRows | None = None
+    encoder: RowEncoder | None = None
+    backend: str | None = None
+    capture: dict[int, Captured] | None = None
+
+    @classmethod
+    def of_prefix(cls, prefix: Prefix, layers: int, **more: Any) -> SoftContext:
+        return cls(prefix.layers(layers), prefix.lengths, window_covers=prefix.window_covers, **more)
+
+    def of_layer(self, layer: int, rows: int, dtype: torch.dtype) -> dict[str, Any]:
+        """The prefix keywords of the attention op for one block and `rows` rows."""
+        if self.layers is None:
+            return {}
+        k, v = self.layers[layer]
+        repeats = rows // (len(k) if self.index is None else len(self.index))
+        index = self.index
+        if index is None and len(k) > 1 and repeats > 1:
+            index = torch.arange(len(k), device=k.device)
+        if index is not None and repeats > 1:  # beams and returned sequences of one row follow each other
+            index = index.repeat_interleave(repeats)
+        return {
+            "prefix_k": k.to(dtype),
+            "prefix_v": v.to(dtype),
+            "prefix_lengths": self.lengths,
+            "prefix_index": index,
+            "window_covers_prefix": self.window_covers,
+        }
+
+    def with_layer(self, layer: int, kv: LayerKV) -> SoftContext:
+        """A context for one attention block alone, with the K/V `[R, G, n, D]` of its rows."""
+        return replace(self, layers=_Only(layer, kv))
+
+
+class _Only(list[LayerKV]):
+    """A list of layers of which one is known."""
+
+    def __init__(self, layer: int, kv: LayerKV) -> None:
+        super().__init__([kv])
+        self.layer = layer
+
+    def __getitem__(self, layer: Any) -> Any:
+        if layer != self.layer:
+            raise IndexError(f"the K/V of block {self.layer} were asked for by block {layer}")
+        return super().__getitem__(0)

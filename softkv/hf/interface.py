@@ -1,0 +1,162 @@
+"""transformers' attention contract, under the name "softkv": one mask function, one attention function.
+
+`AttentionMaskInterface` calls `key_state` once a forward pass; `AttentionInterface` calls `attention` once a block.
+Importing this module registers both, so `from_pretrained(..., attn_implementation="softkv")` works with or without
+a soft prompt.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from softkv.attention import prefix_attention, prefix_attention_varlen
+from softkv.hf.context import Captured, PackedRows, SoftContext
+
+NAME = "softkv"
+
+# Codes of the key state tensor. A static cache hands over its whole buffer, so a key may not exist yet; a padding key
+# exists, takes a position, and is not seen.
+HIDDEN, SEEN = 1, 2
+
+
+def key_state(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    attention_mask: Tensor | None = None,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> Tensor | None:
+    """The state of every key, int8 `[B or 1, 1, 1, S]`: 0 does not exist, 1 exists but is hidden, 2 is seen.
+
+    Four axes, because transformers hands a mask of four axes through `generate`, compiled decoding and checkpointing
+    untouched. None when every key exists and is seen.
+    """
+    if attention_mask is not None:
+        attention_mask = attention_mask[:, kv_offset : kv_offset + kv_length]
+    counted = isinstance(q_offset, int)
+    if counted and q_offset + q_length - kv_offset == kv_length and (attention_mask is None or attention_mask.all()):
+        return None
+    end = q_offset + q_length - kv_offset
+    exists = (torch.arange(kv_length, device=device) < end).view(1, -1)
+    seen = (
+        exists if attention_mask is None else exists & F.pad(attention_mask, (0, kv_length - attention_mask.shape[1]))
+    )
+    return (exists.to(torch.int8) + seen.to(torch.int8))[:, None, None, :]
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
+    position_ids: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
+    max_length_q: int | None = None,
+    max_length_k: int | None = None,
+    position_bias: Tensor | None = None,
+    output_attentions: bool = False,
+    softkv_prefix: SoftContext | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one block: query `[B, H, T, D]`, key and value `[B, G, S, D]` → (`[B, T, H, D]`, None)."""
+    if output_attentions:
+        raise ValueError('softkv attention never forms attention weights: use attn_implementation="eager" to see them')
+    if dropout:
+        raise ValueError(f"softkv attention has no dropout, got {dropout}: set the model's attention dropout to 0")
+    if position_bias is not None:
+        raise ValueError("softkv attention takes no position bias (T5, ALiBi): this model can't use it")
+    context = softkv_prefix if softkv_prefix is not None else SoftContext()
+    layer = getattr(module, "layer_idx", 0)
+    if context.capture is not None:
+        context.capture[layer] = Captured(module, key, value)
+
+    device = query.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
+    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    options: dict[str, Any] = {
+        "scale": scaling,
+        "is_causal": is_causal if is_causal is not None else getattr(module, "is_causal", True),
+        "window": sliding_window,
+        "softcap": softcap,
+        "sinks": s_aux if s_aux is None else s_aux.to(dtype),
+        "backend": context.backend,
+    }
+    rows = context.rows
+    if rows is None and attention_mask is None:
+        rows = _rows_of_line(query, key, position_ids, cu_seq_lens_q, max_length_q)
+    if rows is not None:
+        out = prefix_attention_varlen(
+            query[0].transpose(0, 1),
+            key[0].transpose(0, 1),
+            value[0].transpose(0, 1),
+            rows.cu_seqlens,
+            rows.cu_seqlens,
+            rows.longest,
+            rows.longest,
+            **context.of_layer(layer, len(rows.cu_seqlens) - 1, dtype),
+            **options,
+        )
+        return out.unsqueeze(0), None
+
+    key_mask, key_lengths = _decode_key_state(attention_mask, len(query))
+    prefix = context.of_layer(layer, len(query), dtype)
+    out = prefix_attention(query, key, value, key_mask=key_mask, key_lengths=key_lengths, **prefix, **options)
+    return out.transpose(1, 2), None
+
+
+def _rows_of_line(
+    query: Tensor, key: Tensor, position_ids: Tensor | None, cu_seqlens: Tensor | None, longest: int | None
+) -> PackedRows | None:
+    """The packed rows of a batch of one line, as transformers' collators give them: cumulative lengths, or
+    position ids that restart."""
+    if len(query) != 1 or query.shape[2] != key.shape[2]:
+        return None
+    if cu_seqlens is not None and longest is not None:
+        return PackedRows(cu_seqlens.to(torch.int32), longest)
+    return packed_rows(position_ids)
+
+
+def packed_rows(position_ids: Tensor | None) -> PackedRows | None:
+    """The rows of `position_ids` `[1, N]` that restart, or None where they don't."""
+    if position_ids is None or position_ids.dim() != 2 or len(position_ids) != 1 or position_ids.shape[1] < 2:
+        return None
+    starts = (position_ids[0].diff() != 1).nonzero().flatten() + 1
+    if not len(starts):
+        return None
+    bounds = F.pad(starts, (1, 0))
+    return PackedRows.from_lengths(F.pad(bounds, (0, 1), value=position_ids.shape[1]).diff())
+
+
+def _decode_key_state(state: Tensor | None, batch: int) -> tuple[Tensor | None, Tensor | None]:
+    """(key_mask `[B, S]`, key_lengths `[B]`) of a mask that `key_state` made, or of a 2-D padding mask."""
+    if state is None:
+        return None, None
+    if state.dim() == 2:
+        return state.bool().expand(batch, -1), None
+    if state.dtype != torch.int8:
+        raise ValueError(
+            f"softkv attention takes a 2-D padding mask, got a mask of shape {tuple(state.shape)} and {state.dtype}: "
+            'custom masks need attn_implementation="eager"'
+        )
+    state = state[:, 0, 0].expand(batch, -1)
+    return state == SEEN, (state >= HIDDEN).sum(-1, dtype=torch.int32)
+
+
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, key_state)

@@ -1,0 +1,195 @@
+"""Where the rows of a batch lie, where each row's prompt ends, and how soft tokens are put between the two.
+
+A padded batch `[B, T]` is seen as B lines of T columns put end to end, a packed one as R lines of their own lengths, so
+one arithmetic on flat token numbers serves both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from softkv.hf.context import PackedRows, RowPrompts
+from softkv.hf.interface import packed_rows
+
+IGNORED = -100  # the label of a token that is not an answer
+
+
+@dataclass(frozen=True)
+class Lines:
+    """The rows of a batch, as lines of flat token numbers.
+
+    Attributes:
+        bounds: `[R + 1]`, line r holds flat tokens `bounds[r]` to `bounds[r + 1]`, padding included.
+        first, last: `[R]`, flat numbers of the first real token and one past the last.
+        shape: (B, T) of the batch.
+        packed: whether the lines are packed rows of a batch of one.
+    """
+
+    bounds: Tensor
+    first: Tensor
+    last: Tensor
+    shape: tuple[int, int]
+    packed: bool
+
+    @classmethod
+    def of(
+        cls, shape: tuple[int, int], attention_mask: Tensor | None, rows: PackedRows | None, device: torch.device
+    ) -> Lines:
+        B, T = shape
+        if rows is not None:
+            bounds = rows.cu_seqlens.long()
+            return cls(bounds, bounds[:-1], bounds[1:], shape, packed=True)
+        bounds = torch.arange(B + 1, device=device) * T
+        if attention_mask is None:
+            return cls(bounds, bounds[:-1], bounds[1:], shape, packed=False)
+        real = attention_mask.to(torch.int8)
+        first = bounds[:-1] + real.argmax(1)
+        last = bounds[1:] - real.flip(1).argmax(1)
+        return cls(bounds, first, torch.where(real.any(1), last, first), shape, packed=False)
+
+    @property
+    def line_of_token(self) -> Tensor:
+        """`[B·T]`: the line of each flat token."""
+        return torch.repeat_interleave(torch.arange(len(self.first), device=self.first.device), self.bounds.diff())
+
+    def split(self, labels: Tensor | None, prompt_lengths: Tensor | None) -> Tensor:
+        """`[R]`: the flat number of the token where each row's prompt has ended: its first label, else
+        `prompt_lengths` tokens after its first, else its end."""
+        if labels is not None:
+            answers = torch.where(labels.flatten() != IGNORED, 1, 0)
+            number = torch.arange(answers.numel(), device=answers.device)
+            candidates = torch.where(answers.bool(), number, answers.numel())
+            start = torch.full_like(self.last, answers.numel()).scatter_reduce(
+                0, self.line_of_token, candidates, "amin"
+            )
+            return torch.minimum(start, self.last)
+        if prompt_lengths is not None:
+            return torch.minimum(self.first + prompt_lengths.to(self.first), self.last)
+        return self.last
+
+    def prompts(self, split: Tensor) -> RowPrompts:
+        """The prompt tokens of each row, as an index into the flat batch."""
+        lengths = split - self.first
+        offsets = torch.arange(int(lengths.max()) if len(lengths) else 0, device=split.device)
+        index = (self.first[:, None] + offsets).clamp(max=max(self.shape[0] * self.shape[1] - 1, 0))
+        return RowPrompts(index, lengths)
+
+
+@dataclass(frozen=True)
+class Insertion:
+    """k soft tokens put into every row of a batch, and the way back.
+
+    Attributes:
+        source: `[B, T']`, for each new column the flat token it comes from, or `B·T + j` for soft token j.
+        logits_at: `[B, T]`, for each column given, the new column whose logits belong to it: its own, but the
+            block's last for the column before the block.
+        lines: the rows of the new batch.
+    """
+
+    source: Tensor
+    logits_at: Tensor
+    lines: Lines
+
+    @classmethod
+    def into(cls, lines: Lines, split: Tensor, k: int) -> Insertion:
+        B, T = lines.shape
+        N, R = B * T, len(lines.first)
+        number = torch.arange(N, device=split.device)
+        line = lines.line_of_token
+        order = torch.arange(R, device=split.device)
+        moved = number + k * (line + (number >= split[line]))
+        soft = (split + k * order)[:, None] + torch.arange(k, device=split.device)
+        source = torch.empty(N + R * k, dtype=torch.long, device=split.device)
+        source[moved] = number
+        source[soft] = N + torch.arange(k, device=split.device)
+        logits_at = torch.where(number == split[line] - 1, moved + k, moved)
+        shape = (B, T + k) if not lines.packed else (1, N + R * k)
+        width = shape[1]
+        first = lines.first + k * order
+        new = Lines(
+            lines.bounds + k * torch.arange(R + 1, device=split.device),
+            torch.where(lines.first == lines.last, split + k * order, first),
+            lines.last + k * (order + 1),
+            shape,
+            lines.packed,
+        )
+        logits_at = logits_at.view(B, T)
+        if not lines.packed:
+            logits_at = logits_at - torch.arange(B, device=split.device)[:, None] * width
+        return cls(source.view(shape), logits_at, new)
+
+    def embeddings(self, embeds: Tensor, soft: Tensor) -> Tensor:
+        """`[B, T', C]` from the batch's embeddings `[B, T, C]` and the soft tokens `[k, C]`."""
+        return torch.cat([embeds.flatten(0, 1), soft.to(embeds.dtype)])[self.source]
+
+    def attention_mask(self, mask: Tensor) -> Tensor:
+        soft = (self.source >= mask.numel()).to(mask.dtype)
+        return mask.flatten()[self.source.clamp(max=mask.numel() - 1)] * (1 - soft) + soft
+
+    def positions(self, position_ids: Tensor) -> Tensor:
+        """Position ids `[B, T']` from those of the batch given: the block follows its prompt, the answer the block."""
+        B, T = position_ids.shape
+        k = self.source.shape[1] - T
+        tokens = self.source < B * T
+        known = position_ids.flatten()[self.source.clamp(max=B * T - 1)]
+        soft_before = (~tokens).cumsum(1)
+        start = (~tokens).int().argmax(1, keepdim=True)  # the block's first column
+        before = known.gather(1, (start - 1).clamp(min=0)) + 1
+        first = torch.where(start > 0, before, known.gather(1, (start + k).clamp(max=T + k - 1)))
+        return torch.where(tokens, known + torch.where(soft_before > 0, k, 0), first + soft_before - 1)
+
+    def keep(self, logits_to_keep: int | Tensor) -> Tensor:
+        """`logits_to_keep` of the batch given, in columns of the new one."""
+        if isinstance(logits_to_keep, int):
+            return self.logits_at[:, -logits_to_keep:] if logits_to_keep else self.logits_at
+        if logits_to_keep.dtype == torch.bool:
+            new = torch.zeros(self.source.shape, dtype=torch.bool, device=self.source.device)
+            rows = torch.arange(len(new), device=new.device)[:, None].expand_as(self.logits_at)
+            new[rows[logits_to_keep], self.logits_at[logits_to_keep]] = True
+            return new
+        if logits_to_keep.dim() == 1:
+            return self.logits_at[:, logits_to_keep]
+        return self.logits_at.gather(1, logits_to_keep)
+
+
+def rows_of(
+    shape: tuple[int, int],
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    cu_seqlens: Tensor | None,
+    longest: int | None,
+) -> PackedRows | None:
+    """The packed rows of a batch of one line: as cumulative lengths, or as position ids that restart."""
+    if shape[0] != 1:
+        return None
+    if cu_seqlens is not None:
+        cu_seqlens = cu_seqlens.to(torch.int32)
+        return PackedRows(cu_seqlens, int(cu_seqlens.diff().max()) if longest is None else longest)
+    return packed_rows(position_ids) if attention_mask is None else None
+
+
+def token_positions(
+    attention_mask: Tensor | None, shape: tuple[int, int], past: int | Tensor, device: torch.device
+) -> Tensor:
+    """Positions `[B or 1, T]` of the last T tokens, counted from each row's first real token."""
+    if attention_mask is not None and attention_mask.dim() == 2:
+        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -shape[1] :]
+    return (torch.arange(shape[1], device=device) + past)[None]
+
+
+def packed_positions(rows: PackedRows, tokens: int) -> Tensor:
+    """Positions `[1, N]` that restart with each packed row."""
+    starts = rows.cu_seqlens[:-1].long()
+    lengths = rows.cu_seqlens.diff().long()
+    return (torch.arange(tokens, device=starts.device) - torch.repeat_interleave(starts, lengths))[None]
+
+
+def left_padded(tokens: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The same rows (ids `[B, T]` or embeddings `[B, T, C]`) with all padding in front."""
+    order = attention_mask.bool().int().argsort(dim=1, stable=True)
+    gather = order if tokens.dim() == 2 else order[:, :, None].expand_as(tokens)
+    return tokens.gather(1, gather), attention_mask.gather(1, order)
