@@ -24,11 +24,20 @@ class BaseShape:
     """The sizes of a frozen model that decide the shapes of learned parameters."""
 
     layers: int  # L
-    kv_heads: int  # G
+    kv_heads: int  # G, 0 where layers differ in G or D
     head_dim: int  # D
     hidden_size: int  # C
     embedding_size: int  # width of the input embeddings (C, but for a few OPT models)
     vocab_size: int
+
+
+def check_uniform(shape: BaseShape) -> None:
+    """Raise where attention layers differ in shape: a prefix holds K/V of one shape."""
+    if not shape.kv_heads:
+        raise ValueError(
+            "a prefix expects the same number of key/value heads and the same head dim in every attention layer, this "
+            "model's layers differ: use PromptTuning or PTuning"
+        )
 
 
 class FrozenModel(Protocol):
@@ -157,8 +166,8 @@ class Computed(SoftPrompt):
         with torch.autocast(parameters[0].device.type, enabled=False):
             if self.training or torch.is_grad_enabled():
                 return self.compute()
-            # In-place updates (an optimizer's, load_state_dict's) show in the version counters.
-            versions = tuple(parameter._version for parameter in parameters)
+            # An optimizer's updates show in the version counters.
+            versions = tuple(0 if parameter.is_inference() else parameter._version for parameter in parameters)
             if self._remembered is None or self._remembered[0] != versions:
                 self._remembered = versions, self.compute()
             return self._remembered[1]
@@ -166,6 +175,10 @@ class Computed(SoftPrompt):
     def train(self, mode: bool = True) -> Computed:
         self._remembered = None
         return super().train(mode)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._remembered = None
+        super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Computed:
         self._remembered = None

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from softkv.methods import initial
-from softkv.methods.base import BaseShape, Computed, FrozenModel, Method, SoftMatrices
+from softkv.methods.base import BaseShape, Computed, FrozenModel, Method, SoftMatrices, check_uniform
 from softkv.prefix import Prefix
 
 # Small enough that slots, whose scores then lie within about one of 0, take little attention from the tokens before
@@ -45,6 +45,7 @@ def empty_matrices(shape: BaseShape, layers: int, length: int | None) -> Tensor:
     """Zeros `[2, layers, 1, G, n, D]`, keys and values to load saved ones into."""
     if length is None:
         raise ValueError("length expects the number of saved slots, got None")
+    check_uniform(shape)
     return torch.zeros(2, layers, 1, shape.kv_heads, length, shape.head_dim)
 
 
@@ -57,6 +58,7 @@ def initial_matrices(
     init_std: float | None,
 ) -> tuple[Tensor, Tensor]:
     """First K and V, `[layers, 1, G, n, D]` each; for "vocabulary" and "text" the model's own, `[L, 1, G, n, D]`."""
+    check_uniform(base.shape)
     if init == "text":
         assert init_text is not None
         return initial.real_matrices(base, initial.text_ids(base, init_text, length, special=True))
@@ -72,6 +74,7 @@ class ReparametrizedMatrices(Computed):
 
     def __init__(self, config: Method, shape: BaseShape, layers: int, length: int, size: int, std: float) -> None:
         super().__init__(config)
+        check_uniform(shape)
         self.sizes = (length, layers, 2, shape.kv_heads, shape.head_dim)
         self.embeddings = nn.Parameter(torch.randn(length, size))
         last = nn.Linear(size, 2 * layers * shape.kv_heads * shape.head_dim)

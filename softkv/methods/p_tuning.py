@@ -81,11 +81,11 @@ class EncodedTokens(Computed):
             # Scaled to about 1: an encoder would hardly tell inputs of an embedding table's size from 0.
             self.register_buffer("inputs", pooled_text(base, config.prompt_text, config.length) / std)
         last = nn.Linear(size, width)
+        self.lstm: nn.LSTM | None = None
         if config.encoder == "lstm":
             self.lstm = nn.LSTM(width, size // 2, num_layers=2, bidirectional=True)
             self.mlp = nn.Sequential(nn.Linear(size, size), nn.ReLU(), last)
         else:
-            self.lstm = None
             self.mlp = nn.Sequential(nn.Linear(width, size), nn.ReLU(), nn.Linear(size, size), nn.ReLU(), last)
         initial.scale_outputs(last, self.compute(), std)
 

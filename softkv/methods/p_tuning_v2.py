@@ -1,11 +1,16 @@
-"""P-tuning v2: soft keys and values of each layer's own (Liu et al. 2021, arXiv:2110.07602)."""
+"""P-tuning v2: soft keys and values of each layer's own (Liu et al. 2021, arXiv:2110.07602), learned as
+matrices or made by an encoder from each row's prompt."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
+
+from torch import nn
 
 from softkv.methods import initial
 from softkv.methods.base import FrozenModel, Method, SoftMatrices, SoftPrompt
+from softkv.methods.encoders import HEADS, build_rows
 from softkv.methods.matrices import (
     INIT_STD,
     REPARAMETRIZE_SIZE,
@@ -16,12 +21,26 @@ from softkv.methods.matrices import (
 )
 from softkv.methods.template import check_no_soft_tokens
 
+ENCODER_SIZE = 256
+
 
 @dataclass(frozen=True, kw_only=True)
 class PTuningV2(Method):
-    """A key and a value matrix of n slots for each attention block.
+    """A key and a value of n slots for each attention block.
 
-    Trainable: `2·n·G·D·L` values, fp32, as `k, v [L, 1, G, n, D]`.
+    Without an encoder these are learned matrices. Trainable: `2·n·G·D·L` values, fp32, as `k, v [L, 1, G, n, D]`.
+
+    With an encoder they are made for each row, in each block, from the hidden states of the row's prompt that enter the
+    block: encoder, average pool to n slots, MLP E → E → 2·G·D. Trainable, once (`share_encoder`) or L times:
+
+    - "lstm", bidirectional and E/2 wide each way: `2·(4·E/2·(C + E/2 + 2))`;
+      "attention", one transformer layer: `E·(C + 1) + 4·E + E·(12·E + 9)`;
+    - the MLP: `E·(E + 1) + 2·G·D·(E + 1)`.
+
+    A module of one's own as encoder is copied when the method is built. Its contract: `forward(hidden, mask)` takes the
+    hidden states `[R, M, C]` in fp32, 0 at padding, and a mask `[R, M]`, True at the prompt's positions (a row may have
+    none), and gives states `[R, M, E]`, any E. States at padding are not read; what they are made from must not reach
+    the others, so that a row's result doesn't depend on its neighbours.
 
     Args:
         length: n; None with `init="text"` takes the text's number of tokens (a BOS included where the tokenizer adds
@@ -34,6 +53,10 @@ class PTuningV2(Method):
         reparametrize: compute the matrices by an MLP from learned embeddings while training; `folded` leaves the plain
             matrices.
         reparametrize_size: width of these embeddings and of the MLP; 512 if None.
+        encoder: None, "lstm", "attention" or an `nn.Module`. With a module the field reads "custom" afterwards; a config
+            read from a file then needs the module again: `dataclasses.replace(config, encoder=module)`.
+        encoder_size: E of "lstm" (even) and "attention" (a multiple of 4, its heads); 256 if None.
+        share_encoder: one encoder for all blocks, or one for each.
         template: how `encode` builds a row; without soft tokens.
 
     Raises:
@@ -46,6 +69,9 @@ class PTuningV2(Method):
     init_std: float | None = None
     reparametrize: bool = False
     reparametrize_size: int | None = None
+    encoder: Literal["lstm", "attention", "custom"] | nn.Module | None = None
+    encoder_size: int | None = None
+    share_encoder: bool = True
     template: str = "[X] [Y]"
 
     def __post_init__(self) -> None:
@@ -53,9 +79,36 @@ class PTuningV2(Method):
             self.init, self.init_text, self.init_std, self.length, self.reparametrize, self.reparametrize_size
         )
         check_no_soft_tokens(self.template, "PTuningV2")
+        self._check_encoder()
+        if isinstance(self.encoder, nn.Module):
+            # Kept off the fields, which must survive JSON.
+            object.__setattr__(self, "_module", self.encoder)
+            object.__setattr__(self, "encoder", "custom")
+
+    def _check_encoder(self) -> None:
+        if self.encoder is None:
+            if self.encoder_size is not None or not self.share_encoder:
+                raise ValueError("encoder_size and share_encoder are only read with an encoder: set encoder=...")
+            return
+        if not isinstance(self.encoder, nn.Module):
+            initial.check_choice("encoder", self.encoder, ("lstm", "attention", "custom", None))
+        if self.init != "random" or self.reparametrize:
+            raise ValueError(
+                f'an encoder expects init="random" and reparametrize=False, got init={self.init!r} and '
+                f"reparametrize={self.reparametrize}: it makes K and V from each row's prompt"
+            )
+        if self.encoder_size is not None:
+            if self.encoder not in ("lstm", "attention"):
+                raise ValueError('encoder_size is only read with encoder="lstm" or "attention": leave it out')
+            initial.check_positive("encoder_size", self.encoder_size)
+            multiple = 2 if self.encoder == "lstm" else HEADS
+            if self.encoder_size % multiple:
+                raise ValueError(f"encoder_size expects a multiple of {multiple}, got {self.encoder_size}")
 
     def build(self, base: FrozenModel, *, folded: bool = False) -> SoftPrompt:
         """`SoftMatrices` with `k, v [L, 1, G, n, D]`, or the network that computes them."""
+        if self.encoder is not None:
+            return self._build_encoder(base)
         layers, window_covers = base.shape.layers, self.init == "text"
         if folded:
             k, v = empty_matrices(base.shape, layers, self.length)
@@ -66,3 +119,15 @@ class PTuningV2(Method):
             return ReparametrizedMatrices(self, base.shape, layers, self.length, size, std)
         k, v = initial_matrices(base, layers, self.length, self.init, self.init_text, self.init_std)
         return SoftMatrices(replace(self, length=k.shape[3]), k, v, window_covers=window_covers)
+
+    def _build_encoder(self, base: FrozenModel) -> SoftPrompt:
+        assert self.encoder is not None
+        assert self.length is not None
+        encoder = getattr(self, "_module", None) if self.encoder == "custom" else self.encoder
+        if encoder is None:
+            raise ValueError(
+                "this PTuningV2 was made with an encoder of one's own, which a saved config can't hold: give the module "
+                "again with dataclasses.replace(config, encoder=module)"
+            )
+        size, std = self.encoder_size or ENCODER_SIZE, self.init_std or INIT_STD
+        return build_rows(self, encoder, base.shape, slots=self.length, size=size, shared=self.share_encoder, std=std)

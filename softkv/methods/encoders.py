@@ -1,0 +1,155 @@
+"""Prompt encoders of P-tuning v2: the hidden states that enter an attention block become K and V of that block.
+
+    hidden [R, M, C] → encoder → states [R, M, E] → average pool over the row's own length → [R, n, E] → MLP → K, V
+
+R is the number of rows, M the longest prompt; row r has `lengths[r]` positions and padding behind them.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from softkv.methods import initial
+from softkv.methods.base import BaseShape, Method, SoftPrompt, check_uniform
+
+HEADS = 4  # of the attention encoder
+
+
+class LSTMEncoder(nn.Module):
+    """A bidirectional LSTM, half of E for each direction."""
+
+    def __init__(self, hidden_size: int, size: int) -> None:
+        super().__init__()
+        self.forwards = nn.LSTM(hidden_size, size // 2, batch_first=True)
+        self.backwards = nn.LSTM(hidden_size, size // 2, batch_first=True)
+
+    def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """States `[R, M, E]` of `hidden [R, M, C]`."""
+        # Each row is reversed within its own length, so that neither direction reads padding before its tokens. (Packed
+        # sequences would do too, but need the lengths on the CPU and refuse empty rows.)
+        at = torch.arange(hidden.shape[1], device=hidden.device).expand(mask.shape)
+        mirrored = torch.where(mask, mask.sum(1, keepdim=True) - 1 - at, at)[:, :, None]
+        right, _ = self.forwards(hidden)
+        left, _ = self.backwards(hidden.take_along_dim(mirrored, 1))
+        return torch.cat([right, left.take_along_dim(mirrored, 1)], -1)
+
+
+class AttentionEncoder(nn.Module):
+    """One pre-norm transformer layer of width E whose positions all see each other. It adds no positions: the hidden
+    states of a causal model carry them."""
+
+    def __init__(self, hidden_size: int, size: int) -> None:
+        super().__init__()
+        self.enter = nn.Linear(hidden_size, size)
+        self.attention_norm, self.mlp_norm = nn.LayerNorm(size), nn.LayerNorm(size)
+        self.qkv, self.leave = nn.Linear(size, 3 * size), nn.Linear(size, size)
+        self.mlp = nn.Sequential(nn.Linear(size, 4 * size), nn.GELU(), nn.Linear(4 * size, size))
+
+    def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """States `[R, M, E]` of `hidden [R, M, C]`."""
+        states = self.enter(hidden)
+        qkv = self.qkv(self.attention_norm(states)).unflatten(2, (3, HEADS, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [R, HEADS, M, E / HEADS]
+        # Every position sees itself: padding too, whose rows would have nothing to see otherwise.
+        seen = mask[:, None, :] | torch.eye(mask.shape[1], dtype=torch.bool, device=mask.device)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None])
+        states = states + self.leave(attended.transpose(1, 2).flatten(2))
+        return states + self.mlp(self.mlp_norm(states))
+
+
+ENCODERS: dict[str, type[LSTMEncoder] | type[AttentionEncoder]] = {"lstm": LSTMEncoder, "attention": AttentionEncoder}
+
+
+class EncodedRows(SoftPrompt):
+    """The K and V of each attention block, made for each row from its prompt.
+
+    Args:
+        config: the method.
+        encoders: one for all layers, or one for each: `forward(hidden [R, M, C], mask [R, M] bool) -> [R, M, E]`.
+        slots: n.
+        std: standard deviation of K and V that the MLP begins with, for inputs of about 1.
+    """
+
+    encodes_rows = True
+
+    def __init__(self, config: Method, encoders: list[nn.Module], shape: BaseShape, slots: int, std: float) -> None:
+        super().__init__(config)
+        self.slots, self.kv_heads, self.head_dim = slots, shape.kv_heads, shape.head_dim
+        check_uniform(shape)
+        self.encoders = nn.ModuleList(encoder.to("cpu", torch.float32) for encoder in encoders)
+        self.mlps = nn.ModuleList()
+        for encoder in encoders:
+            size = _probe(encoder, shape.hidden_size)
+            last = nn.Linear(size, 2 * shape.kv_heads * shape.head_dim)
+            mlp = nn.Sequential(nn.Linear(size, size), nn.ReLU(), last)
+            self.mlps.append(mlp)
+            with torch.no_grad():
+                hidden = torch.randn(4, 16, shape.hidden_size)
+                pooled = pool_rows(encoder(hidden, torch.ones(4, 16, dtype=torch.bool)), torch.full((4,), 16), slots)
+                initial.scale_outputs(last, mlp(pooled), std)
+
+    def row_prefix(self, layer: int, hidden: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        number = layer if len(self.mlps) > 1 else 0
+        encoder, mlp = self.encoders[number], self.mlps[number]
+        with torch.autocast(hidden.device.type, enabled=False):
+            weight = next(mlp.parameters())
+            if hidden.shape[1] == 0:
+                hidden = hidden.new_zeros(len(hidden), 1, hidden.shape[2])
+            mask = torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]  # [R, M]
+            states = encoder(hidden.to(weight.dtype).masked_fill(~mask[:, :, None], 0), mask)
+            expected = (*mask.shape, weight.shape[1])
+            if states.shape != expected:
+                raise ValueError(f"the encoder's states must be [R, M, E] = {expected}, got {tuple(states.shape)}")
+            kv = mlp(pool_rows(states, lengths, self.slots))  # [R, n, 2·G·D]
+        k, v = kv.to(hidden.dtype).unflatten(2, (2, self.kv_heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
+        return k, v
+
+
+def build_rows(
+    config: Method, encoder: str | nn.Module, shape: BaseShape, *, slots: int, size: int, shared: bool, std: float
+) -> EncodedRows:
+    """`EncodedRows` with fresh encoders by name, or with copies of the user's module."""
+    count = 1 if shared else shape.layers
+    if isinstance(encoder, nn.Module):
+        modules: list[nn.Module] = [copy.deepcopy(encoder) for _ in range(count)]
+    else:
+        modules = [ENCODERS[encoder](shape.hidden_size, size) for _ in range(count)]
+    return EncodedRows(config, modules, shape, slots, std)
+
+
+def pool_rows(states: Tensor, lengths: Tensor, slots: int) -> Tensor:
+    """Adaptive average pooling of each row over its own length.
+
+    Args:
+        states: `[R, M, E]`.
+        lengths: `[R]` integers; what lies behind is not read. A row of length 0 gives zeros.
+        slots: n; slot i averages the positions from `i·length // n` to `(i + 1)·length / n`, rounded up.
+
+    Returns:
+        `[R, n, E]`.
+    """
+    slot = torch.arange(slots, device=states.device)
+    first = slot * lengths[:, None] // slots  # [R, n]
+    end = ((slot + 1) * lengths[:, None] + slots - 1) // slots
+    at = torch.arange(states.shape[1], device=states.device)
+    inside = (at >= first[:, :, None]) & (at < end[:, :, None])  # [R, n, M]
+    weights = inside.to(states.dtype) / (end - first).clamp_min(1)[:, :, None]
+    mask = at < lengths[:, None]
+    return weights @ states.masked_fill(~mask[:, :, None], 0)
+
+
+@torch.no_grad()
+def _probe(encoder: nn.Module, hidden_size: int) -> int:
+    """E, from a call of the encoder on two positions."""
+    states = encoder(torch.zeros(1, 2, hidden_size), torch.ones(1, 2, dtype=torch.bool))
+    if not isinstance(states, Tensor) or states.dim() != 3 or states.shape[:2] != (1, 2):
+        got = tuple(states.shape) if isinstance(states, Tensor) else type(states).__name__
+        raise ValueError(
+            f"{type(encoder).__name__} as an encoder must map hidden [R, M, {hidden_size}] and mask [R, M] to states "
+            f"[R, M, E]; for [1, 2, {hidden_size}] it gave {got}"
+        )
+    return states.shape[2]
