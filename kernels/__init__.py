@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from softkv.kernels.backward import run_backward
 from softkv.kernels.forward import run_forward
 from softkv.kernels.launch import interpreter_enabled
 from softkv.kernels.problem import Problem
@@ -25,3 +26,12 @@ def forward(
     """(out, lse)."""
     problem = Problem.of(q, k, v, prefix_k, prefix_v, **options)
     return run_forward(problem)
+
+
+def backward(
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor,
+    prefix_k: Tensor | None, prefix_v: Tensor | None, *, needs: tuple[bool, ...], **options: Any,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """(dq, dk, dv, dprefix_k, dprefix_v, dsinks); what `needs` doesn't ask for is None and costs nothing."""
+    problem = Problem.of(q, k, v, prefix_k, prefix_v, **options)
+    return run_backward(problem, grad_out, grad_lse, out, lse, needs)

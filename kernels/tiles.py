@@ -33,6 +33,8 @@ def block_d(head_dim: int) -> int:
 INTERPRETER = {
     "forward": Tile(32, 16, 1, 1, "small and unequal: edges are met often, swapped axes are seen"),
     "decode": Tile(16, 16, 1, 1, "as forward"),
+    "prepare": Tile(16, 0, 1, 1, "as forward"),
+    "add_parts": Tile(64, 0, 1, 1, "as forward"),
     "dq": Tile(32, 16, 1, 1, "as forward"),
     "dkv": Tile(32, 16, 1, 1, "as forward"),
 }

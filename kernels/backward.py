@@ -1,0 +1,406 @@
+"""Backward: gradients of queries, of token keys and values, and of the prefix, summed over everything that read it.
+
+With the merged lse of the forward, p = exp(s − lse) is each key's share, whichever tensor it lies in, and
+
+    Δ = Σ_d out·dout − dlse          ds = p ∘ (dout vᵀ − Δ)          (soft cap: ds ∘ (1 − tanh²))
+    dq = scale · ds k                dk = scale · dsᵀ q              dv = pᵀ dout
+    dsink = −Σ exp(sink − lse)·Δ
+
+`prepare_kernel` writes Δ and the base-2 lse (+∞ for an item that saw nothing, so that its p is 0). `dq_kernel` walks keys as
+the forward does. `dkv_kernel` keeps a tile of keys and walks items: for token keys the items of its row, for a prefix the
+items of *all* rows that read it, and all heads of the group, so the reduction over the batch happens in registers. When
+prefix tiles alone would leave the device idle, items are split in `parts` and fp32 partial sums are added in a second pass,
+always in the same order. A key nobody needs to mask is not masked: what a hidden key's row adds up is not stored.
+
+Axes: B rows, H query heads, G key/value heads, T query tokens, S key tokens, P slots, A prefixes, D head dim.
+"""
+
+from collections.abc import Callable
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from softkv.kernels.forward import SIZES, prefix_tiles, token_tiles
+from softkv.kernels.geometry import (
+    Groups,
+    Operand,
+    load_items,
+    load_tile,
+    masked_count,
+    masked_start,
+    prefix_length,
+    prefix_of_row,
+    row_extent,
+    share,
+    span,
+    store_items,
+    token_offset,
+)
+from softkv.kernels.launch import launch
+from softkv.kernels.problem import Problem, per_item, slots, tokens
+from softkv.kernels.reduce import add_parts
+from softkv.kernels.softmax import LOG2E, key_exists, raw_scores, visible
+from softkv.kernels.tiles import block_d
+
+WAVES = 2  # programs a multiprocessor that a split reduction over a prefix aims at
+NO_GROUPS = Groups(None, None)
+
+
+@triton.jit(do_not_specialize=[*SIZES, "count"])
+def prepare_kernel(
+    out, grad_out, lse, grad_lse, lse2, delta, T, H, count,
+    PACKED: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Δ and the base-2 lse of items; here an item is (flat token, head)."""
+    item = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    live = item < tl.cast(count, tl.int64) * H
+    token = item // H
+    head = item % H
+    o = load_items(out.ptr, token_offset(out, token, T, PACKED) + head * out.head, live, HEAD_DIM, BLOCK_D)
+    do = load_items(grad_out.ptr, token_offset(grad_out, token, T, PACKED) + head * grad_out.head, live, HEAD_DIM, BLOCK_D)
+    total = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
+    at = token_offset(lse, token, T, PACKED) + head * lse.head
+    if grad_lse.ptr is not None:
+        at_grad = token_offset(grad_lse, token, T, PACKED) + head * grad_lse.head
+        total -= tl.load(grad_lse.ptr + at_grad, mask=live, other=0)
+    log_sum = tl.load(lse.ptr + at, mask=live, other=0)
+    at = token_offset(delta, token, T, PACKED) + head * delta.head
+    tl.store(lse2.ptr + at, tl.where(log_sum == float("-inf"), float("inf"), log_sum * LOG2E), mask=live)
+    tl.store(delta.ptr + at, tl.where(log_sum == float("-inf"), 0.0, total), mask=live)
+
+
+@triton.jit
+def score_gradient(p, s, dp, delta, CAPPED: tl.constexpr):
+    """ds, by the raw scores s."""
+    ds = p * (dp - delta)
+    if CAPPED:
+        ds = ds * (1 - s * s)
+    return ds
+
+
+@triton.jit
+def collect_dq(
+    dq, q, do, lse2, delta, k_ptr, v_ptr, k_stride, v_stride, mask_ptr, lower, upper, tiles, score_scale, softcap_scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add Σ_keys ds k over a span of one row's keys, or of its prefix."""
+    _, full_lo, full_hi, _ = tiles
+    for start in range(full_lo, full_hi, BLOCK_N):
+        k = load_tile(k_ptr, start, k_stride, None, HEAD_DIM, BLOCK_D, BLOCK_N)
+        s = raw_scores(q, k, softcap_scale, PRECISION)
+        p = tl.exp2(s * score_scale - lse2[:, None])
+        v = load_tile(v_ptr, start, v_stride, None, HEAD_DIM, BLOCK_D, BLOCK_N)
+        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+        ds = score_gradient(p, s, dp, delta[:, None], softcap_scale is not None)
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+    for i in range(masked_count(tiles, BLOCK_N)):
+        start = masked_start(i, tiles, BLOCK_N)
+        j = start + tl.arange(0, BLOCK_N)
+        exists = key_exists(j, tiles, mask_ptr)
+        k = load_tile(k_ptr, start, k_stride, exists, HEAD_DIM, BLOCK_D, BLOCK_N)
+        s = raw_scores(q, k, softcap_scale, PRECISION)
+        p = tl.exp2(s * score_scale - lse2[:, None])
+        v = load_tile(v_ptr, start, v_stride, exists, HEAD_DIM, BLOCK_D, BLOCK_N)
+        dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+        ds = score_gradient(p, s, dp, delta[:, None], softcap_scale is not None)
+        ds = tl.where(exists[None, :] & visible(j, lower, upper), ds, 0.0)
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+    return dq
+
+
+@triton.jit(do_not_specialize=SIZES)
+def dq_kernel(
+    q, k, v, prefix_k, prefix_v, grad_out, lse2, delta, dq, rows, prefix, score_scale, softcap_scale, window, grad_scale,
+    B, G, T, S, A, P,
+    CAUSAL: tl.constexpr, SHARED: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """As `forward_kernel`: M items of a row, over the prefix and then over the row's keys."""
+    program = tl.program_id(0)
+    row = program % B
+    g = (program // B) % G
+    block = tl.num_programs(0) // (B * G) - 1 - program // (B * G)
+
+    q_start, t_count, k_start, n = row_extent(row, rows, T, S)
+    if block * BLOCK_M >= t_count * GROUP:
+        return
+
+    item = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    live = item < t_count * GROUP
+    t = item // GROUP
+    head = tl.cast(g * GROUP + item % GROUP, tl.int64)
+    token = tl.cast(q_start, tl.int64) + t
+    row64 = tl.cast(row, tl.int64)
+    q_tile = load_items(q.ptr, row64 * q.row + token * q.item + head * q.head, live, HEAD_DIM, BLOCK_D)
+    do_at = row64 * grad_out.row + token * grad_out.item + head * grad_out.head
+    do_tile = load_items(grad_out.ptr, do_at, live, HEAD_DIM, BLOCK_D)
+    at = row64 * delta.row + token * delta.item + head * delta.head
+    lse2_tile = tl.load(lse2.ptr + at, mask=live, other=float("inf"))
+    delta_tile = tl.load(delta.ptr + at, mask=live, other=0.0)
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+
+    if prefix_k.ptr is not None:
+        a, length = prefix_of_row(row, prefix, A, P, SHARED)
+        position = None
+        if prefix.position is not None:
+            position = tl.load(prefix.position + row64 * T + token, mask=live, other=0)
+        lower, tiles = prefix_tiles(position, live, length, window, BLOCK_N)
+        a64 = tl.cast(a, tl.int64)
+        acc = collect_dq(
+            acc, q_tile, do_tile, lse2_tile, delta_tile,
+            prefix_k.ptr + a64 * prefix_k.row + g * prefix_k.head, prefix_v.ptr + a64 * prefix_v.row + g * prefix_v.head,
+            prefix_k.item, prefix_v.item, None, lower, t * 0 + (length - 1), tiles, score_scale, softcap_scale,
+            HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
+        )  # fmt: skip
+
+    last = tl.minimum((block * BLOCK_M + BLOCK_M - 1) // GROUP, t_count - 1)
+    lower, upper, tiles = token_tiles(
+        block * BLOCK_M // GROUP, last, t, n, t_count, window, CAUSAL, rows.mask is not None, BLOCK_N
+    )
+    first_key = tl.cast(k_start, tl.int64)
+    mask_ptr = None
+    if rows.mask is not None:
+        mask_ptr = rows.mask + row64 * S
+    acc = collect_dq(
+        acc, q_tile, do_tile, lse2_tile, delta_tile,
+        k.ptr + row64 * k.row + first_key * k.item + g * k.head, v.ptr + row64 * v.row + first_key * v.item + g * v.head,
+        k.item, v.item, mask_ptr, lower, upper, tiles, score_scale, softcap_scale,
+        HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
+    )  # fmt: skip
+    store_items(dq.ptr, row64 * dq.row + token * dq.item + head * dq.head, acc * grad_scale, live, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit
+def collect_dkv(
+    dk, dv, k, v, q, grad_out, lse2, delta, at, live, seen, score_scale, softcap_scale,
+    NEED_K: tl.constexpr, NEED_V: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The tile step of the key side, transposed: rows are keys, columns are items, which lie `at` offsets in q, dout, Δ.
+
+    `live` [M] and `seen` [N, M] are None where every item exists and sees every key."""
+    at_q, at_do, at_item = at
+    q_tile = load_items(q.ptr, at_q, live, HEAD_DIM, BLOCK_D)
+    if live is not None:
+        lse2_tile = tl.load(lse2.ptr + at_item, mask=live, other=float("inf"))
+        delta_tile = tl.load(delta.ptr + at_item, mask=live, other=0.0)
+    else:
+        lse2_tile = tl.load(lse2.ptr + at_item)
+        delta_tile = tl.load(delta.ptr + at_item)
+    s = raw_scores(k, q_tile, softcap_scale, PRECISION)
+    p = tl.exp2(s * score_scale - lse2_tile[None, :])
+    if seen is not None:
+        p = tl.where(seen, p, 0.0)
+    do = load_items(grad_out.ptr, at_do, live, HEAD_DIM, BLOCK_D)
+    if NEED_V:
+        dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+    if NEED_K:
+        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+        ds = score_gradient(p, s, dp, delta_tile[None, :], softcap_scale is not None)
+        dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision=PRECISION)
+    return dk, dv
+
+
+@triton.jit
+def place_items(
+    items, live, q, grad_out, delta, order, row, first, g, T,
+    FLAT: tl.constexpr, PACKED: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """(flat token, offsets in q, dout, Δ) of items: of one row, or (FLAT) of all tokens that read a prefix."""
+    head = tl.cast(g * GROUP + items % GROUP, tl.int64)
+    token = first + items // GROUP
+    if FLAT:
+        if order is not None:
+            token = tl.load(order + token, mask=live, other=0) if live is not None else tl.load(order + token)
+        at_q = token_offset(q, token, T, PACKED)
+        at_do = token_offset(grad_out, token, T, PACKED)
+        at_item = token_offset(delta, token, T, PACKED)
+    else:
+        token = tl.cast(token, tl.int64)
+        at_q = row * q.row + token * q.item
+        at_do = row * grad_out.row + token * grad_out.item
+        at_item = row * delta.row + token * delta.item
+    return token, (at_q + head * q.head, at_do + head * grad_out.head, at_item + head * delta.head)
+
+
+@triton.jit(do_not_specialize=[*SIZES, "count", "parts"])
+def dkv_kernel(
+    q, k, v, grad_out, lse2, delta, dk, dv, rows, prefix, groups, score_scale, softcap_scale, window, grad_scale,
+    B, G, T, S, A, P, count, parts,
+    OVER_PREFIX: tl.constexpr, PACKED: tl.constexpr, CAUSAL: tl.constexpr, GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    NEED_K: tl.constexpr, NEED_V: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """N keys of a row, or N slots of a prefix (`k`, `v` are then the bank), over the items that see them."""
+    program = tl.program_id(0)
+    part = program % parts
+    program = program // parts
+    sources = A if OVER_PREFIX else B
+    source = program % sources
+    g = (program // sources) % G
+    j_first = program // (sources * G) * BLOCK_N
+    j = j_first + tl.arange(0, BLOCK_N)
+    source64 = tl.cast(source, tl.int64)
+
+    # Which items see key j: those from `lower` to `upper`.
+    if OVER_PREFIX:
+        k_start = 0
+        n = prefix_length(source, prefix, A, P)
+        stored = P
+        first = 0
+        readers = count
+        if groups.start is not None:
+            first = tl.load(groups.start + source)
+            readers = tl.load(groups.start + source + 1) - first
+        exists = j < n
+    else:
+        first, readers, k_start, n = row_extent(source, rows, T, S)
+        stored = n if PACKED else S
+        exists = j < n
+        if rows.mask is not None:
+            exists = exists & (tl.load(rows.mask + source64 * S + j, mask=exists, other=0) != 0)
+    lower = j * 0
+    upper = j * 0 + (readers * GROUP - 1)
+    last = tl.maximum(tl.minimum(j_first + BLOCK_N, n) - 1 - j_first, 0)
+    if CAUSAL and not OVER_PREFIX:
+        diagonal = j - (n - readers)
+        lower = tl.maximum(diagonal, 0) * GROUP
+        if window is not None:
+            upper = tl.minimum((diagonal + window) * GROUP - 1, upper)
+    # Bounds grow with j: the first key's and the last existing key's say which tiles need a mask.
+    is_first = tl.arange(0, BLOCK_N) == 0
+    is_last = tl.arange(0, BLOCK_N) == last
+    tiles = span(
+        tl.sum(tl.where(is_first, lower, 0), 0), tl.sum(tl.where(is_last, lower, 0), 0),
+        tl.sum(tl.where(is_first, upper, 0), 0), tl.where(j_first < n, tl.sum(tl.where(is_last, upper, 0), 0), -1),
+        prefix.position is not None and OVER_PREFIX, BLOCK_M,
+    )  # fmt: skip
+    tiles = share(tiles, part, parts, BLOCK_M)
+    _, full_lo, full_hi, hi = tiles
+
+    at = source64 * k.row + tl.cast(k_start, tl.int64) * k.item + tl.cast(g, tl.int64) * k.head
+    k_tile = load_tile(k.ptr + at, j_first, k.item, exists, HEAD_DIM, BLOCK_D, BLOCK_N)
+    at = source64 * v.row + tl.cast(k_start, tl.int64) * v.item + tl.cast(g, tl.int64) * v.head
+    v_tile = load_tile(v.ptr + at, j_first, v.item, exists, HEAD_DIM, BLOCK_D, BLOCK_N)
+    dk_tile = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv_tile = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    for start in range(full_lo, full_hi, BLOCK_M):
+        items = start + tl.arange(0, BLOCK_M)
+        _, at = place_items(
+            items, None, q, grad_out, delta, groups.order, source64, first, g, T, OVER_PREFIX, PACKED, GROUP
+        )
+        dk_tile, dv_tile = collect_dkv(
+            dk_tile, dv_tile, k_tile, v_tile, q, grad_out, lse2, delta, at, None, None, score_scale, softcap_scale,
+            NEED_K, NEED_V, HEAD_DIM, BLOCK_D, PRECISION,
+        )  # fmt: skip
+    for i in range(masked_count(tiles, BLOCK_M)):
+        items = masked_start(i, tiles, BLOCK_M) + tl.arange(0, BLOCK_M)
+        live = items < hi
+        token, at = place_items(
+            items, live, q, grad_out, delta, groups.order, source64, first, g, T, OVER_PREFIX, PACKED, GROUP
+        )
+        seen = (items[None, :] >= lower[:, None]) & (items[None, :] <= upper[:, None])
+        if OVER_PREFIX and prefix.position is not None:
+            position = tl.load(prefix.position + token, mask=live, other=0)
+            seen = seen & (j[:, None] > position[None, :] - window + n)
+        dk_tile, dv_tile = collect_dkv(
+            dk_tile, dv_tile, k_tile, v_tile, q, grad_out, lse2, delta, at, live, seen, score_scale, softcap_scale,
+            NEED_K, NEED_V, HEAD_DIM, BLOCK_D, PRECISION,
+        )  # fmt: skip
+
+    keep = j < stored
+    row = source64 + tl.cast(part, tl.int64) * sources
+    at = tl.cast(k_start, tl.int64) + j
+    if NEED_K:
+        where = row * dk.row + at * dk.item + tl.cast(g, tl.int64) * dk.head
+        store_items(dk.ptr, where, tl.where(exists[:, None], dk_tile * grad_scale, 0.0), keep, HEAD_DIM, BLOCK_D)
+    if NEED_V:
+        where = row * dv.row + at * dv.item + tl.cast(g, tl.int64) * dv.head
+        store_items(dv.ptr, where, tl.where(exists[:, None], dv_tile, 0.0), keep, HEAD_DIM, BLOCK_D)
+
+
+def prepare(problem: Problem, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """(base-2 lse, Δ), shaped as lse."""
+    p, tile = problem, problem.tile("prepare")
+    lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
+    launch(
+        prepare_kernel, triton.cdiv(p.tokens * p.H, tile.m), tile,
+        out=tokens(out), grad_out=tokens(grad_out), lse=per_item(lse),
+        grad_lse=Operand(None, 0, 0, 0) if grad_lse is None else per_item(grad_lse),
+        lse2=per_item(lse2), delta=per_item(delta), T=p.T, H=p.H, count=p.tokens,
+        PACKED=p.packed, HEAD_DIM=p.D, BLOCK_D=block_d(p.D), BLOCK_M=tile.m,
+    )  # fmt: skip
+    return lse2, delta
+
+
+def run_dq(problem: Problem, grad_out: Tensor, lse2: Tensor, delta: Tensor) -> Tensor:
+    p, tile = problem, problem.tile("dq")
+    dq = torch.empty_like(p.q)
+    blocks = triton.cdiv(p.T_max * p.group, tile.m)
+    launch(
+        dq_kernel, blocks * p.G * p.B, tile, **p.arguments(), grad_out=tokens(grad_out), lse2=per_item(lse2),
+        delta=per_item(delta), dq=tokens(dq), grad_scale=-p.scale if p.flipped else p.scale,
+        BLOCK_M=tile.m, BLOCK_N=tile.n,
+    )  # fmt: skip
+    return dq
+
+
+def run_dkv(
+    problem: Problem, grad_out: Tensor, lse2: Tensor, delta: Tensor, over_prefix: bool, need_k: bool, need_v: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of the token keys and values, or of the prefix's."""
+    p, tile = problem, problem.tile("dkv")
+    keys, values = (p.prefix_k, p.prefix_v) if over_prefix else (p.k, p.v)
+    operand = slots if over_prefix else tokens
+    sources, length = (p.A, p.P) if over_prefix else (p.B, p.S_max)
+    programs = triton.cdiv(length, tile.n) * p.G * sources
+    parts = 1
+    if over_prefix:  # as many item tiles as there are, but no more programs than fill the device
+        most = triton.cdiv(p.tokens * p.group, tile.m * sources)
+        parts = max(1, min(most, WAVES * p.target.units // max(programs, 1)))
+    dk = parts_like(keys, parts) if need_k else None
+    dv = parts_like(values, parts) if need_v else None
+    arguments = p.arguments() | {"k": operand(keys), "v": operand(values)}
+    for unused in ("prefix_k", "prefix_v", "SHARED"):
+        del arguments[unused]
+    launch(
+        dkv_kernel, programs * parts, tile, **arguments, grad_out=tokens(grad_out), lse2=per_item(lse2),
+        delta=per_item(delta), dk=part_operand(dk, operand), dv=part_operand(dv, operand),
+        groups=p.groups() if over_prefix else NO_GROUPS, grad_scale=p.scale, count=p.tokens, parts=parts,
+        OVER_PREFIX=over_prefix, PACKED=p.packed, NEED_K=need_k, NEED_V=need_v, BLOCK_M=tile.m, BLOCK_N=tile.n,
+    )  # fmt: skip
+    return add_parts(dk, keys), add_parts(dv, values)
+
+
+def parts_like(x: Tensor, parts: int) -> Tensor:
+    """Where a gradient of x goes: straight to it, or as `parts` fp32 partial sums [parts, *x.shape]."""
+    return torch.empty_like(x)[None] if parts == 1 else x.new_empty((parts, *x.shape), dtype=torch.float32)
+
+
+def part_operand(x: Tensor | None, operand: Callable[[Tensor], Operand]) -> Operand:
+    return Operand(None, 0, 0, 0) if x is None else operand(x[0])
+
+
+def run_backward(
+    problem: Problem, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, needs: tuple[bool, ...]
+) -> tuple[Tensor | None, ...]:
+    """(dq, dk, dv, dprefix_k, dprefix_v, dsinks), None where `needs` says so."""
+    need_q, need_k, need_v, need_prefix_k, need_prefix_v, need_sinks = needs
+    if problem.prefix_k is None:
+        need_prefix_k = need_prefix_v = False
+    if grad_out.stride(-1) != 1:
+        grad_out = grad_out.contiguous()
+    lse2, delta = prepare(problem, grad_out, grad_lse, out, lse)
+    dq = dk = dv = dprefix_k = dprefix_v = dsinks = None
+    if need_q:
+        dq = run_dq(problem, grad_out, lse2, delta)
+    if need_k or need_v:
+        dk, dv = run_dkv(problem, grad_out, lse2, delta, False, need_k, need_v)
+    if need_prefix_k or need_prefix_v:
+        dprefix_k, dprefix_v = run_dkv(problem, grad_out, lse2, delta, True, need_prefix_k, need_prefix_v)
+    if need_sinks and problem.sinks is not None:
+        heads = (0, 2) if lse.dim() == 3 else (1,)
+        share = torch.exp(problem.sinks.float()[:, None] - lse)
+        dsinks = -(share * delta).sum(heads).to(problem.sinks.dtype)
+    return dq, dk, dv, dprefix_k, dprefix_v, dsinks
