@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from softkv.kernels.backward import run_backward
+from softkv.kernels.decode import MOST_QUERIES, run_decode
 from softkv.kernels.forward import run_forward
 from softkv.kernels.launch import interpreter_enabled
 from softkv.kernels.problem import Problem
@@ -25,7 +26,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """(out, lse)."""
     problem = Problem.of(q, k, v, prefix_k, prefix_v, **options)
-    return run_forward(problem)
+    return run_decode(problem) if problem.T_max <= MOST_QUERIES else run_forward(problem)
 
 
 def backward(

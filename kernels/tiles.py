@@ -35,6 +35,8 @@ INTERPRETER = {
     "decode": Tile(16, 16, 1, 1, "as forward"),
     "prepare": Tile(16, 0, 1, 1, "as forward"),
     "add_parts": Tile(64, 0, 1, 1, "as forward"),
+    "decode_prefix": Tile(32, 16, 1, 1, "as forward"),
+    "merge": Tile(16, 0, 1, 1, "as forward"),
     "dq": Tile(32, 16, 1, 1, "as forward"),
     "dkv": Tile(32, 16, 1, 1, "as forward"),
 }
