@@ -53,8 +53,8 @@ class PTuningV2(Method):
         reparametrize: compute the matrices by an MLP from learned embeddings while training; `folded` leaves the plain
             matrices.
         reparametrize_size: width of these embeddings and of the MLP; 512 if None.
-        encoder: None, "lstm", "attention" or an `nn.Module`. With a module the field reads "custom" afterwards; a config
-            read from a file then needs the module again: `dataclasses.replace(config, encoder=module)`.
+        encoder: None, "lstm", "attention" or an `nn.Module`. With a module the field reads "custom" afterwards; read
+            from a file, the config needs the module again: `dataclasses.replace(config, encoder=module)`.
         encoder_size: E of "lstm" (even) and "attention" (a multiple of 4, its heads); 256 if None.
         share_encoder: one encoder for all blocks, or one for each.
         template: how `encode` builds a row; without soft tokens.
@@ -126,8 +126,8 @@ class PTuningV2(Method):
         encoder = getattr(self, "_module", None) if self.encoder == "custom" else self.encoder
         if encoder is None:
             raise ValueError(
-                "this PTuningV2 was made with an encoder of one's own, which a saved config can't hold: give the module "
-                "again with dataclasses.replace(config, encoder=module)"
+                "this PTuningV2 was made with an encoder of one's own, which a saved config can't hold: give the "
+                "module again with dataclasses.replace(config, encoder=module)"
             )
         size, std = self.encoder_size or ENCODER_SIZE, self.init_std or INIT_STD
         return build_rows(self, encoder, base.shape, slots=self.length, size=size, shared=self.share_encoder, std=std)
