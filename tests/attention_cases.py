@@ -60,7 +60,11 @@ def dense(B=2, H=4, G=2, T=5, S=None, D=16, A=None, P=0, sinks=False, seed=0, **
 def packed(lengths_q, lengths_k=None, H=4, G=2, D=16, A=None, P=0, sinks=False, seed=0, **options: Any) -> Case:
     torch.manual_seed(seed)
     lengths_k = lengths_q if lengths_k is None else lengths_k
-    leaves = {"q": _random(sum(lengths_q), H, D), "k": _random(sum(lengths_k), G, D), "v": _random(sum(lengths_k), G, D)}
+    leaves = {
+        "q": _random(sum(lengths_q), H, D),
+        "k": _random(sum(lengths_k), G, D),
+        "v": _random(sum(lengths_k), G, D),
+    }
     if P or A:
         rows = len(lengths_q)
         leaves |= {"prefix_k": _random(A or rows, G, P, D), "prefix_v": _random(A or rows, G, P, D)}

@@ -1,0 +1,323 @@
+"""Which pieces a call is cut into: who sees what, without a mask wherever a slice says the same."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Up to here rows that differ in what they see share one masked call; longer ones get slices of their own, which skip
+# the work that a mask only hides.
+_FEW_QUERIES = 32
+# The library's causal kernel skips whole blocks of 512 keys only. Below this many queries tiles with a mask skip more.
+_LONG = 1024
+_SHORT = 96
+_ROWS_AT_ONCE = 4
+
+
+@dataclass(slots=True)
+class Queries:
+    """Where a piece's queries lie in a line [N, H, ...]: a part t0:t1 of equally long rows, or tokens picked singly."""
+
+    start: int
+    rows: int
+    length: int
+    t0: int
+    t1: int
+    index: Tensor | None = None
+
+    def of(self, line: Tensor) -> Tensor:
+        """[N, H, ...] → [rows, H, t, ...]: a view, or a copy of picked tokens."""
+        if self.index is not None:
+            return line[self.index].unsqueeze(0).transpose(1, 2)
+        part = line[self.start : self.start + self.rows * self.length].unflatten(0, (self.rows, self.length))
+        return part[:, self.t0 : self.t1].transpose(1, 2)
+
+    def back(self, x: Tensor) -> Tensor:
+        """[rows, H, t, ...] → [rows·t, H, ...]"""
+        return x.transpose(1, 2).flatten(0, 1)
+
+    def whole(self, N: int) -> bool:
+        return self.index is None and self.rows * (self.t1 - self.t0) == N
+
+
+@dataclass(slots=True)
+class Piece:
+    queries: Queries
+    key_rows: slice
+    s0: int
+    s1: int
+    mask: Tensor | None = None
+    causal: bool = False
+    blind: Tensor | None = None  # [b, 1, t], queries from which the mask hides everything
+
+    def keys(self, x: Tensor) -> Tensor:
+        """[rows or 1, G, S, D] → [rows, G, s, D], a view."""
+        return x[self.key_rows, :, self.s0 : self.s1].expand(self.queries.rows, -1, -1, -1)
+
+
+@dataclass(slots=True)
+class Run:
+    """Adjacent rows of the same geometry: T queries, n keys of which lo:hi are seen, but for holes in them."""
+
+    first: int
+    rows: int
+    start: int
+    T: int
+    key_row: int
+    key_start: int
+    n: int
+    lo: int
+    hi: int
+    holes: Tensor | None = None  # [S] bool, keys that are seen
+
+
+class Call:
+    """One call's operands brought into one form, dense and packed alike."""
+
+    def __init__(
+        self, q: Tensor, k: Tensor, prefix_k: Tensor | None, options: dict[str, Any], fused: bool, chunks: int
+    ):
+        self.options, self.fused, self.chunks = options, fused, chunks
+        self.dtype, self.device = q.dtype, q.device
+        self.packed_q: list[int] | None = None
+        self.packed_k: list[int] | None = None
+        self.dense = q.dim() == 4
+        if self.dense:
+            self.B, self.T = q.shape[0], q.shape[2]
+            self.N, self.heads = self.B * self.T, (q.shape[1], q.shape[3])
+            self.S = k.shape[2]
+        else:
+            self.packed_q, self.packed_k = options["cu_seqlens_q"].tolist(), options["cu_seqlens_k"].tolist()
+            self.B, self.T = len(self.packed_q) - 1, options["max_seqlen_q"]
+            self.N, self.heads = q.shape[0], (q.shape[1], q.shape[2])
+            self.S = k.shape[0]
+        self.A, self.P = (0, 0) if prefix_k is None else (prefix_k.shape[0], prefix_k.shape[2])
+        self.window = options["window"]
+        self.runs = _runs(self)
+
+    def line(self, x: Tensor, heads_first: bool = False) -> Tensor:
+        """q-shaped → [N, H, D]; with heads_first lse-shaped → [N, H]."""
+        if self.dense:
+            return x.transpose(1, 2).flatten(0, 1)
+        return x.transpose(0, 1).contiguous() if heads_first else x.contiguous()
+
+    def unline(self, x: Tensor, q: Tensor) -> Tensor:
+        """[N, H, D] in any precision → shape, dtype and layout of q."""
+        if self.dense:
+            x = x.unflatten(0, (self.B, self.T)).transpose(1, 2)
+        return x.to(q.dtype) if x.stride() == q.stride() else torch.empty_like(q).copy_(x)
+
+    def unline_lse(self, x: Tensor) -> Tensor:
+        if self.dense:
+            return x.unflatten(0, (self.B, self.T)).transpose(1, 2).contiguous()
+        return x.transpose(0, 1).contiguous()
+
+    def keys(self, x: Tensor) -> Tensor:
+        """[B, G, S, D]; packed keys are one long row."""
+        return x if self.dense else x.transpose(0, 1).unsqueeze(0)
+
+    def unkeys(self, x: Tensor, k: Tensor) -> Tensor:
+        return x if self.dense else x.squeeze(0).transpose(0, 1)
+
+
+def _runs(call: Call) -> list[Run]:
+    if call.packed_q is not None and call.packed_k is not None:
+        return [
+            Run(b, 1, q0, q1 - q0, 0, k0, k1 - k0, 0, k1 - k0)
+            for b, (q0, q1, k0, k1) in enumerate(
+                zip(call.packed_q, call.packed_q[1:], call.packed_k, call.packed_k[1:], strict=False)
+            )
+            if q1 > q0
+        ]
+    B, T, S = call.B, call.T, call.S
+    key_mask, key_lengths = call.options["key_mask"], call.options["key_lengths"]
+    if key_mask is not None and bool(key_mask.all()):
+        key_mask = None
+    if key_mask is None and key_lengths is None:
+        return [Run(0, B, 0, T, 0, 0, S, 0, S)]
+    lengths = [S] * B if key_lengths is None else key_lengths.tolist()
+    ranges: list[tuple[int, int, bool]] = [(0, n, False) for n in lengths]
+    if key_mask is not None:
+        ranges = []
+        for n, row in zip(lengths, key_mask.tolist(), strict=True):
+            seen = row[:n]
+            lo = seen.index(True) if True in seen else 0
+            hi = n - seen[::-1].index(True) if True in seen else 0
+            ranges.append((lo, hi, not all(seen[lo:hi])))
+    runs: list[Run] = []
+    for b, (n, (lo, hi, holes)) in enumerate(zip(lengths, ranges, strict=True)):
+        last = runs[-1] if runs else None
+        if last and not holes and last.holes is None and (last.n, last.lo, last.hi) == (n, lo, hi):
+            last.rows += 1
+        else:
+            runs.append(Run(b, 1, b * T, T, b, 0, n, lo, hi, key_mask[b] if holes else None))
+    return runs
+
+
+def plan_tokens(call: Call) -> list[Piece]:
+    if call.S == 0:
+        return []
+    causal, window = call.options["is_causal"], call.window
+    if call.dense and len(call.runs) > 1 and call.T <= _FEW_QUERIES:
+        return _masked_tokens(call)
+    pieces = []
+    for run in call.runs:
+        for t0, t1, s0, s1, mask, flag in _band(call, run.T, run.hi - run.lo, run.n - run.T - run.lo, causal, window):
+            blind = None
+            if run.holes is not None:
+                holes = _additive(run.holes[run.lo + s0 : run.lo + s1], call.dtype).expand(t1 - t0, -1)
+                if flag:
+                    mask = _band_mask(call, t1 - t0, s1 - s0, t0 - s0, True, None)
+                mask, flag = holes.contiguous() if mask is None else mask + holes, False
+                blind = (mask == float("-inf")).all(-1)
+            keys = run.key_start + run.lo
+            pieces.append(
+                Piece(
+                    Queries(run.start, run.rows, run.T, t0, t1), slice(run.key_row, run.key_row + run.rows),
+                    keys + s0, keys + s1, mask, flag, blind,
+                )
+            )  # fmt: skip
+    return pieces
+
+
+def plan_prefix(call: Call) -> list[Piece]:
+    if call.P == 0:
+        return []
+    lengths = call.options["prefix_lengths"]
+    lengths = [call.P] * call.A if lengths is None else lengths.tolist()
+    index = call.options["prefix_index"]
+    if call.window is not None and call.options["window_covers_prefix"]:
+        return _windowed_prefix(call, lengths, None if index is None else index.tolist())
+    if index is None and call.A == 1:
+        return _shared(call, 0, lengths[0], 0, call.N)
+    if index is None and call.dense:
+        return _prefix_per_row(call, lengths)
+    numbers = range(call.B) if index is None else index.tolist()
+    starts = call.packed_q or range(0, call.N + 1, call.T)
+    readers: dict[int, list[int]] = {}
+    for b, a in enumerate(numbers):
+        if 0 <= a < call.A:
+            readers.setdefault(a, []).append(b)
+    pieces = []
+    for a, rows in readers.items():
+        if rows[-1] - rows[0] == len(rows) - 1:
+            pieces += _shared(call, a, lengths[a], starts[rows[0]], starts[rows[-1] + 1])
+        else:
+            picked = [t for b in rows for t in range(starts[b], starts[b + 1])]
+            if picked and lengths[a]:
+                tokens = torch.tensor(picked, device=call.device)
+                queries = Queries(0, 1, len(picked), 0, len(picked), tokens)
+                pieces.append(Piece(queries, slice(a, a + 1), 0, lengths[a]))
+    return pieces
+
+
+def _shared(call: Call, a: int, length: int, start: int, stop: int) -> list[Piece]:
+    """All queries of a stretch of the line to prefix a. In chunks, because the library's backward works on a batch's
+    heads in parallel, not on its queries; their number is fixed, so the sum's order is too."""
+    if length == 0 or start == stop:
+        return []
+    chunks = call.chunks if stop - start >= call.chunks * _SHORT else 1
+    each = (stop - start) // chunks
+    pieces = [Piece(Queries(start, chunks, each, 0, each), slice(a, a + 1), 0, length)]
+    if rest := stop - start - chunks * each:
+        pieces.append(Piece(Queries(stop - rest, 1, rest, 0, rest), slice(a, a + 1), 0, length))
+    return pieces
+
+
+def _prefix_per_row(call: Call, lengths: list[int]) -> list[Piece]:
+    T = call.T
+    if min(lengths) == max(lengths) == 0:
+        return []
+    if min(lengths) == max(lengths):
+        return [Piece(Queries(0, call.B, T, 0, T), slice(0, call.B), 0, lengths[0])]
+    if T <= _FEW_QUERIES:
+        P = max(lengths)
+        seen = torch.arange(P, device=call.device) < torch.tensor(lengths, device=call.device)[:, None]
+        blind = ~seen.any(-1)[:, None, None]
+        mask = _additive(seen, call.dtype)[:, None, None].expand(-1, -1, T, -1)
+        return [Piece(Queries(0, call.B, T, 0, T), slice(0, call.B), 0, P, mask, False, blind)]
+    return [Piece(Queries(b * T, 1, T, 0, T), slice(b, b + 1), 0, length) for b, length in enumerate(lengths) if length]
+
+
+def _windowed_prefix(call: Call, lengths: list[int], index: list[int] | None) -> list[Piece]:
+    pieces = []
+    for run in call.runs:
+        shared = index is None and call.A == 1
+        step = _ROWS_AT_ONCE if shared else 1
+        for first in range(run.first, run.first + run.rows, step):
+            rows = min(step, run.first + run.rows - first)
+            a = 0 if shared else first if index is None else index[first]
+            if not 0 <= a < call.A:
+                continue
+            offset = run.n - run.T - run.lo + lengths[a]
+            start = run.start + (first - run.first) * run.T
+            for t0, t1, s0, s1, mask, _ in _band(call, run.T, lengths[a], offset, False, call.window):
+                pieces.append(Piece(Queries(start, rows, run.T, t0, t1), slice(a, a + 1), s0, s1, mask))
+    return pieces
+
+
+def _masked_tokens(call: Call) -> list[Piece]:
+    """All rows in one call, what each query sees in a mask: for a few queries, where calls cost more than work."""
+    options, T = call.options, call.T
+    n = torch.tensor([run.n for run in call.runs for _ in range(run.rows)], device=call.device)[:, None, None]
+    S = max(run.n for run in call.runs)
+    if S == 0:
+        return []
+    position = torch.arange(S, device=call.device)
+    query = n - T + torch.arange(T, device=call.device)[:, None]
+    seen = position < n
+    if options["key_mask"] is not None:
+        seen = seen & options["key_mask"][:, None, :S]
+    if options["is_causal"]:
+        seen = seen & (position <= query)
+    if call.window is not None:
+        seen = seen & (position > query - call.window)
+    seen = seen.expand(-1, T, -1)
+    blind = ~seen.any(-1)[:, None]
+    return [
+        Piece(Queries(0, call.B, T, 0, T), slice(0, call.B), 0, S, _additive(seen, call.dtype)[:, None], False, blind)
+    ]
+
+
+def _band(
+    call: Call, T: int, n: int, offset: int, causal: bool, window: int | None
+) -> Iterator[tuple[int, int, int, int, Tensor | None, bool]]:
+    """Tiles (t0, t1, s0, s1, mask, causal kernel) of T queries over n keys, where query t stands at key t + offset and
+    sees keys up to itself (causal) and after t + offset − window. Queries that see nothing are in no tile."""
+    first = max(0, -offset) if causal else 0
+    last = T if window is None else min(T, n - 1 + window - offset)
+    if n <= 0 or first >= last:
+        return
+    bounded = window is not None and last - 1 + offset - window >= 0
+    size = last - first
+    if bounded:
+        size = min(size, max(64, min(256, window // 4)))
+    elif causal and first + offset < n - 1:
+        if first + offset == 0 and call.fused and (size <= _SHORT or size >= _LONG):
+            yield first, last, 0, min(n, size), None, True
+            return
+        size = max(64, size // 8)
+    for t0 in range(first, last, size):
+        t1 = min(last, t0 + size)
+        s0 = max(0, t0 + offset - window + 1) if bounded else 0
+        s1 = min(n, t1 + offset) if causal else n
+        hidden = (causal and t0 + offset < s1 - 1) or (bounded and t1 - 1 + offset - window >= s0)
+        mask = (
+            _band_mask(call, t1 - t0, s1 - s0, t0 + offset - s0, causal, window if bounded else None)
+            if hidden
+            else None
+        )
+        yield t0, t1, s0, s1, mask, False
+
+
+def _band_mask(call: Call, t: int, s: int, diagonal: int, causal: bool, window: int | None) -> Tensor:
+    """[t, s]: 0 where key j ≤ i + diagonal (causal) and j > i + diagonal − window, −∞ elsewhere."""
+    hidden = torch.full((t, s), float("-inf"), dtype=call.dtype, device=call.device)
+    mask = hidden.triu(diagonal + 1) if causal else torch.zeros_like(hidden)
+    return mask if window is None else mask + hidden.tril(diagonal - window)
+
+
+def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
