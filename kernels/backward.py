@@ -130,7 +130,8 @@ def dq_kernel(
     item = block * BLOCK_M + tl.arange(0, BLOCK_M)
     live = item < t_count * GROUP
     t = item // GROUP
-    head = tl.cast(g * GROUP + item % GROUP, tl.int64)
+    g64 = tl.cast(g, tl.int64)
+    head = g64 * GROUP + item % GROUP
     token = tl.cast(q_start, tl.int64) + t
     row64 = tl.cast(row, tl.int64)
     q_tile = load_items(q.ptr, row64 * q.row + token * q.item + head * q.head, live, HEAD_DIM, BLOCK_D)
@@ -150,7 +151,7 @@ def dq_kernel(
         a64 = tl.cast(a, tl.int64)
         acc = collect_dq(
             acc, q_tile, do_tile, lse2_tile, delta_tile,
-            prefix_k.ptr + a64 * prefix_k.row + g * prefix_k.head, prefix_v.ptr + a64 * prefix_v.row + g * prefix_v.head,
+            prefix_k.ptr + a64 * prefix_k.row + g64 * prefix_k.head, prefix_v.ptr + a64 * prefix_v.row + g64 * prefix_v.head,
             prefix_k.item, prefix_v.item, None, lower, t * 0 + (length - 1), tiles, score_scale, softcap_scale,
             HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
         )  # fmt: skip
@@ -165,7 +166,7 @@ def dq_kernel(
         mask_ptr = rows.mask + row64 * S
     acc = collect_dq(
         acc, q_tile, do_tile, lse2_tile, delta_tile,
-        k.ptr + row64 * k.row + first_key * k.item + g * k.head, v.ptr + row64 * v.row + first_key * v.item + g * v.head,
+        k.ptr + row64 * k.row + first_key * k.item + g64 * k.head, v.ptr + row64 * v.row + first_key * v.item + g64 * v.head,
         k.item, v.item, mask_ptr, lower, upper, tiles, score_scale, softcap_scale,
         HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
     )  # fmt: skip
@@ -279,25 +280,27 @@ def dkv_kernel(
     tiles = share(tiles, part, parts, BLOCK_M)
     _, full_lo, full_hi, hi = tiles
 
-    at = source64 * k.row + tl.cast(k_start, tl.int64) * k.item + tl.cast(g, tl.int64) * k.head
-    k_tile = load_tile(k.ptr + at, j_first, k.item, exists, HEAD_DIM, BLOCK_D, BLOCK_N)
-    at = source64 * v.row + tl.cast(k_start, tl.int64) * v.item + tl.cast(g, tl.int64) * v.head
-    v_tile = load_tile(v.ptr + at, j_first, v.item, exists, HEAD_DIM, BLOCK_D, BLOCK_N)
+    k0 = tl.cast(k_start, tl.int64)
+    g64 = tl.cast(g, tl.int64)
+    k_base = k.ptr + source64 * k.row + k0 * k.item + g64 * k.head
+    v_base = v.ptr + source64 * v.row + k0 * v.item + g64 * v.head
+    k_tile = load_tile(k_base, j_first, k.item, exists, HEAD_DIM, BLOCK_D, BLOCK_N)
+    v_tile = load_tile(v_base, j_first, v.item, exists, HEAD_DIM, BLOCK_D, BLOCK_N)
     dk_tile = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv_tile = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for start in range(full_lo, full_hi, BLOCK_M):
         items = start + tl.arange(0, BLOCK_M)
-        _, at = place_items(
+        token, places = place_items(
             items, None, q, grad_out, delta, groups.order, source64, first, g, T, OVER_PREFIX, PACKED, GROUP
         )
         dk_tile, dv_tile = collect_dkv(
-            dk_tile, dv_tile, k_tile, v_tile, q, grad_out, lse2, delta, at, None, None, score_scale, softcap_scale,
+            dk_tile, dv_tile, k_tile, v_tile, q, grad_out, lse2, delta, places, None, None, score_scale, softcap_scale,
             NEED_K, NEED_V, HEAD_DIM, BLOCK_D, PRECISION,
         )  # fmt: skip
     for i in range(masked_count(tiles, BLOCK_M)):
         items = masked_start(i, tiles, BLOCK_M) + tl.arange(0, BLOCK_M)
         live = items < hi
-        token, at = place_items(
+        token, places = place_items(
             items, live, q, grad_out, delta, groups.order, source64, first, g, T, OVER_PREFIX, PACKED, GROUP
         )
         seen = (items[None, :] >= lower[:, None]) & (items[None, :] <= upper[:, None])
@@ -305,19 +308,18 @@ def dkv_kernel(
             position = tl.load(prefix.position + token, mask=live, other=0)
             seen = seen & (j[:, None] > position[None, :] - window + n)
         dk_tile, dv_tile = collect_dkv(
-            dk_tile, dv_tile, k_tile, v_tile, q, grad_out, lse2, delta, at, live, seen, score_scale, softcap_scale,
+            dk_tile, dv_tile, k_tile, v_tile, q, grad_out, lse2, delta, places, live, seen, score_scale, softcap_scale,
             NEED_K, NEED_V, HEAD_DIM, BLOCK_D, PRECISION,
         )  # fmt: skip
 
     keep = j < stored
     row = source64 + tl.cast(part, tl.int64) * sources
-    at = tl.cast(k_start, tl.int64) + j
     if NEED_K:
-        where = row * dk.row + at * dk.item + tl.cast(g, tl.int64) * dk.head
-        store_items(dk.ptr, where, tl.where(exists[:, None], dk_tile * grad_scale, 0.0), keep, HEAD_DIM, BLOCK_D)
+        offsets = row * dk.row + (k0 + j) * dk.item + g64 * dk.head
+        store_items(dk.ptr, offsets, tl.where(exists[:, None], dk_tile * grad_scale, 0.0), keep, HEAD_DIM, BLOCK_D)
     if NEED_V:
-        where = row * dv.row + at * dv.item + tl.cast(g, tl.int64) * dv.head
-        store_items(dv.ptr, where, tl.where(exists[:, None], dv_tile, 0.0), keep, HEAD_DIM, BLOCK_D)
+        offsets = row * dv.row + (k0 + j) * dv.item + g64 * dv.head
+        store_items(dv.ptr, offsets, tl.where(exists[:, None], dv_tile, 0.0), keep, HEAD_DIM, BLOCK_D)
 
 
 def prepare(problem: Problem, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:

@@ -71,7 +71,8 @@ def forward_kernel(
     item = block * BLOCK_M + tl.arange(0, BLOCK_M)
     live = item < t_count * GROUP
     t = item // GROUP
-    head = tl.cast(g * GROUP + item % GROUP, tl.int64)
+    g64 = tl.cast(g, tl.int64)
+    head = g64 * GROUP + item % GROUP
     token = tl.cast(q_start, tl.int64) + t
     row64 = tl.cast(row, tl.int64)
     q_tile = load_items(q.ptr, row64 * q.row + token * q.item + head * q.head, live, HEAD_DIM, BLOCK_D)
@@ -89,7 +90,7 @@ def forward_kernel(
         a64 = tl.cast(a, tl.int64)
         acc, m, l = attend(
             acc, m, l, q_tile,
-            prefix_k.ptr + a64 * prefix_k.row + g * prefix_k.head, prefix_v.ptr + a64 * prefix_v.row + g * prefix_v.head,
+            prefix_k.ptr + a64 * prefix_k.row + g64 * prefix_k.head, prefix_v.ptr + a64 * prefix_v.row + g64 * prefix_v.head,
             prefix_k.item, prefix_v.item, None, lower, t * 0 + (length - 1), tiles, score_scale, softcap_scale,
             HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
         )  # fmt: skip
@@ -104,7 +105,7 @@ def forward_kernel(
         mask_ptr = rows.mask + row64 * S
     acc, m, l = attend(
         acc, m, l, q_tile,
-        k.ptr + row64 * k.row + first_key * k.item + g * k.head, v.ptr + row64 * v.row + first_key * v.item + g * v.head,
+        k.ptr + row64 * k.row + first_key * k.item + g64 * k.head, v.ptr + row64 * v.row + first_key * v.item + g64 * v.head,
         k.item, v.item, mask_ptr, lower, upper, tiles, score_scale, softcap_scale,
         HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
     )  # fmt: skip

@@ -1,0 +1,152 @@
+"""Compile every kernel for every target, without a GPU: `python -m softkv.kernels.compile`.
+
+The launchers are called on meta tensors while `recording()`, so what is compiled here is what would be launched: the same
+signature, the same specialisation of strides and pointers, the same tile. Each binary is then read back (`softkv.kernels.sass`):
+registers, spills, shared memory, occupancy, matrix instructions, hot loops.
+
+It must run without TRITON_INTERPRET.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+import softkv.kernels as engine
+from softkv.kernels.launch import Launch, recording
+from softkv.kernels.tiles import Target
+
+TARGETS = {
+    "sm_80": (GPUTarget("cuda", 80, 32), Target("sm_80", 108)),
+    "sm_90": (GPUTarget("cuda", 90, 32), Target("sm_90", 132)),
+    "sm_100": (GPUTarget("cuda", 100, 32), Target("sm_100", 148)),
+    "sm_120": (GPUTarget("cuda", 120, 32), Target("sm_120", 170)),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), Target("gfx942", 304)),
+}
+POINTERS = {
+    torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32",
+    torch.int32: "*i32", torch.int64: "*i64", torch.uint8: "*u8",
+}  # fmt: skip
+
+
+def specialise(kernel: Any, arguments: dict[str, Any]) -> ASTSource:
+    """The source as the JIT would specialise it: None and 1 are constants, addresses and strides divisible by 16 say so."""
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    parameters = {p.name: p for p in kernel.params}
+
+    def walk(value: Any, path: tuple[int, ...], specialised: bool) -> Any:
+        if isinstance(value, tuple):
+            return type(value)(*(walk(x, (*path, i), True) for i, x in enumerate(value)))
+        if isinstance(value, Tensor):
+            attributes[path] = [["tt.divisibility", 16]]
+            return POINTERS[value.dtype]
+        if isinstance(value, float):
+            return "fp32"
+        if value is None or isinstance(value, bool) or (specialised and value == 1):
+            constants[path] = value
+            return "constexpr"
+        if specialised and value % 16 == 0:
+            attributes[path] = [["tt.divisibility", 16]]
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+    for i, name in enumerate(kernel.arg_names):
+        if parameters[name].is_constexpr:
+            signature[name], constants[(i,)] = "constexpr", arguments[name]
+        else:
+            signature[name] = walk(arguments[name], (i,), not parameters[name].do_not_specialize)
+    return ASTSource(kernel, signature, constants, attributes)
+
+
+def build(launch: Launch, target: str) -> Any:
+    options = dict(num_warps=launch.tile.warps, num_stages=launch.tile.stages, enable_fp_fusion=True)
+    return triton.compile(specialise(launch.kernel, launch.arguments), target=TARGETS[target][0], options=options)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call of the op, as far as it makes different binaries."""
+
+    name: str
+    T: int = 2048
+    S: int = 2048
+    P: int = 128
+    A: int = 1
+    group: int = 4
+    packed: bool = False
+    causal: bool = True
+    bank: bool = False
+    window: int | None = None
+    covers: bool = False
+    softcap: float | None = None
+    sinks: bool = False
+    key_mask: bool = False
+    key_lengths: bool = False
+    prefix_only: bool = False  # gradients of a frozen base's first layer
+
+
+COMMON = (
+    Case("causal, shared prefix"),
+    Case("decode, shared prefix", T=1, key_lengths=True),
+)
+CASES = (
+    *COMMON,
+    Case("no prefix", P=0),
+    Case("not causal", causal=False),
+    Case("packed, bank", packed=True, A=8, bank=True),
+    Case("window over the prefix", window=512, covers=True),
+    Case("window, sinks, group of 8", window=128, sinks=True, group=8),
+    Case("soft cap, one head a group", softcap=50.0, group=1),
+    Case("padding mask", key_mask=True, group=3),
+    Case("dPrefix only", prefix_only=True),
+    Case("decode, bank", T=1, A=8, bank=True),
+    Case("decode, packed, sinks, window", T=4, packed=True, window=512, sinks=True, group=8),
+)
+
+
+def record(case: Case, target: str, head_dim: int, dtype: torch.dtype) -> list[Launch]:
+    """Every launch that forward and backward make for a case."""
+    B, G, D = 4, 8, head_dim
+    H = G * case.group
+    meta = lambda *shape, dtype=dtype: torch.empty(*shape, dtype=dtype, device="meta")  # noqa: E731
+    lengths = meta(B, dtype=torch.int32)
+    if case.packed:
+        q, k, v = meta(B * case.T, H, D), meta(B * case.S, G, D), meta(B * case.S, G, D)
+        cu = meta(B + 1, dtype=torch.int32)
+    else:
+        q = meta(B, case.T, H, D).transpose(1, 2)
+        k, v = (meta(B, case.S, G, D).transpose(1, 2) for _ in range(2))
+        cu = None
+    prefix = (None, None) if case.P == 0 else (meta(case.A, G, case.P, D), meta(case.A, G, case.P, D))
+    options = dict(
+        prefix_index=lengths if case.bank else None, prefix_lengths=meta(case.A, dtype=torch.int32) if case.bank else None,
+        key_mask=meta(B, case.S, dtype=torch.bool) if case.key_mask else None,
+        key_lengths=lengths if case.key_lengths else None, cu_seqlens_q=cu, cu_seqlens_k=cu,
+        max_seqlen_q=case.T if case.packed else None, max_seqlen_k=case.S if case.packed else None,
+        sinks=meta(H) if case.sinks else None, scale=D**-0.5, is_causal=case.causal, window=case.window,
+        window_covers_prefix=case.covers, softcap=case.softcap,
+    )  # fmt: skip
+    with recording(TARGETS[target][1]) as launches:
+        out, lse = engine.forward(q, k, v, *prefix, **options)
+        if case.T > 1 and not (case.packed and case.T < 16):
+            needs = (False, False, False, True, True, False) if case.prefix_only else (True,) * 6
+            engine.backward(out, lse, out, lse, q, k, v, *prefix, needs=needs, **options)
+    return launches
+
+if __name__ == "__main__":
+    import time
+    for D in (64, 128):
+        for l in record(COMMON[0], "sm_90", D, torch.bfloat16) + record(COMMON[1], "sm_90", D, torch.bfloat16):
+            t = time.time(); b = build(l, "sm_90"); print(D, l.kernel.__name__, l.grid, b.metadata.shared, round(time.time() - t, 1), flush=True)
