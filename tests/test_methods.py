@@ -23,6 +23,11 @@ BOS, EOS = 1, 2
 TEXT = "abcdefg"  # 7 tokens
 
 
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
 class Base:
     """A frozen model whose K/V of a token depend on the token, its position and the layer."""
 
@@ -256,7 +261,6 @@ def test_vocabulary_samples_different_tokens() -> None:
 
 
 def test_random_starts_have_the_scale_they_promise() -> None:
-    torch.manual_seed(0)
     base = Base()
     scale = base.table.float().std().item()
     prompt = PromptTuning(length=500, init="random").build(base).soft_tokens()
@@ -297,7 +301,6 @@ def test_names_of_the_methods() -> None:
 
 @every_method
 def test_saved_and_loaded_it_gives_the_same(method: Method) -> None:
-    torch.manual_seed(1)
     soft = method.build(Base()).eval()
     with torch.no_grad():
         for parameter in soft.parameters():
@@ -414,24 +417,29 @@ def test_the_encoder_runs_once_at_inference(method: Method) -> None:
 
 @pytest.mark.parametrize("method", COMPUTED)
 def test_what_is_remembered_is_never_stale(method: Method) -> None:
-    soft, other = method.build(Base()).eval(), method.build(Base()).eval()
-    with torch.no_grad():
-        before = values(soft)[0].clone()
-        expected = values(other)[0].clone()
-        state = other.state_dict()
-        soft.load_state_dict(state)
-        assert torch.equal(values(soft)[0], expected)
-        soft.load_state_dict({name: value + 1 for name, value in state.items()}, assign=True)
-        assert not torch.equal(values(soft)[0], expected)
-        soft.load_state_dict(state)
-        assert soft.double().computed().dtype == torch.float64
-        soft.float()
-    assert not torch.equal(before, expected)
-    optimizer = torch.optim.SGD(soft.parameters(), lr=1.0)
+    soft = method.build(Base()).eval()
+    first, second = method.build(Base()).state_dict(), method.build(Base()).state_dict()
+
+    def check(change: str) -> None:
+        fresh = method.build(Base()).to(next(soft.parameters()).dtype).eval()
+        fresh.load_state_dict(soft.state_dict())
+        with torch.no_grad():
+            expected = values(fresh)[0]
+            assert values(soft)[0].dtype == expected.dtype, change
+            assert torch.equal(values(soft)[0], expected), change
+
+    check("nothing")
+    soft.load_state_dict(first)
+    check("load_state_dict")
+    soft.load_state_dict(second, assign=True)
+    check("load_state_dict, assigned")
+    soft.load_state_dict(first, assign=True)
+    check("load_state_dict, assigned again: no version counter tells")
+    soft.double()
+    check("another dtype")
     sum(part.sum() for part in values(soft)).backward()
-    optimizer.step()  # in evaluation mode, as some loops do
-    with torch.no_grad():
-        assert not torch.equal(values(soft)[0], expected)
+    torch.optim.SGD(soft.parameters(), lr=1.0).step()
+    check("an optimizer's step in evaluation mode")
     with torch.inference_mode():
         assert torch.equal(values(copy.deepcopy(soft))[0], values(soft)[0])
 
@@ -491,7 +499,6 @@ LENGTHS = torch.tensor([6, 9, 1, 0, 5])  # longer than the slots, the longest, o
 
 @every_encoder
 def test_a_row_depends_on_neither_padding_nor_neighbours(method: PTuningV2) -> None:
-    torch.manual_seed(0)
     soft = method.build(Base())
     hidden = torch.randn(5, 9, C)
     for row, length in enumerate(LENGTHS.tolist()):
@@ -507,7 +514,6 @@ def test_a_row_depends_on_neither_padding_nor_neighbours(method: PTuningV2) -> N
 
 @every_encoder
 def test_gradients_reach_the_hidden_states_of_the_prompt_only(method: PTuningV2) -> None:
-    torch.manual_seed(0)
     soft = method.build(Base())
     hidden = torch.randn(5, 9, C, requires_grad=True)
     k, v = soft.row_prefix(0, hidden, LENGTHS)

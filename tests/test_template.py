@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from softkv.methods.template import Answer, Field, Soft, Template, Text
@@ -21,11 +21,15 @@ def byte_tokenizer(special: str = "$A") -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS)
 
 
-def metaspace_tokenizer() -> PreTrainedTokenizerFast:
-    """As Llama 2's: each text that is tokenised gets a space (shown as ▁) in front."""
+def spacing_tokenizer(kind: str) -> PreTrainedTokenizerFast:
+    """Each text that is tokenised gets a space (shown as ▁) in front, as in SentencePiece vocabularies: always, as
+    Llama 2's does ("prepend"), or where it has none ("metaspace")."""
     vocabulary = {token: number for number, token in enumerate([BOS, EOS, "<unk>", "▁", *"abcdefghijklmnopqrstuvwxyz"])}
     tokenizer = Tokenizer(models.BPE(vocabulary, merges=[], unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    if kind == "prepend":
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 0), (EOS, 1)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, unk_token="<unk>")
 
@@ -195,9 +199,11 @@ def test_labels_begin_with_the_answer() -> None:
     assert shown(PLAIN, row["labels"][4:]) == " c"
 
 
-def test_a_tokenizer_that_puts_a_space_in_front_gets_no_second_one() -> None:
-    assert encoded("[X] is [P1] [Y]", metaspace_tokenizer(), X="ab", answer="c") == f"{BOS}▁ab▁is<1>▁c"
-    assert encoded("[X] is [P1] [Y]", metaspace_tokenizer(), X="a b", answer=" c") == f"{BOS}▁a▁b▁is<1>▁c"
+@pytest.mark.parametrize("kind", ["prepend", "metaspace"])
+def test_a_tokenizer_that_puts_a_space_in_front_gets_no_second_one(kind: str) -> None:
+    tokenizer = spacing_tokenizer(kind)
+    assert encoded("[X] is [P1] [Y]", tokenizer, X="ab", answer="c") == f"{BOS}▁ab▁is<1>▁c"
+    assert encoded("[X] is [P1] [Y]", tokenizer, X="a b", answer=" c") == f"{BOS}▁a▁b▁is<1>▁c"
 
 
 def test_wrong_fields_say_what_is_wrong() -> None:
