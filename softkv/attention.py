@@ -8,13 +8,14 @@ An engine is a module with two functions, and trusts what it is given:
     backward(grad_out, grad_lse, out, lse, q, k, v, prefix_k, prefix_v, *, <the same keywords>, needs)
         -> (dq, dk, dv, dprefix_k, dprefix_v, dsinks)
 
-Dense: q [B, H, T, D], k and v [B, G, S, D], no cu_seqlens, lse [B, H, T]. Packed: q [N, H, D], k and v [M, G, D], int32
-cu_seqlens [rows + 1], lse [H, N]. There is at least one query. The prefix is None or [A, G, P, D] with P ≥ 1; without an
-index A is 1 (shared) or the number of rows. grad_lse may be None. `needs` says which gradients to compute; the others
-are None.
+Dense: q [B, H, T, D], k and v [B, G, S, D], no cu_seqlens, lse [B, H, T]. Packed: q [N, H, D], k and v [M, G, D],
+int32 cu_seqlens [rows + 1], lse [H, N]. There is at least one query. The prefix is None or [A, G, P, D] with P ≥ 1;
+without an index A is 1 (shared) or the number of rows. grad_lse may be None. `needs` says which gradients to compute;
+the others are None.
 """
 
 import importlib
+import itertools
 from types import ModuleType
 from typing import Any, cast
 
@@ -94,8 +95,8 @@ def prefix_attention(
         RuntimeError: a backend that cannot serve the call; double backward; `torch.func` transforms; forward-mode AD.
             The first fails in the backward pass, the others here. `backend="reference"` does all three.
 
-    Source: exact attention in parts merged by log-sum-exp, as in FlashDecoding and Hydragen (arXiv 2402.05099), with the
-    backward of FlashAttention-2 (arXiv 2307.08691) run on each part with the merged log-sum-exp.
+    Source: exact attention in parts merged by log-sum-exp, as in FlashDecoding and Hydragen (arXiv 2402.05099), with
+    the backward of FlashAttention-2 (arXiv 2307.08691) run on each part with the merged log-sum-exp.
     """
     if q.dim() != 4:
         raise ValueError(f"q: expected 4 dims [B, H, T, D], got {_shape(q)}")
@@ -327,7 +328,7 @@ def _check_cu_seqlens(q: Tensor, name: str, x: Tensor, rows: int, total: int, lo
         ends = x.tolist()
         if ends[0] != 0 or ends[-1] != total:
             raise ValueError(f"{name}: expected it to start at 0 and end at {total}, got {ends[0]} and {ends[-1]}")
-        lengths = [b - a for a, b in zip(ends, ends[1:], strict=False)]
+        lengths = [b - a for a, b in itertools.pairwise(ends)]
         if lengths and not 0 <= min(lengths) <= max(lengths) <= longest:
             raise ValueError(f"{name}: expected row lengths from 0 to max_seqlen = {longest}, got {lengths}")
 

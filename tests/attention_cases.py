@@ -144,6 +144,21 @@ CASES: dict[str, Callable[[], Case]] = {
     "window over the prefix, one query": lambda: dense(
         B=2, T=1, S=6, A=1, P=7, window=9, window_covers_prefix=True, key_mask=mask("001111", "111111")
     ),
+    "tiles of queries": lambda: dense(T=150, P=5, A=1),
+    "tiles of queries, T < S": lambda: dense(T=150, S=200, P=5, A=1),
+    "tiles of queries, T > S": lambda: dense(T=200, S=150, P=5, A=1),
+    "tiles of queries, softcap": lambda: dense(T=150, P=5, A=1, softcap=2.0),
+    "tiles of queries, padding and holes": lambda: dense(
+        B=3, T=140, P=5, A=1, key_mask=mask("0" * 30 + "1" * 110, "1" * 99 + "0" * 41, "011" * 46 + "00")
+    ),
+    "tiles of queries, window": lambda: dense(T=200, S=230, P=5, A=1, window=70),
+    "tiles of queries, window over the prefix": lambda: dense(
+        B=5, H=2, G=1, T=150, P=90, A=1, window=100, window_covers_prefix=True
+    ),
+    "long queries": lambda: dense(B=1, H=2, G=1, T=1030, P=5, D=8),
+    "chunks of queries and a rest": lambda: dense(B=3, T=131, P=5, A=1),
+    "packed, tiles of queries": lambda: packed([130, 3, 260], P=5, A=1),
+    "packed, bank, rows of one prefix apart": lambda: packed([30, 3, 40, 7], A=2, P=5, prefix_index=index(1, 0, 1, 0)),
     "softcap": lambda: dense(P=7, A=1, softcap=1.5),
     "sinks": lambda: dense(P=7, A=1, sinks=True),
     "sinks where nothing is seen": lambda: dense(T=9, S=4, sinks=True),

@@ -12,6 +12,7 @@ Queries, out and lse are held token by token, [N, H, ...], N = B·T where the ca
 share a prefix is then a view, and so is each row.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,22 +22,22 @@ from softkv.cpu import piece
 from softkv.cpu.plan import Call, Piece, plan_prefix, plan_tokens
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, **options: Any):
-    fused = q.device.type == "cpu" and options["softcap"] is None
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, **options: Any
+) -> tuple[Tensor, Tensor]:
+    scale, softcap = options["scale"], options["softcap"]
+    fused = q.device.type == "cpu" and softcap is None
     call = Call(q, k, prefix_k, options, fused, chunks=1)
-    line, merged = call.line(q), _Merged(q, call)
-    for keys, values, pieces in (
-        (prefix_k, prefix_v, plan_prefix(call)),
-        (call.keys(k), call.keys(v), plan_tokens(call)),
-    ):
-        for p in pieces:
+    line, merged = call.line(q), _Merged(call)
+    for keys, values, plan in _segments(call, k, v, prefix_k, prefix_v):
+        for p in plan(call):
             operands = p.queries.of(line), p.keys(keys), p.keys(values), p.mask
             if fused:
-                out, lse = piece.fused_forward(*operands, p.causal, options["scale"])
+                merged.add(p, *piece.fused_forward(*operands, p.causal, scale))
             else:
-                out, lse = piece.tiled_forward(*operands, options["scale"], options["softcap"])
-            merged.add(p, out, lse)
-    return merged.result(options["sinks"])
+                merged.add(p, *piece.tiled_forward(*operands, scale, softcap))
+    out, lse = merged.result(options["sinks"])
+    return call.unline(out, q), call.unline_lse(lse)
 
 
 def backward(
@@ -53,96 +54,99 @@ def backward(
     needs: list[bool],
     **options: Any,
 ) -> tuple[Tensor | None, ...]:
-    fused = q.device.type == "cpu" and options["softcap"] is None and grad_lse is None
+    scale, softcap, sinks = options["scale"], options["softcap"], options["sinks"]
+    fused = q.device.type == "cpu" and softcap is None and grad_lse is None
     call = Call(q, k, prefix_k, options, fused, chunks=4 if fused else 1)
-    line, grad, seen = call.line(q), call.line(grad_out), call.line(out)
-    # A query that sees nothing: exp(−∞ − 0) = 0, not exp(−∞ + ∞).
-    denominator = call.line(lse.masked_fill(lse == float("-inf"), 0), heads_first=True)
-    sinks, delta = options["sinks"], None
+    line, grad, merged = call.line(q), call.line(grad_out), call.line(out)
+    denominator = call.line_lse(lse)
+    delta = None
     if not fused or needs[5]:
-        delta = (grad.to(lse.dtype) * seen).sum(-1)
+        delta = (grad.to(lse.dtype) * merged).sum(-1)
         if grad_lse is not None:
-            delta -= call.line(grad_lse, heads_first=True)
-
-    dq = _Sum(line) if needs[0] else None
-    sums = [dq]
-    for keys, values, pieces, wanted in (
-        (prefix_k, prefix_v, plan_prefix, needs[3:5]),
-        (call.keys(k), call.keys(v), plan_tokens, needs[1:3]),
-    ):
-        dk, dv = (_Sum(x) if need else None for x, need in zip((keys, values), wanted, strict=True))
-        sums += [dk, dv]
-        if not (dq or dk or dv):
-            continue
-        # The longest tile comes last and covers every key: taken first, the others are added to it.
-        for p in reversed(pieces(call)):
-            at = p.queries.of
-            operands = at(grad), at(line), p.keys(keys), p.keys(values)
-            if fused:
-                parts = piece.fused_backward(*operands, at(seen), at(denominator), p.mask, p.causal, options["scale"])
-            else:
-                parts = piece.tiled_backward(
-                    *operands, at(delta), at(denominator), p.mask, options["scale"], options["softcap"]
-                )
-            if dq:
-                dq.add_queries(p, parts[0])
-            if dk:
-                dk.add_keys(p, parts[1])
-            if dv:
-                dv.add_keys(p, parts[2])
+            delta -= call.line_lse(grad_lse)
     dsinks = None
     if needs[5]:
-        dsinks = -((sinks - call.line(lse, heads_first=True)).exp() * delta).sum(0).to(sinks.dtype)
-    dq_line, dprefix_k, dprefix_v, dk_all, dv_all = (x.result() if x else None for x in sums)
+        dsinks = -((sinks - denominator).exp() * delta).sum(0).to(sinks.dtype)
+    # A query that sees nothing: exp(−∞ − 0) = 0, not exp(−∞ + ∞).
+    denominator = denominator.masked_fill(denominator == float("-inf"), 0)
+
+    dq = _Sum(line) if needs[0] else None
+    sums: list[_Sum | None] = []
+    for keys, values, plan in _segments(call, k, v, prefix_k, prefix_v):
+        first = 3 if plan is plan_prefix else 1
+        dk, dv = _Sum(keys) if needs[first] else None, _Sum(values) if needs[first + 1] else None
+        sums = [dk, dv, *sums]
+        if dq is None and dk is None and dv is None:
+            continue
+        # The longest tile comes last and covers every key: taken first, the others are added to it.
+        for p in reversed(plan(call)):
+            at = p.queries.of
+            operands = at(grad), at(line), p.keys(keys), p.keys(values)
+            if delta is None or fused:
+                parts = piece.fused_backward(*operands, at(merged), at(denominator), p.mask, p.causal, scale)
+            else:
+                parts = piece.tiled_backward(*operands, at(delta), at(denominator), p.mask, scale, softcap)
+            if dq is not None:
+                dq.add_queries(p, parts[0])
+            if dk is not None:
+                dk.add_keys(p, parts[1])
+            if dv is not None:
+                dv.add_keys(p, parts[2])
+    of_tokens, of_prefix = sums[:2], sums[2:] or [None, None]
     return (
-        None if dq_line is None else call.unline(dq_line, q),
-        None if dk_all is None else call.unkeys(dk_all, k),
-        None if dv_all is None else call.unkeys(dv_all, v),
-        dprefix_k,
-        dprefix_v,
+        None if dq is None else call.unline(dq.result(), q),
+        *(None if x is None else call.unkeys(x.result()) for x in of_tokens),
+        *(None if x is None else x.result() for x in of_prefix),
         dsinks,
     )
+
+
+def _segments(
+    call: Call, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor, Any]]:
+    if prefix_k is not None and prefix_v is not None:
+        yield prefix_k, prefix_v, plan_prefix
+    yield call.keys(k), call.keys(v), plan_tokens
 
 
 class _Merged:
     """out [N, H, D] and lse [N, H] of the pieces so far, in at least float32."""
 
-    def __init__(self, q: Tensor, call: Call):
-        self.q, self.call = q, call
-        self.wide = torch.promote_types(q.dtype, torch.float32)
-        self.out: Tensor | None = None
-        self.lse: Tensor | None = None
+    def __init__(self, call: Call):
+        self.call = call
+        self.so_far: tuple[Tensor, Tensor] | None = None
 
     def add(self, p: Piece, out: Tensor, lse: Tensor) -> None:
         """out [rows, H, t, D], lse [rows, H, t]"""
+        queries = p.queries
+        out = out.to(self.call.wide)
         if p.blind is not None:
             lse = lse.masked_fill(p.blind, float("-inf"))
-        queries, N = p.queries, self.call.N
-        if self.out is None or self.lse is None:
-            if queries.whole(N):
-                self.out, self.lse = queries.back(out).to(self.wide), queries.back(lse)
+        if self.so_far is None:
+            if queries.whole(self.call.N):
+                self.so_far = queries.back(out), queries.back(lse)
                 return
-            self._nothing_seen()
-        here, before = queries.of(self.out), queries.of(self.lse)
+            self.so_far = self._nothing()
+        outs, lses = self.so_far
+        here, before = queries.of(outs), queries.of(lses)
         # A query blind to both: −∞ − −∞ is NaN, and weight 0 keeps its 0.
         weight = (lse - before).sigmoid_().nan_to_num_(0)
-        here.lerp_(out.to(self.wide), weight.unsqueeze(-1))
+        here.lerp_(out, weight.unsqueeze(-1))
         torch.logaddexp(before, lse, out=before)
         if queries.index is not None:
-            self.out[queries.index], self.lse[queries.index] = queries.back(here), queries.back(before)
+            outs[queries.index], lses[queries.index] = queries.back(here), queries.back(before)
 
-    def _nothing_seen(self) -> None:
-        self.out = self.q.new_zeros(self.call.N, *self.call.heads, dtype=self.wide)
-        self.lse = self.q.new_full((self.call.N, self.call.heads[0]), float("-inf"), dtype=self.wide)
+    def _nothing(self) -> tuple[Tensor, Tensor]:
+        call = self.call
+        out = torch.zeros(call.N, *call.heads, dtype=call.wide, device=call.device)
+        return out, torch.full((call.N, call.heads[0]), float("-inf"), dtype=call.wide, device=call.device)
 
     def result(self, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
-        if self.out is None or self.lse is None:
-            self._nothing_seen()
-        if sinks is not None:
-            before = self.lse
-            self.lse = torch.logaddexp(before, sinks.to(self.wide))
-            self.out.mul_((before - self.lse).exp_().unsqueeze(-1))
-        return self.call.unline(self.out, self.q), self.call.unline_lse(self.lse)
+        out, lse = self.so_far or self._nothing()
+        if sinks is None:
+            return out, lse
+        total = torch.logaddexp(lse, sinks.to(lse.dtype))
+        return out.mul_((lse - total).exp_().unsqueeze(-1)), total
 
 
 class _Sum:
@@ -154,15 +158,16 @@ class _Sum:
         self.total: Tensor | None = None
 
     def add_queries(self, p: Piece, part: Tensor) -> None:
+        part = part.to(self.wide)
         if self.total is None:
             if p.queries.whole(self.like.shape[0]):
-                self.total = p.queries.back(part).to(self.wide)
+                self.total = p.queries.back(part)
                 return
             self.total = torch.zeros_like(self.like, dtype=self.wide)
         if p.queries.index is None:
             p.queries.of(self.total).add_(part)
         else:
-            self.total.index_add_(0, p.queries.index, p.queries.back(part).to(self.wide))
+            self.total.index_add_(0, p.queries.index, p.queries.back(part))
 
     def add_keys(self, p: Piece, part: Tensor) -> None:
         part = part.to(self.wide)

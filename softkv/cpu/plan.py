@@ -81,6 +81,7 @@ class Call:
     ):
         self.options, self.fused, self.chunks = options, fused, chunks
         self.dtype, self.device = q.dtype, q.device
+        self.wide = torch.promote_types(q.dtype, torch.float32)
         self.packed_q: list[int] | None = None
         self.packed_k: list[int] | None = None
         self.dense = q.dim() == 4
@@ -97,11 +98,13 @@ class Call:
         self.window = options["window"]
         self.runs = _runs(self)
 
-    def line(self, x: Tensor, heads_first: bool = False) -> Tensor:
-        """q-shaped → [N, H, D]; with heads_first lse-shaped → [N, H]."""
-        if self.dense:
-            return x.transpose(1, 2).flatten(0, 1)
-        return x.transpose(0, 1).contiguous() if heads_first else x.contiguous()
+    def line(self, x: Tensor) -> Tensor:
+        """q-shaped → [N, H, D]"""
+        return x.transpose(1, 2).flatten(0, 1) if self.dense else x.contiguous()
+
+    def line_lse(self, x: Tensor) -> Tensor:
+        """lse-shaped → [N, H]"""
+        return x.transpose(1, 2).flatten(0, 1) if self.dense else x.transpose(0, 1).contiguous()
 
     def unline(self, x: Tensor, q: Tensor) -> Tensor:
         """[N, H, D] in any precision → shape, dtype and layout of q."""
@@ -118,7 +121,7 @@ class Call:
         """[B, G, S, D]; packed keys are one long row."""
         return x if self.dense else x.transpose(0, 1).unsqueeze(0)
 
-    def unkeys(self, x: Tensor, k: Tensor) -> Tensor:
+    def unkeys(self, x: Tensor) -> Tensor:
         return x if self.dense else x.squeeze(0).transpose(0, 1)
 
 
@@ -169,7 +172,7 @@ def plan_tokens(call: Call) -> list[Piece]:
             if run.holes is not None:
                 holes = _additive(run.holes[run.lo + s0 : run.lo + s1], call.dtype).expand(t1 - t0, -1)
                 if flag:
-                    mask = _band_mask(call, t1 - t0, s1 - s0, t0 - s0, True, None)
+                    mask = _band_mask(call, t1 - t0, s1 - s0, t0 - s0, True, call.S)
                 mask, flag = holes.contiguous() if mask is None else mask + holes, False
                 blind = (mask == float("-inf")).all(-1)
             keys = run.key_start + run.lo
@@ -286,14 +289,15 @@ def _band(
 ) -> Iterator[tuple[int, int, int, int, Tensor | None, bool]]:
     """Tiles (t0, t1, s0, s1, mask, causal kernel) of T queries over n keys, where query t stands at key t + offset and
     sees keys up to itself (causal) and after t + offset − window. Queries that see nothing are in no tile."""
+    reach = offset + T + n if window is None else window  # one that no query notices, where there is no window
     first = max(0, -offset) if causal else 0
-    last = T if window is None else min(T, n - 1 + window - offset)
+    last = min(T, n - 1 + reach - offset)
     if n <= 0 or first >= last:
         return
-    bounded = window is not None and last - 1 + offset - window >= 0
     size = last - first
+    bounded = last - 1 + offset - reach >= 0
     if bounded:
-        size = min(size, max(64, min(256, window // 4)))
+        size = max(64, min(256, reach // 4))
     elif causal and first + offset < n - 1:
         if first + offset == 0 and call.fused and (size <= _SHORT or size >= _LONG):
             yield first, last, 0, min(n, size), None, True
@@ -301,22 +305,18 @@ def _band(
         size = max(64, size // 8)
     for t0 in range(first, last, size):
         t1 = min(last, t0 + size)
-        s0 = max(0, t0 + offset - window + 1) if bounded else 0
+        s0 = max(0, t0 + offset - reach + 1)
         s1 = min(n, t1 + offset) if causal else n
-        hidden = (causal and t0 + offset < s1 - 1) or (bounded and t1 - 1 + offset - window >= s0)
-        mask = (
-            _band_mask(call, t1 - t0, s1 - s0, t0 + offset - s0, causal, window if bounded else None)
-            if hidden
-            else None
-        )
+        hidden = (causal and t0 + offset < s1 - 1) or t1 - 1 + offset - reach >= s0
+        mask = _band_mask(call, t1 - t0, s1 - s0, t0 + offset - s0, causal, reach) if hidden else None
         yield t0, t1, s0, s1, mask, False
 
 
-def _band_mask(call: Call, t: int, s: int, diagonal: int, causal: bool, window: int | None) -> Tensor:
+def _band_mask(call: Call, t: int, s: int, diagonal: int, causal: bool, window: int) -> Tensor:
     """[t, s]: 0 where key j ≤ i + diagonal (causal) and j > i + diagonal − window, −∞ elsewhere."""
     hidden = torch.full((t, s), float("-inf"), dtype=call.dtype, device=call.device)
     mask = hidden.triu(diagonal + 1) if causal else torch.zeros_like(hidden)
-    return mask if window is None else mask + hidden.tril(diagonal - window)
+    return mask + hidden.tril(diagonal - window) if t + diagonal > window else mask
 
 
 def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
