@@ -26,8 +26,9 @@ from softkv.kernels.forward import SIZES, prefix_tiles, token_tiles
 from softkv.kernels.geometry import (
     Groups,
     Operand,
-    load_items,
-    load_tile,
+    item_pointers,
+    load_some,
+    load_whole,
     masked_count,
     masked_start,
     prefix_length,
@@ -36,6 +37,7 @@ from softkv.kernels.geometry import (
     share,
     span,
     store_items,
+    tile_pointers,
     token_offset,
 )
 from softkv.kernels.launch import launch
@@ -58,8 +60,8 @@ def prepare_kernel(
     live = item < tl.cast(count, tl.int64) * H
     token = item // H
     head = item % H
-    o = load_items(out.ptr, token_offset(out, token, T, PACKED) + head * out.head, live, HEAD_DIM, BLOCK_D)
-    do = load_items(grad_out.ptr, token_offset(grad_out, token, T, PACKED) + head * grad_out.head, live, HEAD_DIM, BLOCK_D)
+    o = load_some(item_pointers(out.ptr, token_offset(out, token, T, PACKED) + head * out.head, BLOCK_D), live, HEAD_DIM, BLOCK_D)
+    do = load_some(item_pointers(grad_out.ptr, token_offset(grad_out, token, T, PACKED) + head * grad_out.head, BLOCK_D), live, HEAD_DIM, BLOCK_D)
     total = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     at = token_offset(lse, token, T, PACKED) + head * lse.head
     if grad_lse.ptr is not None:
@@ -83,26 +85,30 @@ def score_gradient(p, s, dp, delta, CAPPED: tl.constexpr):
 @triton.jit
 def collect_dq(
     dq, q, do, lse2, delta, k_ptr, v_ptr, k_stride, v_stride, mask_ptr, lower, upper, tiles, score_scale, softcap_scale,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add Σ_keys ds k over a span of one row's keys, or of its prefix."""
     _, full_lo, full_hi, _ = tiles
-    for start in range(full_lo, full_hi, BLOCK_N):
-        k = load_tile(k_ptr, start, k_stride, None, HEAD_DIM, BLOCK_D, BLOCK_N)
+    k_ptrs = tile_pointers(k_ptr, full_lo, k_stride, BLOCK_D, BLOCK_N)
+    v_ptrs = tile_pointers(v_ptr, full_lo, v_stride, BLOCK_D, BLOCK_N)
+    for _start in range(full_lo, full_hi, BLOCK_N):
+        k = load_whole(k_ptrs, HEAD_DIM, BLOCK_D)
         s = raw_scores(q, k, softcap_scale, PRECISION)
         p = tl.exp2(s * score_scale - lse2[:, None])
-        v = load_tile(v_ptr, start, v_stride, None, HEAD_DIM, BLOCK_D, BLOCK_N)
+        v = load_whole(v_ptrs, HEAD_DIM, BLOCK_D)
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         ds = score_gradient(p, s, dp, delta[:, None], softcap_scale is not None)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
-    for i in range(masked_count(tiles, BLOCK_N)):
-        start = masked_start(i, tiles, BLOCK_N)
-        j = start + tl.arange(0, BLOCK_N)
+        k_ptrs += BLOCK_N * k_stride
+        v_ptrs += BLOCK_N * v_stride
+    for i in range(masked_count(tiles, BLOCK_E)):
+        start = masked_start(i, tiles, BLOCK_E)
+        j = start + tl.arange(0, BLOCK_E)
         exists = key_exists(j, tiles, mask_ptr)
-        k = load_tile(k_ptr, start, k_stride, exists, HEAD_DIM, BLOCK_D, BLOCK_N)
+        k = load_some(tile_pointers(k_ptr, start, k_stride, BLOCK_D, BLOCK_E), exists, HEAD_DIM, BLOCK_D)
         s = raw_scores(q, k, softcap_scale, PRECISION)
         p = tl.exp2(s * score_scale - lse2[:, None])
-        v = load_tile(v_ptr, start, v_stride, exists, HEAD_DIM, BLOCK_D, BLOCK_N)
+        v = load_some(tile_pointers(v_ptr, start, v_stride, BLOCK_D, BLOCK_E), exists, HEAD_DIM, BLOCK_D)
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         ds = score_gradient(p, s, dp, delta[:, None], softcap_scale is not None)
         ds = tl.where(exists[None, :] & visible(j, lower, upper), ds, 0.0)
@@ -115,7 +121,7 @@ def dq_kernel(
     q, k, v, prefix_k, prefix_v, grad_out, lse2, delta, dq, rows, prefix, score_scale, softcap_scale, window, grad_scale,
     B, G, T, S, A, P,
     CAUSAL: tl.constexpr, SHARED: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """As `forward_kernel`: M items of a row, over the prefix and then over the row's keys."""
     program = tl.program_id(0)
@@ -134,9 +140,9 @@ def dq_kernel(
     head = g64 * GROUP + item % GROUP
     token = tl.cast(q_start, tl.int64) + t
     row64 = tl.cast(row, tl.int64)
-    q_tile = load_items(q.ptr, row64 * q.row + token * q.item + head * q.head, live, HEAD_DIM, BLOCK_D)
+    q_tile = load_some(item_pointers(q.ptr, row64 * q.row + token * q.item + head * q.head, BLOCK_D), live, HEAD_DIM, BLOCK_D)
     do_at = row64 * grad_out.row + token * grad_out.item + head * grad_out.head
-    do_tile = load_items(grad_out.ptr, do_at, live, HEAD_DIM, BLOCK_D)
+    do_tile = load_some(item_pointers(grad_out.ptr, do_at, BLOCK_D), live, HEAD_DIM, BLOCK_D)
     at = row64 * delta.row + token * delta.item + head * delta.head
     lse2_tile = tl.load(lse2.ptr + at, mask=live, other=float("inf"))
     delta_tile = tl.load(delta.ptr + at, mask=live, other=0.0)
@@ -153,7 +159,7 @@ def dq_kernel(
             acc, q_tile, do_tile, lse2_tile, delta_tile,
             prefix_k.ptr + a64 * prefix_k.row + g64 * prefix_k.head, prefix_v.ptr + a64 * prefix_v.row + g64 * prefix_v.head,
             prefix_k.item, prefix_v.item, None, lower, t * 0 + (length - 1), tiles, score_scale, softcap_scale,
-            HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
+            HEAD_DIM, BLOCK_D, BLOCK_N, BLOCK_E, PRECISION,
         )  # fmt: skip
 
     last = tl.minimum((block * BLOCK_M + BLOCK_M - 1) // GROUP, t_count - 1)
@@ -168,7 +174,7 @@ def dq_kernel(
         acc, q_tile, do_tile, lse2_tile, delta_tile,
         k.ptr + row64 * k.row + first_key * k.item + g64 * k.head, v.ptr + row64 * v.row + first_key * v.item + g64 * v.head,
         k.item, v.item, mask_ptr, lower, upper, tiles, score_scale, softcap_scale,
-        HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
+        HEAD_DIM, BLOCK_D, BLOCK_N, BLOCK_E, PRECISION,
     )  # fmt: skip
     store_items(dq.ptr, row64 * dq.row + token * dq.item + head * dq.head, acc * grad_scale, live, HEAD_DIM, BLOCK_D)
 
@@ -182,18 +188,24 @@ def collect_dkv(
 
     `live` [M] and `seen` [N, M] are None where every item exists and sees every key."""
     at_q, at_do, at_item = at
-    q_tile = load_items(q.ptr, at_q, live, HEAD_DIM, BLOCK_D)
+    q_ptrs = item_pointers(q.ptr, at_q, BLOCK_D)
+    do_ptrs = item_pointers(grad_out.ptr, at_do, BLOCK_D)
     if live is not None:
+        q_tile = load_some(q_ptrs, live, HEAD_DIM, BLOCK_D)
         lse2_tile = tl.load(lse2.ptr + at_item, mask=live, other=float("inf"))
         delta_tile = tl.load(delta.ptr + at_item, mask=live, other=0.0)
     else:
+        q_tile = load_whole(q_ptrs, HEAD_DIM, BLOCK_D)
         lse2_tile = tl.load(lse2.ptr + at_item)
         delta_tile = tl.load(delta.ptr + at_item)
     s = raw_scores(k, q_tile, softcap_scale, PRECISION)
     p = tl.exp2(s * score_scale - lse2_tile[None, :])
     if seen is not None:
         p = tl.where(seen, p, 0.0)
-    do = load_items(grad_out.ptr, at_do, live, HEAD_DIM, BLOCK_D)
+    if live is not None:
+        do = load_some(do_ptrs, live, HEAD_DIM, BLOCK_D)
+    else:
+        do = load_whole(do_ptrs, HEAD_DIM, BLOCK_D)
     if NEED_V:
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
     if NEED_K:
@@ -231,7 +243,7 @@ def dkv_kernel(
     B, G, T, S, A, P, count, parts,
     OVER_PREFIX: tl.constexpr, PACKED: tl.constexpr, CAUSAL: tl.constexpr, GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    NEED_K: tl.constexpr, NEED_V: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_E: tl.constexpr, NEED_K: tl.constexpr, NEED_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """N keys of a row, or N slots of a prefix (`k`, `v` are then the bank), over the items that see them."""
     program = tl.program_id(0)
@@ -284,8 +296,8 @@ def dkv_kernel(
     g64 = tl.cast(g, tl.int64)
     k_base = k.ptr + source64 * k.row + k0 * k.item + g64 * k.head
     v_base = v.ptr + source64 * v.row + k0 * v.item + g64 * v.head
-    k_tile = load_tile(k_base, j_first, k.item, exists, HEAD_DIM, BLOCK_D, BLOCK_N)
-    v_tile = load_tile(v_base, j_first, v.item, exists, HEAD_DIM, BLOCK_D, BLOCK_N)
+    k_tile = load_some(tile_pointers(k_base, j_first, k.item, BLOCK_D, BLOCK_N), exists, HEAD_DIM, BLOCK_D)
+    v_tile = load_some(tile_pointers(v_base, j_first, v.item, BLOCK_D, BLOCK_N), exists, HEAD_DIM, BLOCK_D)
     dk_tile = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv_tile = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for start in range(full_lo, full_hi, BLOCK_M):
@@ -297,8 +309,8 @@ def dkv_kernel(
             dk_tile, dv_tile, k_tile, v_tile, q, grad_out, lse2, delta, places, None, None, score_scale, softcap_scale,
             NEED_K, NEED_V, HEAD_DIM, BLOCK_D, PRECISION,
         )  # fmt: skip
-    for i in range(masked_count(tiles, BLOCK_M)):
-        items = masked_start(i, tiles, BLOCK_M) + tl.arange(0, BLOCK_M)
+    for i in range(masked_count(tiles, BLOCK_E)):
+        items = masked_start(i, tiles, BLOCK_E) + tl.arange(0, BLOCK_E)
         live = items < hi
         token, places = place_items(
             items, live, q, grad_out, delta, groups.order, source64, first, g, T, OVER_PREFIX, PACKED, GROUP
@@ -327,11 +339,11 @@ def prepare(problem: Problem, grad_out: Tensor, grad_lse: Tensor | None, out: Te
     p, tile = problem, problem.tile("prepare")
     lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
     launch(
-        prepare_kernel, triton.cdiv(p.tokens * p.H, tile.m), tile,
+        prepare_kernel, triton.cdiv(p.tokens * p.H, tile.own), tile,
         out=tokens(out), grad_out=tokens(grad_out), lse=per_item(lse),
         grad_lse=Operand(None, 0, 0, 0) if grad_lse is None else per_item(grad_lse),
         lse2=per_item(lse2), delta=per_item(delta), T=p.T, H=p.H, count=p.tokens,
-        PACKED=p.packed, HEAD_DIM=p.D, BLOCK_D=block_d(p.D), BLOCK_M=tile.m,
+        PACKED=p.packed, HEAD_DIM=p.D, BLOCK_D=block_d(p.D), BLOCK_M=tile.own,
     )  # fmt: skip
     return lse2, delta
 
@@ -339,11 +351,11 @@ def prepare(problem: Problem, grad_out: Tensor, grad_lse: Tensor | None, out: Te
 def run_dq(problem: Problem, grad_out: Tensor, lse2: Tensor, delta: Tensor) -> Tensor:
     p, tile = problem, problem.tile("dq")
     dq = torch.empty_like(p.q)
-    blocks = triton.cdiv(p.T_max * p.group, tile.m)
+    blocks = triton.cdiv(p.T_max * p.group, tile.own)
     launch(
         dq_kernel, blocks * p.G * p.B, tile, **p.arguments(), grad_out=tokens(grad_out), lse2=per_item(lse2),
         delta=per_item(delta), dq=tokens(dq), grad_scale=-p.scale if p.flipped else p.scale,
-        BLOCK_M=tile.m, BLOCK_N=tile.n,
+        BLOCK_M=tile.own, BLOCK_N=tile.step, BLOCK_E=tile.edge,
     )  # fmt: skip
     return dq
 
@@ -356,10 +368,10 @@ def run_dkv(
     keys, values = (p.prefix_k, p.prefix_v) if over_prefix else (p.k, p.v)
     operand = slots if over_prefix else tokens
     sources, length = (p.A, p.P) if over_prefix else (p.B, p.S_max)
-    programs = triton.cdiv(length, tile.n) * p.G * sources
+    programs = triton.cdiv(length, tile.own) * p.G * sources
     parts = 1
     if over_prefix:  # as many item tiles as there are, but no more programs than fill the device
-        most = triton.cdiv(p.tokens * p.group, tile.m * sources)
+        most = triton.cdiv(p.tokens * p.group, tile.step * sources)
         parts = max(1, min(most, WAVES * p.target.units // max(programs, 1)))
     dk = parts_like(keys, parts) if need_k else None
     dv = parts_like(values, parts) if need_v else None
@@ -370,7 +382,7 @@ def run_dkv(
         dkv_kernel, programs * parts, tile, **arguments, grad_out=tokens(grad_out), lse2=per_item(lse2),
         delta=per_item(delta), dk=part_operand(dk, operand), dv=part_operand(dv, operand),
         groups=p.groups() if over_prefix else NO_GROUPS, grad_scale=p.scale, count=p.tokens, parts=parts,
-        OVER_PREFIX=over_prefix, PACKED=p.packed, NEED_K=need_k, NEED_V=need_v, BLOCK_M=tile.m, BLOCK_N=tile.n,
+        OVER_PREFIX=over_prefix, PACKED=p.packed, NEED_K=need_k, NEED_V=need_v, BLOCK_M=tile.step, BLOCK_N=tile.own, BLOCK_E=tile.edge,
     )  # fmt: skip
     return add_parts(dk, keys), add_parts(dv, values)
 

@@ -18,7 +18,8 @@ from torch import Tensor
 from softkv.kernels.forward import SIZES, prefix_tiles, token_tiles
 from softkv.kernels.geometry import (
     Groups,
-    load_items,
+    item_pointers,
+    load_some,
     prefix_length,
     row_extent,
     share,
@@ -61,7 +62,7 @@ def prefix_program(
     program, q, prefix_k, prefix_v, out_ptr, lse_ptr, prefix, groups, score_scale, softcap_scale, window,
     G, T, A, P, count, parts,
     PACKED: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_A: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     part = program % parts
     g = (program // parts) % G
@@ -78,7 +79,7 @@ def prefix_program(
         token = tl.load(groups.order + token, mask=live, other=0)
     g64 = tl.cast(g, tl.int64)
     head = g64 * GROUP + item % GROUP
-    q_tile = load_items(q.ptr, token_offset(q, token, T, PACKED) + head * q.head, live, HEAD_DIM, BLOCK_D)
+    q_tile = load_some(item_pointers(q.ptr, token_offset(q, token, T, PACKED) + head * q.head, BLOCK_D), live, HEAD_DIM, BLOCK_D)
     position = None
     if prefix.position is not None:
         position = tl.load(prefix.position + token, mask=live, other=0)
@@ -92,7 +93,7 @@ def prefix_program(
         acc, m, l, q_tile,
         prefix_k.ptr + a64 * prefix_k.row + g64 * prefix_k.head, prefix_v.ptr + a64 * prefix_v.row + g64 * prefix_v.head,
         prefix_k.item, prefix_v.item, None, lower, item * 0 + (length - 1), share(tiles, part, parts, BLOCK_N),
-        score_scale, softcap_scale, HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
+        score_scale, softcap_scale, HEAD_DIM, BLOCK_D, BLOCK_N, BLOCK_E, PRECISION,
     )  # fmt: skip
     at = (tl.cast(part, tl.int64) * count + token) * (G * GROUP) + head
     store_part(acc, m, l, score_scale, out_ptr, lse_ptr, at, live, HEAD_DIM, BLOCK_D)
@@ -103,7 +104,7 @@ def token_program(
     program, q, k, v, out_ptr, lse_ptr, rows, score_scale, softcap_scale, window,
     B, G, T, S, count, first_part, parts,
     CAUSAL: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     part = program % parts
     row = (program // parts) % B
@@ -117,7 +118,7 @@ def token_program(
     row64 = tl.cast(row, tl.int64)
     head = g64 * GROUP + item % GROUP
     token = tl.cast(q_start, tl.int64) + t
-    q_tile = load_items(q.ptr, row64 * q.row + token * q.item + head * q.head, live, HEAD_DIM, BLOCK_D)
+    q_tile = load_some(item_pointers(q.ptr, row64 * q.row + token * q.item + head * q.head, BLOCK_D), live, HEAD_DIM, BLOCK_D)
     last = tl.minimum((block * BLOCK_M + BLOCK_M - 1) // GROUP, t_count - 1)
     lower, upper, tiles = token_tiles(
         block * BLOCK_M // GROUP, last, t, n, t_count, window, CAUSAL, rows.mask is not None, BLOCK_N
@@ -133,7 +134,7 @@ def token_program(
         acc, m, l, q_tile,
         k.ptr + row64 * k.row + k0 * k.item + g64 * k.head, v.ptr + row64 * v.row + k0 * v.item + g64 * v.head,
         k.item, v.item, mask_ptr, lower, upper, share(tiles, part, parts, BLOCK_N), score_scale, softcap_scale,
-        HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
+        HEAD_DIM, BLOCK_D, BLOCK_N, BLOCK_E, PRECISION,
     )  # fmt: skip
     at = (tl.cast(first_part + part, tl.int64) * count + row64 * T + token) * (G * GROUP) + head
     store_part(acc, m, l, score_scale, out_ptr, lse_ptr, at, live, HEAD_DIM, BLOCK_D)
@@ -144,7 +145,7 @@ def decode_kernel(
     q, k, v, prefix_k, prefix_v, out_ptr, lse_ptr, rows, prefix, groups, score_scale, softcap_scale, window,
     B, G, T, S, A, P, count, prefix_parts, token_parts, prefix_programs,
     PACKED: tl.constexpr, CAUSAL: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_A: tl.constexpr, BLOCK_PM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_A: tl.constexpr, BLOCK_PM: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Partial outputs [parts, U, H, D] and lse [parts, U, H]: first the prefix's parts, then the tokens'."""
     program = tl.program_id(0)
@@ -153,13 +154,13 @@ def decode_kernel(
             prefix_program(
                 program, q, prefix_k, prefix_v, out_ptr, lse_ptr, prefix, groups, score_scale, softcap_scale, window,
                 G, T, A, P, count, prefix_parts,
-                PACKED, GROUP, HEAD_DIM, BLOCK_D, BLOCK_A, BLOCK_PM, BLOCK_N, PRECISION,
+                PACKED, GROUP, HEAD_DIM, BLOCK_D, BLOCK_A, BLOCK_PM, BLOCK_N, BLOCK_E, PRECISION,
             )  # fmt: skip
     if program >= prefix_programs:
         token_program(
             program - prefix_programs, q, k, v, out_ptr, lse_ptr, rows, score_scale, softcap_scale, window,
             B, G, T, S, count, prefix_parts, token_parts,
-            CAUSAL, GROUP, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, PRECISION,
+            CAUSAL, GROUP, HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, BLOCK_E, PRECISION,
         )  # fmt: skip
 
 
@@ -181,7 +182,7 @@ def merge_kernel(
         m_new = tl.maximum(m, part_lse)
         a = tl.exp2(m - m_new)
         p = tl.exp2(part_lse - m_new)
-        acc = acc * a[:, None] + p[:, None] * load_items(part_out_ptr, item * HEAD_DIM, live, HEAD_DIM, BLOCK_D)
+        acc = acc * a[:, None] + p[:, None] * load_some(item_pointers(part_out_ptr, item * HEAD_DIM, BLOCK_D), live, HEAD_DIM, BLOCK_D)
         l = l * a + p
         m = m_new
         part_lse_ptr += total
@@ -209,14 +210,14 @@ def run_decode(problem: Problem) -> tuple[Tensor, Tensor]:
     block_a, groups, prefix_parts, prefix_programs = 1, Groups(None, None), 0, 0
     if p.prefix_k is not None:
         groups = p.groups()
-        blocks = triton.cdiv(items, prefix_tile.m)
+        blocks = triton.cdiv(items, prefix_tile.own)
         if groups.start is not None:  # each group may end in a part-filled tile
             blocks = min(items, blocks + groups.start.numel() - 1)
             block_a = triton.next_power_of_2(groups.start.numel())
-        prefix_parts = parts_of(p.P, blocks * p.G, tile.n, units)
+        prefix_parts = parts_of(p.P, blocks * p.G, tile.step, units)
         prefix_programs = blocks * p.G * prefix_parts
-    blocks = triton.cdiv(p.T_max * p.group, tile.m)
-    token_parts = parts_of(p.S_max, blocks * p.G * p.B, tile.n, units)
+    blocks = triton.cdiv(p.T_max * p.group, tile.own)
+    token_parts = parts_of(p.S_max, blocks * p.G * p.B, tile.step, units)
     parts = prefix_parts + token_parts
     part_out = p.q.new_empty((parts, p.tokens, p.H, p.D), dtype=torch.float32)
     part_lse = p.q.new_empty((parts, p.tokens, p.H), dtype=torch.float32)
@@ -228,11 +229,11 @@ def run_decode(problem: Problem) -> tuple[Tensor, Tensor]:
         decode_kernel, prefix_programs + blocks * p.G * p.B * token_parts, tile, **arguments,
         out_ptr=part_out, lse_ptr=part_lse, groups=groups, count=p.tokens, prefix_parts=prefix_parts,
         token_parts=token_parts, prefix_programs=prefix_programs, PACKED=p.packed, BLOCK_A=block_a,
-        BLOCK_PM=prefix_tile.m, BLOCK_M=tile.m, BLOCK_N=tile.n,
+        BLOCK_PM=prefix_tile.own, BLOCK_M=tile.own, BLOCK_N=tile.step, BLOCK_E=tile.edge,
     )  # fmt: skip
     launch(
-        merge_kernel, triton.cdiv(p.tokens * p.H, merge.m), merge, part_out_ptr=part_out, part_lse_ptr=part_lse,
+        merge_kernel, triton.cdiv(p.tokens * p.H, merge.own), merge, part_out_ptr=part_out, part_lse_ptr=part_lse,
         out=tokens(out), lse=per_item(lse), sinks_ptr=p.sinks, T=p.T, H=p.H, count=p.tokens, parts=parts,
-        PACKED=p.packed, HEAD_DIM=p.D, BLOCK_D=block_d(p.D), BLOCK_M=merge.m,
+        PACKED=p.packed, HEAD_DIM=p.D, BLOCK_D=block_d(p.D), BLOCK_M=merge.own,
     )  # fmt: skip
     return out, lse

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from softkv.kernels.geometry import load_items, prefix_of_row, row_extent, span, store_items
+from softkv.kernels.geometry import item_pointers, load_some, prefix_of_row, row_extent, span, store_items
 from softkv.kernels.launch import launch
 from softkv.kernels.problem import Problem, per_item, tokens
 from softkv.kernels.softmax import LOWEST, attend, finish
@@ -57,7 +57,7 @@ def forward_kernel(
     q, k, v, prefix_k, prefix_v, out, lse, rows, prefix, sinks_ptr, score_scale, softcap_scale, window,
     B, G, T, S, A, P,
     CAUSAL: tl.constexpr, SHARED: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     row = program % B
@@ -75,7 +75,7 @@ def forward_kernel(
     head = g64 * GROUP + item % GROUP
     token = tl.cast(q_start, tl.int64) + t
     row64 = tl.cast(row, tl.int64)
-    q_tile = load_items(q.ptr, row64 * q.row + token * q.item + head * q.head, live, HEAD_DIM, BLOCK_D)
+    q_tile = load_some(item_pointers(q.ptr, row64 * q.row + token * q.item + head * q.head, BLOCK_D), live, HEAD_DIM, BLOCK_D)
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     m = tl.full([BLOCK_M], LOWEST, tl.float32)
@@ -92,7 +92,7 @@ def forward_kernel(
             acc, m, l, q_tile,
             prefix_k.ptr + a64 * prefix_k.row + g64 * prefix_k.head, prefix_v.ptr + a64 * prefix_v.row + g64 * prefix_v.head,
             prefix_k.item, prefix_v.item, None, lower, t * 0 + (length - 1), tiles, score_scale, softcap_scale,
-            HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
+            HEAD_DIM, BLOCK_D, BLOCK_N, BLOCK_E, PRECISION,
         )  # fmt: skip
 
     last = tl.minimum((block * BLOCK_M + BLOCK_M - 1) // GROUP, t_count - 1)
@@ -107,7 +107,7 @@ def forward_kernel(
         acc, m, l, q_tile,
         k.ptr + row64 * k.row + first_key * k.item + g64 * k.head, v.ptr + row64 * v.row + first_key * v.item + g64 * v.head,
         k.item, v.item, mask_ptr, lower, upper, tiles, score_scale, softcap_scale,
-        HEAD_DIM, BLOCK_D, BLOCK_N, PRECISION,
+        HEAD_DIM, BLOCK_D, BLOCK_N, BLOCK_E, PRECISION,
     )  # fmt: skip
 
     sink = None
@@ -123,9 +123,9 @@ def run_forward(problem: Problem) -> tuple[Tensor, Tensor]:
     p, tile = problem, problem.tile("forward")
     out = torch.empty_like(p.q)
     lse = p.q.new_empty((p.H, p.tokens) if p.packed else (p.B, p.H, p.T), dtype=torch.float32)
-    blocks = triton.cdiv(p.T_max * p.group, tile.m)
+    blocks = triton.cdiv(p.T_max * p.group, tile.own)
     launch(
         forward_kernel, blocks * p.G * p.B, tile, **p.arguments(),
-        out=tokens(out), lse=per_item(lse), sinks_ptr=p.sinks, BLOCK_M=tile.m, BLOCK_N=tile.n,
+        out=tokens(out), lse=per_item(lse), sinks_ptr=p.sinks, BLOCK_M=tile.own, BLOCK_N=tile.step, BLOCK_E=tile.edge,
     )  # fmt: skip
     return out, lse

@@ -139,34 +139,34 @@ def masked_count(tiles, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def load_tile(ptr, start, stride, exists, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr):
-    """[BLOCK, BLOCK_D]: consecutive rows from `start`; `exists` [BLOCK] or None when all do."""
-    d = tl.arange(0, BLOCK_D)[None, :]
-    ptrs = ptr + tl.cast(start, tl.int64) * stride + tl.arange(0, BLOCK)[:, None] * stride + d
-    if exists is not None:
-        keep = exists[:, None]
-        if HEAD_DIM != BLOCK_D:
-            keep = keep & (d < HEAD_DIM)
-        return tl.load(ptrs, mask=keep, other=0.0)
-    elif HEAD_DIM != BLOCK_D:
-        return tl.load(ptrs, mask=d < HEAD_DIM, other=0.0)
+def tile_pointers(ptr, start, stride, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr):
+    """[BLOCK, BLOCK_D] consecutive rows from `start`."""
+    offsets = tl.arange(0, BLOCK)[:, None] * stride + tl.arange(0, BLOCK_D)[None, :]
+    return ptr + tl.cast(start, tl.int64) * stride + offsets
+
+
+@triton.jit
+def load_whole(ptrs, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """A tile whose rows all exist."""
+    if HEAD_DIM != BLOCK_D:
+        return tl.load(ptrs, mask=tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM, other=0.0)
     else:
         return tl.load(ptrs)
 
 
 @triton.jit
-def load_items(ptr, offsets, exists, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """[items, BLOCK_D]: one head vector per item."""
-    d = tl.arange(0, BLOCK_D)[None, :]
-    if exists is not None:
-        keep = exists[:, None]
-        if HEAD_DIM != BLOCK_D:
-            keep = keep & (d < HEAD_DIM)
-        return tl.load(ptr + offsets[:, None] + d, mask=keep, other=0.0)
-    elif HEAD_DIM != BLOCK_D:
-        return tl.load(ptr + offsets[:, None] + d, mask=d < HEAD_DIM, other=0.0)
-    else:
-        return tl.load(ptr + offsets[:, None] + d)
+def load_some(ptrs, exists, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """A tile of which only the rows `exists` [BLOCK] do."""
+    keep = exists[:, None]
+    if HEAD_DIM != BLOCK_D:
+        keep = keep & (tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM)
+    return tl.load(ptrs, mask=keep, other=0.0)
+
+
+@triton.jit
+def item_pointers(ptr, offsets, BLOCK_D: tl.constexpr):
+    """[items, BLOCK_D]: one head vector an item."""
+    return ptr + offsets[:, None] + tl.arange(0, BLOCK_D)[None, :]
 
 
 @triton.jit

@@ -29,7 +29,7 @@ def add_parts(x: Tensor | None, like: Tensor) -> Tensor | None:
     out = torch.empty(like.shape, dtype=like.dtype, device=like.device)
     block = tile("add_parts", target_of(x), like.shape[-1], x.dtype)
     launch(
-        add_parts_kernel, triton.cdiv(out.numel(), block.m), block,
-        x_ptr=x, out_ptr=out, parts=x.shape[0], size=out.numel(), BLOCK=block.m,
+        add_parts_kernel, triton.cdiv(out.numel(), block.own), block,
+        x_ptr=x, out_ptr=out, parts=x.shape[0], size=out.numel(), BLOCK=block.own,
     )  # fmt: skip
     return out

@@ -4,10 +4,10 @@ Method (a *static bound*, no measured time): take the innermost loops that hold 
 each pipe, and turn counts into cycles of one multiprocessor for one pass of the loop by all warps of a program:
 
     cycles(pipe) = instructions · warps · 32 lanes / lanes a clock
-    overlap bound = tensor / max over pipes          serial bound = tensor / (tensor + largest other pipe)
+    overlap bound = tensor / max over pipes          serial bound = tensor / (tensor + largest of mufu, fma, alu, issue)
 
-Overlap is what perfect hiding would reach, serial what a program reaches that never overlaps its matrix work with anything
-else. NVIDIA cubins are disassembled with the cuobjdump inside the triton wheel; gfx942 is read from its assembly.
+Overlap is what perfect hiding would reach, serial what a program reaches that never overlaps its matrix work with its
+arithmetic. Shared memory's cycles count in the overlap bound only: its traffic is asynchronous, and feeds the matrix unit. NVIDIA cubins are disassembled with the cuobjdump inside the triton wheel; gfx942 is read from its assembly.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class Loop:
     @property
     def serial(self) -> float:
         cycles = self.cycles()
-        return cycles["tensor"] / (cycles["tensor"] + max(v for pipe, v in cycles.items() if pipe != "tensor"))
+        return cycles["tensor"] / (cycles["tensor"] + max(cycles[pipe] for pipe in ("mufu", "fma", "alu", "issue")))
 
 
 def _width(op: str) -> int:

@@ -15,7 +15,7 @@ Axes: M items (query tokens × heads of the group), N keys of a tile, D head dim
 import triton
 import triton.language as tl
 
-from softkv.kernels.geometry import load_tile, masked_count, masked_start
+from softkv.kernels.geometry import load_some, load_whole, masked_count, masked_start, tile_pointers
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -63,23 +63,27 @@ def key_exists(j, tiles, mask_ptr):
 @triton.jit
 def attend(
     acc, m, l, q, k_ptr, v_ptr, k_stride, v_stride, mask_ptr, lower, upper, tiles, score_scale, softcap_scale,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Run the softmax over a span of one row's keys (or of its prefix): whole tiles first, then the edges."""
+    """Run the softmax over a span of one row's keys (or of its prefix): whole tiles of N keys, then the edges, E at a time."""
     _, full_lo, full_hi, _ = tiles
-    for start in range(full_lo, full_hi, BLOCK_N):
-        k = load_tile(k_ptr, start, k_stride, None, HEAD_DIM, BLOCK_D, BLOCK_N)
+    k_ptrs = tile_pointers(k_ptr, full_lo, k_stride, BLOCK_D, BLOCK_N)
+    v_ptrs = tile_pointers(v_ptr, full_lo, v_stride, BLOCK_D, BLOCK_N)
+    for _start in range(full_lo, full_hi, BLOCK_N):
+        k = load_whole(k_ptrs, HEAD_DIM, BLOCK_D)
         s = raw_scores(q, k, softcap_scale, PRECISION)
-        v = load_tile(v_ptr, start, v_stride, None, HEAD_DIM, BLOCK_D, BLOCK_N)
+        v = load_whole(v_ptrs, HEAD_DIM, BLOCK_D)
         acc, m, l = softmax_step(acc, m, l, s, v, score_scale, PRECISION)
-    for i in range(masked_count(tiles, BLOCK_N)):
-        start = masked_start(i, tiles, BLOCK_N)
-        j = start + tl.arange(0, BLOCK_N)
+        k_ptrs += BLOCK_N * k_stride
+        v_ptrs += BLOCK_N * v_stride
+    for i in range(masked_count(tiles, BLOCK_E)):
+        start = masked_start(i, tiles, BLOCK_E)
+        j = start + tl.arange(0, BLOCK_E)
         exists = key_exists(j, tiles, mask_ptr)
-        k = load_tile(k_ptr, start, k_stride, exists, HEAD_DIM, BLOCK_D, BLOCK_N)
+        k = load_some(tile_pointers(k_ptr, start, k_stride, BLOCK_D, BLOCK_E), exists, HEAD_DIM, BLOCK_D)
         s = raw_scores(q, k, softcap_scale, PRECISION)
         s = tl.where(exists[None, :] & visible(j, lower, upper), s, float("-inf"))
-        v = load_tile(v_ptr, start, v_stride, exists, HEAD_DIM, BLOCK_D, BLOCK_N)
+        v = load_some(tile_pointers(v_ptr, start, v_stride, BLOCK_D, BLOCK_E), exists, HEAD_DIM, BLOCK_D)
         acc, m, l = softmax_step(acc, m, l, s, v, score_scale, PRECISION)
     return acc, m, l
 

@@ -14,11 +14,16 @@ class Target(NamedTuple):
 
 
 class Tile(NamedTuple):
-    m: int
-    n: int
+    own: int  # items a program owns; keys in "dkv"
+    step: int  # keys it walks at a time; items in "dkv"
     warps: int
     stages: int
     why: str
+
+    @property
+    def edge(self) -> int:
+        """The step where a mask is needed: half, so that compares and bounds find registers, and less is hidden."""
+        return max(16, self.step // 2)
 
 
 # (pass, arch) → rows by the largest padded head dim they serve.
@@ -31,14 +36,14 @@ def block_d(head_dim: int) -> int:
 
 
 INTERPRETER = {
-    "forward": Tile(32, 16, 1, 1, "small and unequal: edges are met often, swapped axes are seen"),
-    "decode": Tile(16, 16, 1, 1, "as forward"),
+    "forward": Tile(32, 32, 1, 1, "small and unequal: edges are met often, swapped axes are seen"),
+    "decode": Tile(16, 32, 1, 1, "as forward"),
     "prepare": Tile(16, 0, 1, 1, "as forward"),
     "add_parts": Tile(64, 0, 1, 1, "as forward"),
-    "decode_prefix": Tile(32, 16, 1, 1, "as forward"),
+    "decode_prefix": Tile(32, 32, 1, 1, "as forward"),
     "merge": Tile(16, 0, 1, 1, "as forward"),
-    "dq": Tile(32, 16, 1, 1, "as forward"),
-    "dkv": Tile(32, 16, 1, 1, "as forward"),
+    "dq": Tile(32, 32, 1, 1, "as forward"),
+    "dkv": Tile(16, 64, 1, 1, "as forward"),
 }
 
 
