@@ -7,13 +7,11 @@ checkpointing re-runs forwards later, and two forwards may come before one backw
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-
-from softkv.prefix import Prefix
 
 LayerKV = tuple[Tensor, Tensor]
 
@@ -48,18 +46,34 @@ class RowPrompts:
     lengths: Tensor  # [R]
 
 
+@dataclass
+class Filled:
+    """What the forward that filled a cache leaves with it, for those that go on from it.
+
+    Attributes:
+        columns: T of the batch it was given, in which masks of later forwards count.
+        mask: `[B, T + k]`, the real tokens among the columns that the cache holds, soft tokens included.
+        rows: encoder mode, the K/V `[R, G, n, D]` of each block's rows.
+    """
+
+    columns: int
+    mask: Tensor | None = None
+    rows: dict[int, LayerKV] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class RowEncoder:
     """Makes the K/V of each attention block from the prompt's hidden states that enter it."""
 
     encode: Callable[[int, Tensor, Tensor], LayerKV]
-    prompts: RowPrompts
-    memory: dict[int, LayerKV] | None = None  # filled at prefill, read when decoding
+    prompts: RowPrompts | None
+    memory: dict[int, LayerKV] | None  # filled at prefill, read when decoding
 
     def __call__(self, layer: int, hidden: Tensor) -> LayerKV:
         """K, V `[R, G, n, D]` of block `layer` from its input `[B, T, C]`."""
         if self.memory is not None and layer in self.memory:
             return self.memory[layer]
+        assert self.prompts is not None
         prompt = hidden.flatten(0, 1)[self.prompts.index]  # [R, M, C]
         kv = self.encode(layer, prompt, self.prompts.lengths)
         if self.memory is not None:
@@ -72,7 +86,7 @@ class SoftContext:
     """The prefix of a forward pass and where its rows lie.
 
     Attributes:
-        layers: K, V `[A, G, P, D]` of every layer, or None.
+        layers: K, V `[A, G, P, D]` of every attention block, by its `layer_idx`, or None.
         lengths: `[A]`, slots of each prefix that exist, or None.
         index: `[B]`, the prefix of each row (-1: none), or None.
         window_covers: whether sliding windows count the slots.
@@ -81,7 +95,7 @@ class SoftContext:
         capture: collects what reaches each attention block, by layer.
     """
 
-    layers: list[LayerKV] | None = None
+    layers: dict[int, LayerKV] | None = None
     lengths: Tensor | None = None
     index: Tensor | None = None
     window_covers: bool = False
@@ -90,42 +104,39 @@ class SoftContext:
     backend: str | None = None
     capture: dict[int, Captured] | None = None
 
-    @classmethod
-    def of_prefix(cls, prefix: Prefix, layers: int, **more: Any) -> SoftContext:
-        return cls(prefix.layers(layers), prefix.lengths, window_covers=prefix.window_covers, **more)
-
     def of_layer(self, layer: int, rows: int, dtype: torch.dtype) -> dict[str, Any]:
         """The prefix keywords of the attention op for one block and `rows` rows."""
         if self.layers is None:
             return {}
         k, v = self.layers[layer]
-        repeats = rows // (len(k) if self.index is None else len(self.index))
-        index = self.index
-        if index is None and len(k) > 1 and repeats > 1:
-            index = torch.arange(len(k), device=k.device)
-        if index is not None and repeats > 1:  # beams and returned sequences of one row follow each other
-            index = index.repeat_interleave(repeats)
         return {
             "prefix_k": k.to(dtype),
             "prefix_v": v.to(dtype),
             "prefix_lengths": self.lengths,
-            "prefix_index": index,
+            "prefix_index": self.index_of(rows),
             "window_covers_prefix": self.window_covers,
         }
 
-    def with_layer(self, layer: int, kv: LayerKV) -> SoftContext:
-        """A context for one attention block alone, with the K/V `[R, G, n, D]` of its rows."""
-        return replace(self, layers=_Only(layer, kv))
+    def index_of(self, rows: int) -> Tensor | None:
+        """`[rows]`: the prefix of each row, where the op can't tell it from the number of prefixes. Beams and returned
+        sequences of one row follow each other."""
+        assert self.layers is not None
+        index, k = self.index, next(iter(self.layers.values()))[0]
+        if index is None:
+            if len(k) in (1, rows):
+                return None
+            index = torch.arange(len(k), device=k.device)
+        return index.repeat_interleave(rows // len(index), output_size=rows)
 
-
-class _Only(list[LayerKV]):
-    """A list of layers of which one is known."""
-
-    def __init__(self, layer: int, kv: LayerKV) -> None:
-        super().__init__([kv])
-        self.layer = layer
-
-    def __getitem__(self, layer: Any) -> Any:
-        if layer != self.layer:
-            raise IndexError(f"the K/V of block {self.layer} were asked for by block {layer}")
-        return super().__getitem__(0)
+    def slots_of(self, rows: int) -> int | Tensor:
+        """P of each of `rows` rows: an int, or `[rows]`."""
+        if self.layers is None:
+            return 0
+        k = next(iter(self.layers.values()))[0]
+        if self.lengths is None and self.index is None:
+            return k.shape[2]
+        lengths = self.lengths if self.lengths is not None else torch.full(k.shape[:1], k.shape[2], device=k.device)
+        index = self.index_of(rows)
+        if index is None:
+            return lengths.expand(rows)
+        return torch.where(index >= 0, lengths[index.clamp(min=0)], 0)

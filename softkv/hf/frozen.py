@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import warnings
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from softkv.hf.interface import NAME
 from softkv.methods.base import BaseShape
 from softkv.prefix import Prefix
 
+_ATTRIBUTE = "_softkv_original"
 _DROPOUTS = ("attention_dropout", "attn_dropout", "attn_pdrop", "dropout")
 
 
@@ -49,31 +50,37 @@ class FrozenBase:
 
 
 class Original:
-    """A model's state before the first attach: restored when the last soft prompt is detached."""
+    """A model's state before the first attach: restored when the last soft prompt is detached.
 
-    _of: WeakKeyDictionary[nn.Module, Original] = WeakKeyDictionary()
+    It lives on the model, so that copies of the model carry copies of it.
+    """
 
     def __init__(self, model: Any) -> None:
-        self.implementation = model.config._attn_implementation
+        models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+        configs = {id(module.config): module.config for module in models}  # an outer one before those inside it
+        self.implementations = [(config, config._attn_implementation) for config in configs.values()]
         self.requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        self.training = {name: module.training for name, module in model.named_modules()}
+        self.checkpointing = model.is_gradient_checkpointing
         self.dropouts: list[tuple[nn.Module, str, float]] = []
         self.holders = 0
 
     @classmethod
     def freeze(cls, model: Any) -> Original:
-        """Freezes the model, turns its attention to softkv's and its attention dropout off; counts one holder."""
-        original = cls._of.get(model)
+        """Freezes the model and turns its attention to softkv's; counts one holder."""
+        original = model.__dict__.get(_ATTRIBUTE)
         if original is None:
             original = cls(model)
+            setattr(model, _ATTRIBUTE, original)
             model.set_attn_implementation(NAME)
-            if model.config._attn_implementation != NAME:
-                raise ValueError(
-                    f"{type(model).__name__} does not take its attention from transformers' attention interface, "
-                    "so softkv can't reach it"
-                )
             model.requires_grad_(False)
-            cls._of[model] = original
         original.holders += 1
+        if model.get_decoder().config._attn_implementation != NAME:
+            original.release(model)
+            raise ValueError(
+                f"{type(model).__name__} does not take its attention from transformers' attention interface, "
+                "so softkv can't reach it"
+            )
         return original
 
     def silence_dropout(self, blocks: list[nn.Module]) -> None:
@@ -97,12 +104,17 @@ class Original:
         self.holders -= 1
         if self.holders:
             return
-        del self._of[model]
-        model.set_attn_implementation(self.implementation)
+        delattr(model, _ATTRIBUTE)
+        for config, implementation in self.implementations:
+            config._attn_implementation = implementation
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(self.requires_grad[name])
+            parameter.requires_grad_(self.requires_grad.get(name, parameter.requires_grad))
         for holder, name, probability in self.dropouts:
             setattr(holder, name, probability)
+        if model.is_gradient_checkpointing and not self.checkpointing:
+            model.gradient_checkpointing_disable()
+        for name, module in model.named_modules():
+            module.training = self.training.get(name, module.training)
 
 
 def _attention_dropouts(block: nn.Module) -> list[tuple[nn.Module, str, float]]:

@@ -7,7 +7,7 @@ a soft prompt.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,7 @@ def key_state(
     kv_offset: int = 0,
     attention_mask: Tensor | None = None,
     device: torch.device | str = "cpu",
+    use_vmap: bool = False,
     **kwargs: Any,
 ) -> Tensor | None:
     """The state of every key, int8 `[B or 1, 1, 1, S]`: 0 does not exist, 1 exists but is hidden, 2 is seen.
@@ -41,15 +42,22 @@ def key_state(
     """
     if attention_mask is not None:
         attention_mask = attention_mask[:, kv_offset : kv_offset + kv_length]
-    counted = isinstance(q_offset, int)
-    if counted and q_offset + q_length - kv_offset == kv_length and (attention_mask is None or attention_mask.all()):
-        return None
+    if use_vmap:  # where or_mask_function or and_mask_function is given
+        raise ValueError(
+            'softkv attention is causal, windowed or full, but this model adds a mask of its own: use "eager" or "sdpa"'
+        )
     end = q_offset + q_length - kv_offset
+    if isinstance(q_offset, int) and end == kv_length and (attention_mask is None or _all_real(attention_mask)):
+        return None
     exists = (torch.arange(kv_length, device=device) < end).view(1, -1)
     seen = (
         exists if attention_mask is None else exists & F.pad(attention_mask, (0, kv_length - attention_mask.shape[1]))
     )
     return (exists.to(torch.int8) + seen.to(torch.int8))[:, None, None, :]
+
+
+def _all_real(mask: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and bool(mask.all())
 
 
 def attention(
@@ -98,7 +106,7 @@ def attention(
         "backend": context.backend,
     }
     rows = context.rows
-    if rows is None and attention_mask is None:
+    if softkv_prefix is None and attention_mask is None:
         rows = _rows_of_line(query, key, position_ids, cu_seq_lens_q, max_length_q)
     if rows is not None:
         out = prefix_attention_varlen(
@@ -112,12 +120,12 @@ def attention(
             **context.of_layer(layer, len(rows.cu_seqlens) - 1, dtype),
             **options,
         )
-        return out.unsqueeze(0), None
+        return cast(Tensor, out).unsqueeze(0), None
 
     key_mask, key_lengths = _decode_key_state(attention_mask, len(query))
     prefix = context.of_layer(layer, len(query), dtype)
     out = prefix_attention(query, key, value, key_mask=key_mask, key_lengths=key_lengths, **prefix, **options)
-    return out.transpose(1, 2), None
+    return cast(Tensor, out).transpose(1, 2), None
 
 
 def _rows_of_line(

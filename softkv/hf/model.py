@@ -11,17 +11,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from softkv.hf.context import Captured, LayerKV, RowEncoder, RowPrompts, SoftContext
+from softkv.hf.context import Captured, Filled, RowEncoder, SoftContext
 from softkv.hf.frozen import FrozenBase, Original
-from softkv.hf.rows import Insertion, Lines, left_padded, packed_positions, rows_of, token_positions
+from softkv.hf.generation import Prompts, lengthened, mask_of, pad_id
+from softkv.hf.rows import Insertion, Lines, packed_positions, rows_of, token_positions
 from softkv.methods.base import Method, SoftPrompt
 from softkv.prefix import Prefix, evaluating
+
+_FILLED = "_softkv_filled"  # attribute of a cache: its copies carry copies of it
 
 
 @dataclass
@@ -30,19 +32,17 @@ class _Call:
 
     Attributes:
         context: what goes to the attention blocks.
-        soft_tokens, soft_at: in `generate`, the soft embeddings `[k, C]` and `[B, T]` which of them stands in each
-            column of the prompt (-1: none).
-        prompts: encoder mode, where the prompts lie in this forward.
-        prompt_mask: encoder mode in `generate`, the real tokens `[B, T]` of the prompts.
-        prefilled: whether the whole prompt has been read.
+        prompts: of a `generate`.
+        soft_tokens: `[k, C]`, of a `generate` whose prompts hold soft tokens.
+        read: columns of the prompts that a `generate` has read.
+        positions_given: whether position ids are the user's own.
     """
 
     context: SoftContext
+    prompts: Prompts | None = None
     soft_tokens: Tensor | None = None
-    soft_at: Tensor | None = None
-    prompts: RowPrompts | None = None
-    prompt_mask: Tensor | None = None
-    prefilled: bool = False
+    read: int = 0
+    positions_given: bool = False
 
 
 def attach(model: Any, method: Method, *, tokenizer: Any = None, backend: str | None = None) -> SoftModel:
@@ -71,6 +71,7 @@ class SoftModel(nn.Module):
         base: the frozen model.
         soft: the learned parameters (`SoftPrompt`).
         method: the config that built them.
+        base_shape: the sizes of the base that decide the shapes of learned parameters.
     """
 
     _keys_to_ignore_on_save = None
@@ -82,16 +83,17 @@ class SoftModel(nn.Module):
         self.backend = backend
         self._calls: list[_Call] = []
         self._enabled = True
-        self._table = _learned_positions(model)
-        self._memories: WeakKeyDictionary[Any, dict[int, LayerKV]] = WeakKeyDictionary()
+        self._table = _learned_positions(self._decoder)
         self._head: tuple[Any, Prefix] | None = None
         self._original: Original | None = Original.freeze(model)
         self._hooks = [self._decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True)]
         try:
-            self._blocks = self._probe()
-            self._original.silence_dropout([captured.block for captured in self._blocks.values()])
-            keys = {layer: captured.key for layer, captured in self._blocks.items()}
-            self.soft: SoftPrompt = method.build(FrozenBase(model, keys, tokenizer)).to(model.device)
+            blocks = self._probe()
+            self._layers = list(blocks)
+            self._original.silence_dropout([captured.block for captured in blocks.values()])
+            frozen = FrozenBase(model, {layer: captured.key for layer, captured in blocks.items()}, tokenizer)
+            self.base_shape = frozen.shape
+            self.soft: SoftPrompt = method.build(frozen).to(model.device)
         except BaseException:
             self.detach()
             raise
@@ -99,9 +101,10 @@ class SoftModel(nn.Module):
         if self.soft.encodes_rows:
             self._hooks += [
                 captured.block.register_forward_pre_hook(self._enter_block, with_kwargs=True)
-                for captured in self._blocks.values()
+                for captured in blocks.values()
             ]
-        self.train(model.training)
+        self.training = model.training
+        self.soft.train(model.training)
 
     # What Trainer, pipeline and users ask of a model -----------------------------------------------------------------
 
@@ -121,15 +124,26 @@ class SoftModel(nn.Module):
         """The number of trainable parameters."""
         return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """Recomputes activations in backward. A learned prefix needs the non-reentrant kind, transformers' default."""
-        options = {"use_reentrant": False} | (gradient_checkpointing_kwargs or {})
-        if options["use_reentrant"]:
-            raise ValueError(
-                "softkv needs non-reentrant gradient checkpointing: expected use_reentrant=False, got True "
-                "(reentrant checkpoints can't carry the gradient of a prefix)"
-            )
-        self.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
+        """Recomputes activations in backward. A prefix needs the non-reentrant kind, transformers' default.
+
+        Raises:
+            ValueError: for `use_reentrant=True`.
+        """
+        kwargs = {"use_reentrant": False} | (activation_checkpointing_kwargs or {})
+        _check_reentrant(kwargs)
+        wanted_input_gradients = hasattr(self.base, "_require_grads_hook")
+        self.base.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs, **options)
+        if not wanted_input_gradients:  # for reentrant checkpoints; here they would only cost layer 0 its backward
+            self.base.disable_input_require_grads()
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
+        """`activation_checkpointing_enable` by its older name."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
 
     @contextmanager
     def disabled(self) -> Iterator[SoftModel]:
@@ -142,7 +156,7 @@ class SoftModel(nn.Module):
 
     def detach(self) -> Any:
         """Takes the soft prompt off and returns the base; the last one off restores the base exactly (requires_grad,
-        attention implementation, dropout)."""
+        attention implementation, dropout, training mode of every module)."""
         if self._original is not None:
             for hook in self._hooks:
                 hook.remove()
@@ -199,20 +213,21 @@ class SoftModel(nn.Module):
         if isinstance(logits_to_keep, Tensor) or logits_to_keep:
             batch["logits_to_keep"] = logits_to_keep
         if not self._enabled:
-            return self.base(**{key: value for key, value in batch.items() if value is not None})
-        self._check_outputs(kwargs)
+            return self.base(**_given(**batch))
+        self._check_options(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("SoftModel expects either input_ids or inputs_embeds")
         tokens = input_ids if input_ids is not None else inputs_embeds
         assert tokens is not None
         B, T = tokens.shape[:2]
+        past = _past_length(past_key_values)
+        if self.training and past_key_values is None and kwargs.get("use_cache") is None:
+            batch["use_cache"] = False  # a cache would only copy every K and V
 
         rows = rows_of((B, T), attention_mask, position_ids, kwargs.get("cu_seq_lens_q"), kwargs.get("max_length_q"))
         lines = Lines.of((B, T), attention_mask, rows, tokens.device)
-        resumed = _past_length(past_key_values) > 0
-        inserted = self.soft.placement == "after" and not resumed
-        split = None
-        if (inserted or self.soft.encodes_rows) and not resumed:
+        split = None  # where prompts end, in the forward that reads them
+        if (self.soft.placement == "after" or self.soft.encodes_rows) and not past:
             if self.training and labels is None and prompt_lengths is None:
                 raise ValueError(
                     f"{type(self.method).__name__} must know where each row's prompt ends: give labels (-100 on the "
@@ -221,38 +236,69 @@ class SoftModel(nn.Module):
             split = lines.split(labels, prompt_lengths)
 
         soft_tokens = self.soft.soft_tokens() if self.soft.placement in ("after", "inline") else None
+        filled = self._filled(past_key_values) if past else Filled(T, attention_mask)
         insertion = None
-        if soft_tokens is not None and input_ids is not None:
-            batch["inputs_embeds"], batch["input_ids"] = self._embed(input_ids, soft_tokens), None
-        elif input_ids is not None:
-            self._check_ids(input_ids, 0)
-        if inserted and soft_tokens is not None and split is not None:
-            insertion = Insertion.into(lines, split, len(soft_tokens))
-            batch["inputs_embeds"] = insertion.embeddings(batch["inputs_embeds"], soft_tokens)
-            if attention_mask is not None:
-                batch["attention_mask"] = insertion.attention_mask(attention_mask)
-            batch["logits_to_keep"] = insertion.keep(logits_to_keep)
-            lines = insertion.lines
-            if rows is not None:
-                rows = replace(rows, cu_seqlens=lines.bounds.to(torch.int32), longest=rows.longest + len(soft_tokens))
-                batch["position_ids"] = None
-            elif position_ids is not None:
-                batch["position_ids"] = insertion.positions(position_ids.expand(B, T))
+        if input_ids is not None:
+            self._check_ids(input_ids)
+            if soft_tokens is not None:
+                batch["inputs_embeds"], batch["input_ids"] = self._embed(input_ids, soft_tokens), None
+        if soft_tokens is not None and self.soft.placement == "after":
+            k = len(soft_tokens)
+            if split is not None:
+                insertion = Insertion.into(lines, split, k)
+                lines = insertion.lines
+                batch["inputs_embeds"] = insertion.embeddings(batch["inputs_embeds"], soft_tokens)
+                batch["logits_to_keep"] = insertion.keep(logits_to_keep)
+                if attention_mask is not None:
+                    filled.mask = batch["attention_mask"] = insertion.attention_mask(attention_mask)
+                if rows is not None:
+                    rows = replace(rows, cu_seqlens=lines.bounds.to(torch.int32), longest=rows.longest + k)
+                    batch["position_ids"] = None
+                elif position_ids is not None:
+                    batch["position_ids"] = insertion.positions(position_ids.expand(B, T))
+            else:  # the block is in the cache
+                if attention_mask is not None and attention_mask.shape[1] != past + T:
+                    batch["attention_mask"] = _with_block(attention_mask, filled, k)
+                if position_ids is not None:
+                    batch["position_ids"] = position_ids + k
         if rows is not None:
             for key in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"):
                 batch.pop(key, None)
             if batch["position_ids"] is None:
                 batch["position_ids"] = packed_positions(rows, lines.shape[1])
 
-        call = _Call(replace(self._context(), rows=rows))
-        if self.soft.encodes_rows and split is not None:
-            call.prompts = lines.prompts(split)
-        with self._active(call):
-            output = self.base(**{key: value for key, value in batch.items() if value is not None})
+        context = replace(self._context(), rows=rows)
+        if self.soft.encodes_rows:
+            prompts = None if split is None else lines.prompts(split)
+            memory = filled.rows if past or self._caches(batch) else None
+            context = replace(context, encoder=RowEncoder(self._row_prefix, prompts, memory))
+        return_dict = batch.pop("return_dict", None)
+        with self._active(_Call(context, positions_given=position_ids is not None)):
+            output = self.base(**_given(**batch), return_dict=True)
+        if not past and output.get("past_key_values") is not None:
+            setattr(output.past_key_values, _FILLED, filled)
         if insertion is not None and output.get("hidden_states") is not None:
             at = insertion.logits_at[:, :, None]
             output["hidden_states"] = tuple(states.take_along_dim(at, 1) for states in output["hidden_states"])
-        return output
+        return output.to_tuple() if return_dict is False else output
+
+    def _caches(self, batch: dict[str, Any]) -> bool:
+        """Whether the base will keep a cache in this forward."""
+        if self.training and self.base.is_gradient_checkpointing:
+            return False
+        use_cache = batch.get("use_cache")
+        default = self.base.config.get_text_config().use_cache or batch["past_key_values"] is not None
+        return default if use_cache is None else use_cache
+
+    def _filled(self, cache: Any) -> Filled:
+        """What was left with a cache that is gone on from."""
+        filled = getattr(cache, _FILLED, None)
+        if filled is None and (self.soft.placement == "after" or self.soft.encodes_rows):
+            raise ValueError(
+                f"{type(self.method).__name__} needs a cache that this SoftModel has filled: got one with "
+                f"{_past_length(cache)} tokens in it that were read without the soft prompt"
+            )
+        return filled or Filled(0)
 
     # Generation ------------------------------------------------------------------------------------------------------
 
@@ -281,81 +327,32 @@ class SoftModel(nn.Module):
             return self.base.generate(
                 **_given(inputs=ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds), **kwargs
             )
-        self._check_outputs(kwargs)
+        self._check_options(kwargs)
         if ids is None and inputs_embeds is None:
             raise ValueError("SoftModel.generate expects input_ids or inputs_embeds")
-        if attention_mask is None and ids is not None:
-            attention_mask = self._mask_of(ids, kwargs)
-        given = ids
-        padded_right = attention_mask is not None and not bool(attention_mask[:, -1].all())
-        if attention_mask is not None and padded_right:
-            mask = attention_mask
-            if ids is not None:
-                ids, attention_mask = left_padded(ids, mask)
-            if inputs_embeds is not None:
-                inputs_embeds, attention_mask = left_padded(inputs_embeds, mask)
-
-        call = _Call(self._context())
-        soft_tokens = self.soft.soft_tokens()
-        k = len(soft_tokens) if soft_tokens is not None and self.soft.placement == "after" else 0
-        if soft_tokens is not None and self.soft.placement in ("after", "inline"):
-            call.soft_tokens = soft_tokens
-            if inputs_embeds is not None:
-                block = soft_tokens[:k].to(inputs_embeds.dtype).expand(len(inputs_embeds), -1, -1)
-                inputs_embeds = torch.cat([inputs_embeds, block], 1)
-            if ids is not None:
-                self._check_ids(ids, len(soft_tokens) if self.soft.placement == "inline" else 0)
-                call.soft_at = F.pad((-ids - 1).clamp(min=-1), (0, k))
-                call.soft_at[:, ids.shape[1] :] = torch.arange(k, device=ids.device)
-                # A soft token is shown to logits processors as a token that the row holds anyway.
-                shown = ids.clamp(min=0).amax(1, keepdim=True)
-                ids = F.pad(torch.where(ids < 0, shown, ids), (0, k))
-                ids[:, ids.shape[1] - k :] = shown
-            if attention_mask is not None:
-                attention_mask = F.pad(attention_mask, (0, k), value=1)
-            if k and kwargs.get("max_length") is not None:
-                kwargs["max_length"] += k
-        elif ids is not None:
-            self._check_ids(ids, 0)
-        if self.soft.encodes_rows:
-            tokens = ids if ids is not None else inputs_embeds
-            assert tokens is not None
-            ones = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
-            call.prompt_mask = ones if attention_mask is None else attention_mask
-        with self._active(call):
-            output = self.base.generate(
-                **_given(inputs=ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds), **kwargs
+        inline, after = self.soft.placement == "inline", self.soft.placement == "after"
+        if after and _past_length(kwargs.get("past_key_values")):
+            raise ValueError(
+                "PromptTuning puts its block after the prompt: generate expects an empty cache, got a filled one"
             )
-        return self._with_given(output, given, k, padded_right, kwargs)
-
-    def _with_given(self, output: Any, given: Tensor | None, k: int, padded_right: bool, kwargs: dict[str, Any]) -> Any:
-        """The output's sequences with the ids that were given in front."""
-        if given is None or not (k or padded_right or bool((given < 0).any())):
-            return output
-        sequences = output if isinstance(output, Tensor) else output.sequences
-        repeats = len(sequences) // len(given)
-        front = torch.where(given < 0, self._pad_id(kwargs), given).repeat_interleave(repeats, 0)
-        sequences = torch.cat([front, sequences[:, given.shape[1] + k :]], 1)
-        if isinstance(output, Tensor):
-            return sequences
-        output.sequences = sequences
-        return output
-
-    def _pad_id(self, kwargs: dict[str, Any]) -> int:
         config = kwargs.get("generation_config") or self.base.generation_config
-        candidates = (kwargs.get("pad_token_id"), config.pad_token_id, kwargs.get("eos_token_id"), config.eos_token_id)
-        found = next((candidate for candidate in candidates if candidate is not None), 0)
-        return found[0] if isinstance(found, list) else int(found)
-
-    def _mask_of(self, ids: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        """The padding mask that transformers infers: pad tokens are padding unless they may end a text too."""
-        config = kwargs.get("generation_config") or self.base.generation_config
-        pad = kwargs.get("pad_token_id", config.pad_token_id)
-        eos = kwargs.get("eos_token_id", config.eos_token_id)
-        ends = eos if isinstance(eos, list) else [eos]
-        if pad is None or pad in ends:
-            return torch.ones_like(ids)
-        return (ids != pad).long()
+        if ids is not None:
+            self._check_ids(ids)
+            if attention_mask is None:
+                attention_mask = mask_of(ids, kwargs, config)
+        soft_tokens = self.soft.soft_tokens() if inline or after else None
+        block = soft_tokens if after else None
+        prompts = Prompts.prepare(
+            ids, inputs_embeds, attention_mask, block=block, inline=inline, pad=pad_id(kwargs, config)
+        )
+        options = lengthened(kwargs, config, 0 if block is None else len(block))
+        if options.get("streamer") is not None:
+            options["streamer"] = prompts.streamer(options["streamer"])
+        with self._active(_Call(self._context(), prompts, soft_tokens)):
+            output = self.base.generate(
+                **_given(inputs=prompts.ids, attention_mask=prompts.mask, inputs_embeds=prompts.embeds), **options
+            )
+        return prompts.with_given(output)
 
     # Inside the base -------------------------------------------------------------------------------------------------
 
@@ -371,14 +368,12 @@ class SoftModel(nn.Module):
 
     def _context(self) -> SoftContext:
         """The prefix of a forward pass: learned, or the K/V of soft tokens that stand before the input."""
-        if self.soft.placement == "before":
-            prefix: Prefix | None = self._head_prefix()
-        else:
-            prefix = self.soft.prefix()
+        prefix = self._head_prefix() if self.soft.placement == "before" else self.soft.prefix()
         if prefix is None:
             return SoftContext(backend=self.backend)
         prefix = prefix.to(dtype=self.base.dtype)
-        return SoftContext.of_prefix(prefix, len(self._blocks), backend=self.backend)
+        layers = dict(zip(self._layers, prefix.layers(len(self._layers)), strict=True))
+        return SoftContext(layers, prefix.lengths, window_covers=prefix.window_covers, backend=self.backend)
 
     def _head_prefix(self) -> Prefix:
         """The K/V of the soft tokens that stand before every row: in a causal decoder they don't depend on the rows,
@@ -389,11 +384,17 @@ class SoftModel(nn.Module):
             return self._head[1]
         soft_tokens = self.soft.soft_tokens()
         assert soft_tokens is not None
-        captured = self._capture(inputs_embeds=soft_tokens[None].to(self.base.dtype))
-        layers = [captured[layer] for layer in sorted(captured)]
-        prefix = Prefix.from_layers([block.key for block in layers], [block.value for block in layers])
+        dtype = self.base.dtype
+        blocks = self._capture(inputs_embeds=soft_tokens[None].to(dtype)).values()
+        prefix = Prefix.from_layers(
+            [block.key.to(dtype) for block in blocks], [block.value.to(dtype) for block in blocks]
+        )
         self._head = (state, prefix) if frozen else None
         return prefix
+
+    def _apply(self, *args: Any, **kwargs: Any) -> SoftModel:
+        self._head = None
+        return super()._apply(*args, **kwargs)
 
     def _capture(self, **inputs: Tensor) -> dict[int, Captured]:
         """What reaches the attention blocks in a forward pass of the bare decoder."""
@@ -401,7 +402,7 @@ class SoftModel(nn.Module):
         with self._active(_Call(context)):
             self._decoder(**inputs, use_cache=False)
         assert context.capture is not None
-        return context.capture
+        return dict(sorted(context.capture.items()))
 
     def _probe(self) -> dict[int, Captured]:
         """Runs one token through the decoder to see its attention blocks."""
@@ -418,7 +419,7 @@ class SoftModel(nn.Module):
                 f"{name} does not pass keywords through to transformers' attention interface, so softkv can't reach "
                 "its attention"
             )
-        return dict(sorted(blocks.items()))
+        return blocks
 
     def _enter_decoder(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Keyword pre-hook of the decoder: soft embeddings, positions behind the prefix, and the prefix."""
@@ -427,32 +428,49 @@ class SoftModel(nn.Module):
         call = self._calls[-1]
         if args:
             kwargs = dict(zip(inspect.signature(decoder.forward).parameters, args, strict=False)) | kwargs
-        cache = kwargs.get("past_key_values")
-        ids = kwargs.get("input_ids")
-        if ids is not None and call.soft_at is not None and call.soft_tokens is not None:
-            kwargs["inputs_embeds"] = self._embed_columns(ids, call, cache)
-            kwargs["input_ids"] = None
-        tokens = kwargs["inputs_embeds"] if kwargs.get("inputs_embeds") is not None else ids
-        B, T = tokens.shape[:2]
         context = call.context
-        if context.capture is None and self.soft.encodes_rows:
-            context = self._encoding(context, call, kwargs, (B, T))
-        offset = self._slots(context, B)
-        if offset is not None:
-            positions = kwargs.get("position_ids")
-            if positions is None:
-                past = cache.get_seq_length() if cache is not None else 0
-                mask = kwargs.get("attention_mask")
-                positions = token_positions(mask if isinstance(mask, Tensor) else None, (B, T), past, tokens.device)
-            kwargs["position_ids"] = positions = positions + offset
-            if self._table is not None and int(positions.max()) >= self._table:
-                raise ValueError(
-                    f"prefix and tokens need positions up to {int(positions.max())}, but the model's learned position "
-                    f"table ends at {self._table - 1}: use a shorter prefix or shorter rows"
-                )
-        call.prefilled = True
+        if call.prompts is not None:
+            context = self._enter_generation(call, call.prompts, kwargs)
+        if context.capture is None:
+            kwargs["position_ids"] = self._positions(call, context, kwargs)
         kwargs["softkv_prefix"] = context
         return (), kwargs
+
+    def _enter_generation(self, call: _Call, prompts: Prompts, kwargs: dict[str, Any]) -> SoftContext:
+        """A forward inside `generate`: soft embeddings where the prompt has them, and the encoder of its rows."""
+        ids, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
+        tokens = ids if ids is not None else kwargs["inputs_embeds"]
+        B, T = tokens.shape[:2]
+        prompt = prompts.ids if prompts.embeds is None else prompts.embeds
+        assert prompt is not None
+        width, first = prompt.shape[1], call.read == 0
+        decoding = T == 1 and call.read >= width and cache is not None
+        call.read += T
+        if cache is not None and first and not _past_length(cache):
+            setattr(cache, _FILLED, Filled(prompts.columns, prompts.mask))
+        if ids is not None and prompts.soft_at is not None and not decoding:
+            assert call.soft_tokens is not None
+            at = prompts.soft_at[:, _past_length(cache) :][:, :T]
+            at = F.pad(at, (0, T - at.shape[1]), value=-1).repeat_interleave(B // len(at), 0)
+            kwargs["inputs_embeds"], kwargs["input_ids"] = (
+                self._embed(torch.where(at < 0, ids, -at - 1), call.soft_tokens),
+                None,
+            )
+        if not self.soft.encodes_rows:
+            return call.context
+        filled = Filled(width) if cache is None else self._filled(cache)
+        rows = None
+        if not filled.rows:
+            if width > T:
+                raise ValueError(
+                    f"encoder-mode P-tuning v2 reads whole prompts at once: expected {width} columns in the first "
+                    f"forward of a cache, got {T} (leave prefill_chunk_size out)"
+                )
+            mask = prompts.mask if prompts.mask is not None else torch.ones(len(prompt), width, device=prompt.device)
+            mask = F.pad(mask, (0, T - width)).repeat_interleave(B // len(mask), 0)
+            lines = Lines.of((B, T), mask, None, mask.device)
+            rows = lines.prompts(lines.last)
+        return replace(call.context, encoder=RowEncoder(self._row_prefix, rows, filled.rows))
 
     def _enter_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Keyword pre-hook of an attention block in encoder mode: makes the block's K/V from what enters it. It runs
@@ -462,92 +480,71 @@ class SoftModel(nn.Module):
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
         layer: int = block.layer_idx  # type: ignore[assignment]
-        return args, kwargs | {"softkv_prefix": context.with_layer(layer, context.encoder(layer, hidden))}
+        return args, kwargs | {"softkv_prefix": replace(context, layers={layer: context.encoder(layer, hidden)})}
 
-    def _encoding(
-        self, context: SoftContext, call: _Call, kwargs: dict[str, Any], shape: tuple[int, int]
-    ) -> SoftContext:
-        """The context with what encodes each row's prompt, or with what an earlier forward of this cache encoded."""
-        cache = kwargs.get("past_key_values")
-        if cache is None and kwargs.get("use_cache"):
-            from transformers import DynamicCache
+    def _row_prefix(self, layer: int, hidden: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        return self.soft.row_prefix(self._layers.index(layer), hidden, lengths)
 
-            cache = kwargs["past_key_values"] = DynamicCache(config=self.base.config)
-        memory = None if cache is None else self._memories.setdefault(cache, {})
-        prompts = call.prompts
-        if not memory and prompts is None:
-            if call.prompt_mask is None or shape[1] < call.prompt_mask.shape[1]:
-                raise ValueError(
-                    "encoder-mode P-tuning v2 reads the whole prompt in the first forward of a cache: got a cache "
-                    "filled without it, or a prompt in chunks"
-                )
-            mask = call.prompt_mask.repeat_interleave(shape[0] // len(call.prompt_mask), 0)
-            mask = F.pad(mask, (0, shape[1] - mask.shape[1]))
-            lines = Lines.of(shape, mask, None, mask.device)
-            prompts = lines.prompts(lines.last)
-        if prompts is None:
-            empty = torch.zeros(0, 0, dtype=torch.long)
-            prompts = RowPrompts(empty, empty[:, 0])
-        return replace(context, encoder=RowEncoder(self.soft.row_prefix, prompts, memory))
-
-    def _slots(self, context: SoftContext, B: int) -> int | Tensor | None:
-        """How far the prefix moves the positions `[B, T]`: an int, or a tensor that broadcasts against them."""
+    def _positions(self, call: _Call, context: SoftContext, kwargs: dict[str, Any]) -> Tensor:
+        """Position ids of a forward: each row counts from its first real token, behind its prefix."""
+        tokens = kwargs["inputs_embeds"] if kwargs.get("inputs_embeds") is not None else kwargs["input_ids"]
+        B, T = tokens.shape[:2]
+        cache, positions, rows = kwargs.get("past_key_values"), kwargs.get("position_ids"), context.rows
+        past = cache.get_seq_length() if cache is not None else 0
+        if positions is None:
+            mask = kwargs.get("attention_mask")
+            positions = token_positions(mask if isinstance(mask, Tensor) else None, (B, T), past, tokens.device)
         if context.encoder is not None:
-            return int(self.method.length)  # type: ignore[attr-defined]
-        if context.layers is None:
-            return None
-        k = context.layers[0][0]
-        if context.lengths is None and context.index is None:
-            return k.shape[2]
-        lengths = context.lengths if context.lengths is not None else torch.full(k.shape[:1], k.shape[2]).to(k.device)
-        index = context.index if context.index is not None else torch.arange(len(k), device=k.device)
-        per_row = torch.where(index >= 0, lengths[index.clamp(min=0)], 0)
-        if context.rows is not None:
-            return torch.repeat_interleave(per_row, context.rows.cu_seqlens.diff().long())[None]
-        return per_row.repeat_interleave(B // len(per_row))[:, None]
+            slots: int | Tensor = int(self.method.length)  # type: ignore[attr-defined]
+        else:
+            slots = context.slots_of(B if rows is None else len(rows.cu_seqlens) - 1)
+        if isinstance(slots, Tensor):
+            slots = slots[:, None] if rows is None else slots.repeat_interleave(rows.cu_seqlens.diff(), output_size=T)
+        positions = positions + slots
+        if self._table is not None and not torch.compiler.is_compiling():
+            # Columns bound positions without a look at the device.
+            longest = past + T if rows is None else rows.longest
+            bounded = not call.positions_given and isinstance(slots, int) and isinstance(longest, int)
+            if not bounded or longest + slots > self._table:
+                self._check_positions(int(positions.max()))
+        return positions
+
+    def _check_positions(self, last: int) -> None:
+        assert self._table is not None
+        if last >= self._table:
+            raise ValueError(
+                f"prefix and tokens need positions up to {last}, but the model's learned position table ends at "
+                f"{self._table - 1}: use a shorter prefix or shorter rows"
+            )
 
     # Soft embeddings -------------------------------------------------------------------------------------------------
 
     def _embed(self, ids: Tensor, soft_tokens: Tensor) -> Tensor:
-        """Embeddings `[B, T, C]` of ids, with soft token -i-1 where an id i is negative (inline only)."""
-        embeddings = self.base.get_input_embeddings()
-        if self.soft.placement != "inline":
-            self._check_ids(ids, 0)
-            return embeddings(ids)
-        self._check_ids(ids, len(soft_tokens))
-        soft = soft_tokens[(-ids - 1).clamp(min=0)]
-        embeds = embeddings(ids.clamp(min=0))
-        return torch.where((ids < 0)[:, :, None], soft.to(embeds.dtype), embeds)
+        """Embeddings `[B, T, C]` of ids, with soft token -i-1 where an id i is negative."""
+        embeds = self.base.get_input_embeddings()(ids.clamp(min=0))
+        soft = soft_tokens.to(embeds.dtype)[(-ids - 1).clamp(min=0)]
+        return torch.where((ids < 0)[:, :, None], soft, embeds)
 
-    def _embed_columns(self, ids: Tensor, call: _Call, cache: Any) -> Tensor:
-        """Embeddings of the next columns of a generation, soft tokens where the prompt has them."""
-        embeds = self.base.get_input_embeddings()(ids)
-        if call.prefilled and cache is not None and ids.shape[1] == 1:
-            return embeds
-        assert call.soft_at is not None and call.soft_tokens is not None
-        past = _past_length(cache)
-        at = call.soft_at[:, past : past + ids.shape[1]]
-        if not at.numel():
-            return embeds
-        at = F.pad(at, (0, ids.shape[1] - at.shape[1]), value=-1).repeat_interleave(len(ids) // len(at), 0)
-        return torch.where((at >= 0)[:, :, None], call.soft_tokens[at.clamp(min=0)].to(embeds.dtype), embeds)
-
-    def _check_ids(self, ids: Tensor, soft_tokens: int) -> None:
+    def _check_ids(self, ids: Tensor) -> None:
         if torch.compiler.is_compiling() or ids.device.type != "cpu" or not ids.numel():
             return
+        placed = int(self.method.length) if self.soft.placement == "inline" else 0  # type: ignore[attr-defined]
         lowest = int(ids.min())
-        if lowest < -soft_tokens:
+        if lowest < -placed:
             raise ValueError(
-                f"input_ids hold the soft token id {lowest}, but {type(self.method).__name__} places {soft_tokens} soft "
+                f"input_ids hold the soft token id {lowest}, but {type(self.method).__name__} places {placed} soft "
                 "tokens by id"
             )
 
-    def _check_outputs(self, kwargs: dict[str, Any]) -> None:
+    def _check_options(self, kwargs: dict[str, Any]) -> None:
         if kwargs.get("output_attentions") or getattr(self.base.config, "output_attentions", False):
             raise ValueError(
                 "output_attentions=True needs attention weights, which softkv never forms: detach the soft prompt or "
                 "leave it off"
             )
+        if self.training and self.base.is_gradient_checkpointing:
+            for module in self._decoder.modules():
+                _check_reentrant(getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {}))
 
 
 def _check_base(model: Any) -> None:
@@ -561,16 +558,33 @@ def _check_base(model: Any) -> None:
         raise ValueError(f"{type(model).__name__} uses chunked attention, which softkv attention does not offer")
 
 
-def _learned_positions(model: Any) -> int | None:
+def _check_reentrant(checkpointing: dict[str, Any]) -> None:
+    if checkpointing.get("use_reentrant"):
+        raise ValueError(
+            "softkv needs non-reentrant gradient checkpointing: expected use_reentrant=False, got True (reentrant "
+            "checkpoints can't carry the gradient of a prefix)"
+        )
+
+
+def _learned_positions(decoder: nn.Module) -> int | None:
     """The number of positions of a learned table, or None for models that compute positions."""
-    for name, module in model.named_modules():
+    for name, module in decoder.named_modules():
         if isinstance(module, nn.Embedding) and name.split(".")[-1] in (
             "wpe",
             "embed_positions",
             "position_embeddings",
         ):
-            return module.num_embeddings - getattr(module, "offset", 0)
+            return module.num_embeddings - int(getattr(module, "offset", 0))
     return None
+
+
+def _with_block(mask: Tensor, filled: Filled, k: int) -> Tensor:
+    """The padding mask of a cache that holds soft tokens, from one `[B, S]` that doesn't count them."""
+    if filled.mask is None:
+        front = mask.new_ones(len(mask), filled.columns + k)
+    else:
+        front = filled.mask.repeat_interleave(len(mask) // len(filled.mask), 0).to(mask.dtype)
+    return torch.cat([front, mask[:, filled.columns :]], 1)
 
 
 def _past_length(cache: Any) -> int:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from softkv.hf.context import PackedRows, RowPrompts
@@ -54,7 +53,8 @@ class Lines:
     @property
     def line_of_token(self) -> Tensor:
         """`[B·T]`: the line of each flat token."""
-        return torch.repeat_interleave(torch.arange(len(self.first), device=self.first.device), self.bounds.diff())
+        line = torch.arange(len(self.first), device=self.first.device)
+        return line.repeat_interleave(self.bounds.diff(), output_size=self.shape[0] * self.shape[1])
 
     def split(self, labels: Tensor | None, prompt_lengths: Tensor | None) -> Tensor:
         """`[R]`: the flat number of the token where each row's prompt has ended: its first label, else
@@ -87,60 +87,61 @@ class Insertion:
         source: `[B, T']`, for each new column the flat token it comes from, or `B·T + j` for soft token j.
         logits_at: `[B, T]`, for each column given, the new column whose logits belong to it: its own, but the
             block's last for the column before the block.
+        before: `[R]`, the flat token before each row's block; the first token of a row without a prompt.
+        empty: `[R]`, whether the row has no prompt.
         lines: the rows of the new batch.
     """
 
     source: Tensor
     logits_at: Tensor
+    before: Tensor
+    empty: Tensor
     lines: Lines
 
     @classmethod
     def into(cls, lines: Lines, split: Tensor, k: int) -> Insertion:
         B, T = lines.shape
-        N, R = B * T, len(lines.first)
-        number = torch.arange(N, device=split.device)
+        N, R, device = B * T, len(lines.first), split.device
+        number, order, block = (torch.arange(size, device=device) for size in (N, R, k))
         line = lines.line_of_token
-        order = torch.arange(R, device=split.device)
-        moved = number + k * (line + (number >= split[line]))
-        soft = (split + k * order)[:, None] + torch.arange(k, device=split.device)
-        source = torch.empty(N + R * k, dtype=torch.long, device=split.device)
+        moved = number + k * (line + (number >= split[line]))  # flat, in the new batch
+        source = torch.empty(N + R * k, dtype=torch.long, device=device)
         source[moved] = number
-        source[soft] = N + torch.arange(k, device=split.device)
-        logits_at = torch.where(number == split[line] - 1, moved + k, moved)
-        shape = (B, T + k) if not lines.packed else (1, N + R * k)
-        width = shape[1]
-        first = lines.first + k * order
+        source[(split + k * order)[:, None] + block] = N + block
+        # The column before the block carries the block's last logits.
+        logits_at = moved + torch.where((number == split[line] - 1) & (number >= lines.first[line]), k, 0)
+        shape = (1, N + R * k) if lines.packed else (B, T + k)
+        if not lines.packed:
+            logits_at = logits_at - (T + k) * line
         new = Lines(
-            lines.bounds + k * torch.arange(R + 1, device=split.device),
-            torch.where(lines.first == lines.last, split + k * order, first),
+            lines.bounds + k * torch.arange(R + 1, device=device),
+            lines.first + k * order,
             lines.last + k * (order + 1),
             shape,
             lines.packed,
         )
-        logits_at = logits_at.view(B, T)
-        if not lines.packed:
-            logits_at = logits_at - torch.arange(B, device=split.device)[:, None] * width
-        return cls(source.view(shape), logits_at, new)
+        empty = split == lines.first
+        before = torch.where(empty, split, split - 1).clamp(max=N - 1)
+        return cls(source.view(shape), logits_at.view(B, T), before, empty, new)
 
     def embeddings(self, embeds: Tensor, soft: Tensor) -> Tensor:
         """`[B, T', C]` from the batch's embeddings `[B, T, C]` and the soft tokens `[k, C]`."""
         return torch.cat([embeds.flatten(0, 1), soft.to(embeds.dtype)])[self.source]
 
     def attention_mask(self, mask: Tensor) -> Tensor:
-        soft = (self.source >= mask.numel()).to(mask.dtype)
-        return mask.flatten()[self.source.clamp(max=mask.numel() - 1)] * (1 - soft) + soft
+        """The padding mask `[B, T']` from that of the batch given: soft tokens are real."""
+        kept = mask.flatten()[self.source.clamp(max=mask.numel() - 1)]
+        return kept.masked_fill(self.source >= mask.numel(), 1)
 
     def positions(self, position_ids: Tensor) -> Tensor:
-        """Position ids `[B, T']` from those of the batch given: the block follows its prompt, the answer the block."""
-        B, T = position_ids.shape
-        k = self.source.shape[1] - T
-        tokens = self.source < B * T
-        known = position_ids.flatten()[self.source.clamp(max=B * T - 1)]
-        soft_before = (~tokens).cumsum(1)
-        start = (~tokens).int().argmax(1, keepdim=True)  # the block's first column
-        before = known.gather(1, (start - 1).clamp(min=0)) + 1
-        first = torch.where(start > 0, before, known.gather(1, (start + k).clamp(max=T + k - 1)))
-        return torch.where(tokens, known + torch.where(soft_before > 0, k, 0), first + soft_before - 1)
+        """Position ids `[B, T']` of a padded batch from those given: the block follows its prompt, the answer the
+        block."""
+        flat = position_ids.flatten()
+        N, k = len(flat), self.source.shape[1] - position_ids.shape[1]
+        soft = self.source >= N
+        start = flat[self.before] + torch.where(self.empty, 0, 1)
+        moved = flat[self.source.clamp(max=N - 1)] + torch.where(soft.cumsum(1) > 0, k, 0)
+        return torch.where(soft, start[:, None] + self.source - N, moved)
 
     def keep(self, logits_to_keep: int | Tensor) -> Tensor:
         """`logits_to_keep` of the batch given, in columns of the new one."""
@@ -188,8 +189,8 @@ def packed_positions(rows: PackedRows, tokens: int) -> Tensor:
     return (torch.arange(tokens, device=starts.device) - torch.repeat_interleave(starts, lengths))[None]
 
 
-def left_padded(tokens: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+def left_padded(tokens: Tensor, attention_mask: Tensor) -> Tensor:
     """The same rows (ids `[B, T]` or embeddings `[B, T, C]`) with all padding in front."""
     order = attention_mask.bool().int().argsort(dim=1, stable=True)
     gather = order if tokens.dim() == 2 else order[:, :, None].expand_as(tokens)
-    return tokens.gather(1, gather), attention_mask.gather(1, order)
+    return tokens.gather(1, gather)

@@ -1,0 +1,137 @@
+"""What `generate` gives the base in place of the prompts that it was given, and the way back.
+
+The base generates from left-padded rows. Soft tokens of the prompt are columns of it like any other: the pre-hook of
+the decoder puts their embeddings in.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from softkv.hf.rows import left_padded
+
+
+@dataclass
+class Prompts:
+    """The prompts of one `generate`.
+
+    Attributes:
+        given: the ids `[B, T]` as they came (soft tokens as padding), or None.
+        columns: T.
+        ids, embeds, mask: what the base generates from, `[B, T + k]`, left-padded.
+        soft_at: `[B, T + k]`, which soft token stands in each column (-1: none), or None when none does.
+        moved: whether `ids` differ from `given`.
+    """
+
+    given: Tensor | None
+    columns: int
+    ids: Tensor | None
+    embeds: Tensor | None
+    mask: Tensor | None
+    soft_at: Tensor | None
+    moved: bool
+
+    @classmethod
+    def prepare(
+        cls,
+        ids: Tensor | None,
+        embeds: Tensor | None,
+        mask: Tensor | None,
+        *,
+        block: Tensor | None,
+        inline: bool,
+        pad: int,
+    ) -> Prompts:
+        """The prompts of the base.
+
+        Args:
+            ids, embeds, mask: `[B, T]`, `[B, T, C]` and `[B, T]` as they were given, padding on either side.
+            block: soft tokens `[k, C]` to put after every prompt.
+            inline: whether negative ids are soft tokens.
+            pad: the id that stands for soft tokens in what is returned.
+        """
+        padded_right = mask is not None and not bool(mask[:, -1].all())
+        tokens = ids if ids is not None else embeds
+        assert tokens is not None
+        columns = tokens.shape[1]
+        given = ids if ids is None else ids.masked_fill(ids < 0, pad)
+        if padded_right:
+            assert mask is not None
+            ids, embeds = (x if x is None else left_padded(x, mask) for x in (ids, embeds))
+            mask = left_padded(mask, mask)
+        k = 0 if block is None else len(block)
+        soft_at = None
+        if ids is not None and (k or (inline and bool((ids < 0).any()))):
+            soft_at = F.pad((-ids - 1).clamp(min=-1), (0, k))
+            soft_at[:, ids.shape[1] :] = torch.arange(k, device=ids.device)
+            # To logits processors a soft token looks like a token that the row holds anyway.
+            shown = ids.amax(1, keepdim=True).clamp(min=0)
+            ids = torch.cat([torch.where(ids < 0, shown, ids), shown.expand(-1, k)], 1)
+        if embeds is not None and block is not None:
+            embeds = torch.cat([embeds, block.to(embeds.dtype).expand(len(embeds), -1, -1)], 1)
+        if mask is not None:
+            mask = F.pad(mask, (0, k), value=1)
+        return cls(given, columns, ids, embeds, mask, soft_at, padded_right or soft_at is not None)
+
+    def with_given(self, output: Any) -> Any:
+        """The output's sequences with the ids given in front."""
+        if self.given is None or self.ids is None or not self.moved:
+            return output
+        sequences = output if isinstance(output, Tensor) else output.sequences
+        front = self.given.repeat_interleave(len(sequences) // len(self.given), 0)
+        sequences = torch.cat([front, sequences[:, self.ids.shape[1] :]], 1)
+        if isinstance(output, Tensor):
+            return sequences
+        output.sequences = sequences
+        return output
+
+    def streamer(self, streamer: Any) -> Any:
+        """The user's streamer, which is shown the ids given as the prompt."""
+        return streamer if self.given is None or not self.moved else _GivenFirst(streamer, self.given)
+
+
+class _GivenFirst:
+    """A streamer whose first put, the prompt, is replaced."""
+
+    def __init__(self, streamer: Any, given: Tensor) -> None:
+        self.streamer, self.given = streamer, [given.cpu()]
+
+    def put(self, value: Tensor) -> None:
+        self.streamer.put(self.given.pop() if self.given else value)
+
+    def end(self) -> None:
+        self.streamer.end()
+
+
+def lengthened(options: dict[str, Any], config: Any, k: int) -> dict[str, Any]:
+    """The options of `generate` with total lengths that count k more columns of prompt."""
+    longer = dict(options)
+    for total, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+        length = options.get(total, getattr(config, total))
+        if k and length and options.get(new, getattr(config, new)) is None:
+            longer[total] = length + k
+    return longer
+
+
+def pad_id(options: dict[str, Any], config: Any) -> int:
+    """The id of padding: the pad token, else the (first) end token, else 0."""
+    for name in ("pad_token_id", "eos_token_id"):
+        found = options.get(name, getattr(config, name))
+        if found is not None:
+            return int(found[0]) if isinstance(found, list) else int(found)
+    return 0
+
+
+def mask_of(ids: Tensor, options: dict[str, Any], config: Any) -> Tensor:
+    """The padding mask that transformers infers from ids: pad tokens are padding unless they may end a text too."""
+    pad = options.get("pad_token_id", config.pad_token_id)
+    eos = options.get("eos_token_id", config.eos_token_id)
+    ends = eos if isinstance(eos, list) else [eos]
+    if pad is None or pad in ends:
+        return torch.ones_like(ids)
+    return (ids != pad).long()
