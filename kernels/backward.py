@@ -15,6 +15,7 @@ always in the same order. A key nobody needs to mask is not masked: what a hidde
 Axes: B rows, H query heads, G key/value heads, T query tokens, S key tokens, P slots, A prefixes, D head dim.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -181,23 +182,23 @@ def dq_kernel(
 
 @triton.jit
 def collect_dkv(
-    dk, dv, k, v, q, grad_out, lse2, delta, at, live, seen, score_scale, softcap_scale,
+    dk, dv, k, v, q_ptr, do_ptr, lse2_ptr, delta_ptr, at, live, seen, score_scale, softcap_scale,
     NEED_K: tl.constexpr, NEED_V: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The tile step of the key side, transposed: rows are keys, columns are items, which lie `at` offsets in q, dout, Δ.
 
     `live` [M] and `seen` [N, M] are None where every item exists and sees every key."""
     at_q, at_do, at_item = at
-    q_ptrs = item_pointers(q.ptr, at_q, BLOCK_D)
-    do_ptrs = item_pointers(grad_out.ptr, at_do, BLOCK_D)
+    q_ptrs = item_pointers(q_ptr, at_q, BLOCK_D)
+    do_ptrs = item_pointers(do_ptr, at_do, BLOCK_D)
     if live is not None:
         q_tile = load_some(q_ptrs, live, HEAD_DIM, BLOCK_D)
-        lse2_tile = tl.load(lse2.ptr + at_item, mask=live, other=float("inf"))
-        delta_tile = tl.load(delta.ptr + at_item, mask=live, other=0.0)
+        lse2_tile = tl.load(lse2_ptr + at_item, mask=live, other=float("inf"))
+        delta_tile = tl.load(delta_ptr + at_item, mask=live, other=0.0)
     else:
         q_tile = load_whole(q_ptrs, HEAD_DIM, BLOCK_D)
-        lse2_tile = tl.load(lse2.ptr + at_item)
-        delta_tile = tl.load(delta.ptr + at_item)
+        lse2_tile = tl.load(lse2_ptr + at_item)
+        delta_tile = tl.load(delta_ptr + at_item)
     s = raw_scores(k, q_tile, softcap_scale, PRECISION)
     p = tl.exp2(s * score_scale - lse2_tile[None, :])
     if seen is not None:
@@ -217,31 +218,34 @@ def collect_dkv(
 
 @triton.jit
 def place_items(
-    items, live, q, grad_out, delta, order, row, first, g, T,
-    FLAT: tl.constexpr, PACKED: tl.constexpr, GROUP: tl.constexpr,
+    items, live, q, grad_out, delta, order, first, g, T,
+    FLAT: tl.constexpr, LINEAR: tl.constexpr, WIDE: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """(flat token, offsets in q, dout, Δ) of items: of one row, or (FLAT) of all tokens that read a prefix."""
-    head = tl.cast(g * GROUP + items % GROUP, tl.int64)
+    """(flat token, offsets in q, dout, Δ) of items: of one row, counted from its start, or (FLAT) of all tokens that read
+    a prefix. LINEAR: flat token u lies u items from the start. Offsets are 64-bit only where they must be (WIDE)."""
+    head = g * GROUP + items % GROUP
     token = first + items // GROUP
-    if FLAT:
-        if order is not None:
-            token = tl.load(order + token, mask=live, other=0) if live is not None else tl.load(order + token)
-        at_q = token_offset(q, token, T, PACKED)
-        at_do = token_offset(grad_out, token, T, PACKED)
-        at_item = token_offset(delta, token, T, PACKED)
-    else:
+    if order is not None:
+        token = tl.load(order + token, mask=live, other=0) if live is not None else tl.load(order + token)
+    if WIDE:
+        head = tl.cast(head, tl.int64)
         token = tl.cast(token, tl.int64)
-        at_q = row * q.row + token * q.item
-        at_do = row * grad_out.row + token * grad_out.item
-        at_item = row * delta.row + token * delta.item
-    return token, (at_q + head * q.head, at_do + head * grad_out.head, at_item + head * delta.head)
+    if FLAT and not LINEAR:
+        row = token // T
+        t = token % T
+        at_q = row * q.row + t * q.item
+        at_do = row * grad_out.row + t * grad_out.item
+    else:
+        at_q = token * q.item
+        at_do = token * grad_out.item
+    return token, (at_q + head * q.head, at_do + head * grad_out.head, token * delta.item + head * delta.head)
 
 
 @triton.jit(do_not_specialize=[*SIZES, "count", "parts"])
 def dkv_kernel(
     q, k, v, grad_out, lse2, delta, dk, dv, rows, prefix, groups, score_scale, softcap_scale, window, grad_scale,
     B, G, T, S, A, P, count, parts,
-    OVER_PREFIX: tl.constexpr, PACKED: tl.constexpr, CAUSAL: tl.constexpr, GROUP: tl.constexpr,
+    OVER_PREFIX: tl.constexpr, PACKED: tl.constexpr, LINEAR: tl.constexpr, WIDE: tl.constexpr, CAUSAL: tl.constexpr, GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_E: tl.constexpr, NEED_K: tl.constexpr, NEED_V: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -298,29 +302,34 @@ def dkv_kernel(
     v_base = v.ptr + source64 * v.row + k0 * v.item + g64 * v.head
     k_tile = load_some(tile_pointers(k_base, j_first, k.item, BLOCK_D, BLOCK_N), exists, HEAD_DIM, BLOCK_D)
     v_tile = load_some(tile_pointers(v_base, j_first, v.item, BLOCK_D, BLOCK_N), exists, HEAD_DIM, BLOCK_D)
+    row64 = source64 * 0 if OVER_PREFIX else source64
+    q_base = q.ptr + row64 * q.row
+    do_base = grad_out.ptr + row64 * grad_out.row
+    lse2_base = lse2.ptr + row64 * lse2.row
+    delta_base = delta.ptr + row64 * delta.row
     dk_tile = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv_tile = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for start in range(full_lo, full_hi, BLOCK_M):
         items = start + tl.arange(0, BLOCK_M)
         token, places = place_items(
-            items, None, q, grad_out, delta, groups.order, source64, first, g, T, OVER_PREFIX, PACKED, GROUP
+            items, None, q, grad_out, delta, groups.order, first, g, T, OVER_PREFIX, LINEAR, WIDE, GROUP
         )
         dk_tile, dv_tile = collect_dkv(
-            dk_tile, dv_tile, k_tile, v_tile, q, grad_out, lse2, delta, places, None, None, score_scale, softcap_scale,
+            dk_tile, dv_tile, k_tile, v_tile, q_base, do_base, lse2_base, delta_base, places, None, None, score_scale, softcap_scale,
             NEED_K, NEED_V, HEAD_DIM, BLOCK_D, PRECISION,
         )  # fmt: skip
     for i in range(masked_count(tiles, BLOCK_E)):
         items = masked_start(i, tiles, BLOCK_E) + tl.arange(0, BLOCK_E)
         live = items < hi
         token, places = place_items(
-            items, live, q, grad_out, delta, groups.order, source64, first, g, T, OVER_PREFIX, PACKED, GROUP
+            items, live, q, grad_out, delta, groups.order, first, g, T, OVER_PREFIX, LINEAR, WIDE, GROUP
         )
         seen = (items[None, :] >= lower[:, None]) & (items[None, :] <= upper[:, None])
         if OVER_PREFIX and prefix.position is not None:
             position = tl.load(prefix.position + token, mask=live, other=0)
             seen = seen & (j[:, None] > position[None, :] - window + n)
         dk_tile, dv_tile = collect_dkv(
-            dk_tile, dv_tile, k_tile, v_tile, q, grad_out, lse2, delta, places, live, seen, score_scale, softcap_scale,
+            dk_tile, dv_tile, k_tile, v_tile, q_base, do_base, lse2_base, delta_base, places, live, seen, score_scale, softcap_scale,
             NEED_K, NEED_V, HEAD_DIM, BLOCK_D, PRECISION,
         )  # fmt: skip
 
@@ -335,14 +344,14 @@ def dkv_kernel(
 
 
 def prepare(problem: Problem, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """(base-2 lse, Δ), shaped as lse."""
+    """(base-2 lse, Δ), each [H, tokens]: of flat tokens, whatever q's layout."""
     p, tile = problem, problem.tile("prepare")
-    lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
+    lse2, delta = (lse.new_empty(p.H, p.tokens) for _ in range(2))
     launch(
         prepare_kernel, triton.cdiv(p.tokens * p.H, tile.own), tile,
         out=tokens(out), grad_out=tokens(grad_out), lse=per_item(lse),
         grad_lse=Operand(None, 0, 0, 0) if grad_lse is None else per_item(grad_lse),
-        lse2=per_item(lse2), delta=per_item(delta), T=p.T, H=p.H, count=p.tokens,
+        lse2=p.workspace(lse2), delta=p.workspace(delta), T=p.T, H=p.H, count=p.tokens,
         PACKED=p.packed, HEAD_DIM=p.D, BLOCK_D=block_d(p.D), BLOCK_M=tile.own,
     )  # fmt: skip
     return lse2, delta
@@ -353,8 +362,8 @@ def run_dq(problem: Problem, grad_out: Tensor, lse2: Tensor, delta: Tensor) -> T
     dq = torch.empty_like(p.q)
     blocks = triton.cdiv(p.T_max * p.group, tile.own)
     launch(
-        dq_kernel, blocks * p.G * p.B, tile, **p.arguments(), grad_out=tokens(grad_out), lse2=per_item(lse2),
-        delta=per_item(delta), dq=tokens(dq), grad_scale=-p.scale if p.flipped else p.scale,
+        dq_kernel, blocks * p.G * p.B, tile, **p.arguments(), grad_out=tokens(grad_out), lse2=p.workspace(lse2),
+        delta=p.workspace(delta), dq=tokens(dq), grad_scale=-p.scale if p.flipped else p.scale,
         BLOCK_M=tile.own, BLOCK_N=tile.step, BLOCK_E=tile.edge,
     )  # fmt: skip
     return dq
@@ -379,12 +388,22 @@ def run_dkv(
     for unused in ("prefix_k", "prefix_v", "SHARED"):
         del arguments[unused]
     launch(
-        dkv_kernel, programs * parts, tile, **arguments, grad_out=tokens(grad_out), lse2=per_item(lse2),
-        delta=per_item(delta), dk=part_operand(dk, operand), dv=part_operand(dv, operand),
+        dkv_kernel, programs * parts, tile, **arguments, grad_out=tokens(grad_out), lse2=p.workspace(lse2),
+        delta=p.workspace(delta), dk=part_operand(dk, operand), dv=part_operand(dv, operand),
         groups=p.groups() if over_prefix else NO_GROUPS, grad_scale=p.scale, count=p.tokens, parts=parts,
-        OVER_PREFIX=over_prefix, PACKED=p.packed, NEED_K=need_k, NEED_V=need_v, BLOCK_M=tile.step, BLOCK_N=tile.own, BLOCK_E=tile.edge,
+        OVER_PREFIX=over_prefix, PACKED=p.packed, LINEAR=linear(p.q) and linear(grad_out), WIDE=wide(p.q) or wide(grad_out), NEED_K=need_k, NEED_V=need_v, BLOCK_M=tile.step, BLOCK_N=tile.own, BLOCK_E=tile.edge,
     )  # fmt: skip
     return add_parts(dk, keys), add_parts(dv, values)
+
+
+def linear(x: Tensor) -> bool:
+    """Whether flat token u lies u items from the start: packed, or [B, T, H, D] in memory."""
+    return x.dim() == 3 or x.stride(0) == x.shape[2] * x.stride(2)
+
+
+def wide(x: Tensor) -> bool:
+    """Whether offsets in x pass 31 bits."""
+    return sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) >= 2**31
 
 
 def parts_like(x: Tensor, parts: int) -> Tensor:
@@ -414,7 +433,6 @@ def run_backward(
     if need_prefix_k or need_prefix_v:
         dprefix_k, dprefix_v = run_dkv(problem, grad_out, lse2, delta, True, need_prefix_k, need_prefix_v)
     if need_sinks and problem.sinks is not None:
-        heads = (0, 2) if lse.dim() == 3 else (1,)
-        share = torch.exp(problem.sinks.float()[:, None] - lse)
-        dsinks = -(share * delta).sum(heads).to(problem.sinks.dtype)
+        dsinks = -(torch.exp2(problem.sinks.float()[:, None] * math.log2(math.e) - lse2) * delta).sum(1)
+        dsinks = dsinks.to(problem.sinks.dtype)
     return dq, dk, dv, dprefix_k, dprefix_v, dsinks

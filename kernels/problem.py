@@ -133,6 +133,10 @@ class Problem:
             HEAD_DIM=self.D, BLOCK_D=block_d(self.D), PRECISION="tf32" if tf32 else "ieee",
         )  # fmt: skip
 
+    def workspace(self, x: Tensor) -> Operand:
+        """One number an item, [H, tokens]."""
+        return Operand(x, self.T, self.tokens, 1)
+
     def groups(self) -> Groups:
         """Group the tokens by prefix without leaving the device: fixed shapes, a stable sort, no host sync.
 
