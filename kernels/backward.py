@@ -241,6 +241,19 @@ def place_items(
     return token, (at_q + head * q.head, at_do + head * grad_out.head, token * delta.item + head * delta.head)
 
 
+@triton.jit
+def readers_of_key(j, n, T, window, CAUSAL: tl.constexpr, GROUP: tl.constexpr):
+    """(first, last) item that sees key j of a row with n keys and T queries."""
+    lower = j * 0
+    upper = j * 0 + (T * GROUP - 1)
+    if CAUSAL:
+        diagonal = j - (n - T)
+        lower = tl.maximum(diagonal, 0) * GROUP
+        if window is not None:
+            upper = tl.minimum((diagonal + window) * GROUP - 1, upper)
+    return lower, upper
+
+
 @triton.jit(do_not_specialize=[*SIZES, "count", "parts"])
 def dkv_kernel(
     q, k, v, grad_out, lse2, delta, dk, dv, rows, prefix, groups, score_scale, softcap_scale, window, grad_scale,
@@ -260,7 +273,6 @@ def dkv_kernel(
     j = j_first + tl.arange(0, BLOCK_N)
     source64 = tl.cast(source, tl.int64)
 
-    # Which items see key j: those from `lower` to `upper`.
     if OVER_PREFIX:
         k_start = 0
         n = prefix_length(source, prefix, A, P)
@@ -277,23 +289,15 @@ def dkv_kernel(
         exists = j < n
         if rows.mask is not None:
             exists = exists & (tl.load(rows.mask + source64 * S + j, mask=exists, other=0) != 0)
-    lower = j * 0
-    upper = j * 0 + (readers * GROUP - 1)
-    last = tl.maximum(tl.minimum(j_first + BLOCK_N, n) - 1 - j_first, 0)
-    if CAUSAL and not OVER_PREFIX:
-        diagonal = j - (n - readers)
-        lower = tl.maximum(diagonal, 0) * GROUP
-        if window is not None:
-            upper = tl.minimum((diagonal + window) * GROUP - 1, upper)
-    # Bounds grow with j: the first key's and the last existing key's say which tiles need a mask.
-    is_first = tl.arange(0, BLOCK_N) == 0
-    is_last = tl.arange(0, BLOCK_N) == last
-    tiles = span(
-        tl.sum(tl.where(is_first, lower, 0), 0), tl.sum(tl.where(is_last, lower, 0), 0),
-        tl.sum(tl.where(is_first, upper, 0), 0), tl.where(j_first < n, tl.sum(tl.where(is_last, upper, 0), 0), -1),
-        prefix.position is not None and OVER_PREFIX, BLOCK_M,
-    )  # fmt: skip
-    tiles = share(tiles, part, parts, BLOCK_M)
+    # Bounds grow with j: those of the first and of the last existing key say which tiles need a mask.
+    last = tl.maximum(tl.minimum(j_first + BLOCK_N, n) - 1, j_first)
+    lower_min, upper_min = readers_of_key(j_first, n, readers, window, CAUSAL and not OVER_PREFIX, GROUP)
+    lower_max, upper_max = readers_of_key(last, n, readers, window, CAUSAL and not OVER_PREFIX, GROUP)
+    upper_max = tl.where(j_first < n, upper_max, -1)
+    mask_all = OVER_PREFIX and prefix.position is not None
+    tiles = span(lower_min, lower_max, upper_min, upper_max, mask_all, BLOCK_M)
+    if OVER_PREFIX:
+        tiles = share(tiles, part, parts, BLOCK_M)
     _, full_lo, full_hi, hi = tiles
 
     k0 = tl.cast(k_start, tl.int64)
@@ -324,6 +328,7 @@ def dkv_kernel(
         token, places = place_items(
             items, live, q, grad_out, delta, groups.order, first, g, T, OVER_PREFIX, LINEAR, WIDE, GROUP
         )
+        lower, upper = readers_of_key(j, n, readers, window, CAUSAL and not OVER_PREFIX, GROUP)
         seen = (items[None, :] >= lower[:, None]) & (items[None, :] <= upper[:, None])
         if OVER_PREFIX and prefix.position is not None:
             position = tl.load(prefix.position + token, mask=live, other=0)
