@@ -1,12 +1,14 @@
 """The independent truth: each row alone, unpadded, eager attention; prefixes really concatenated to the keys, soft
 embeddings really concatenated to the embeddings."""
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from softkv.methods.base import SoftPrompt
 
@@ -110,3 +112,21 @@ def close(got: Tensor, want: Tensor, tolerance: float = 1e-5) -> None:
     """Equal to `tolerance` of the largest value wanted."""
     scale = max(1.0, want.abs().max().item())
     torch.testing.assert_close(got.to(want), want, rtol=0, atol=tolerance * scale)
+
+
+def recomputing(model: Any, soft: SoftPrompt, prompts: list[list[int]]) -> Any:
+    """The eager `model` made to answer `generate` from everything recomputed, row by row; no cache, no batch. Soft
+    tokens of a prompt look like its largest id."""
+    width = max(map(len, prompts))
+
+    def forward(input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> CausalLMOutputWithPast:
+        repeats = len(input_ids) // len(prompts)
+        last = []
+        for r, ids in enumerate(input_ids.tolist()):
+            prompt = prompts[r // repeats]
+            last.append(row_logits(model, soft, Row([*prompt, *ids[width:]], len(prompt)))[-1:])
+        return CausalLMOutputWithPast(logits=torch.stack(last))
+
+    generating = copy.copy(model)
+    generating.__dict__["forward"] = forward
+    return generating

@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
-from tests.hf.naive import Row, greedy, row_logits
+from tests.hf.naive import greedy, recomputing
 from tests.hf.test_methods_on_models import rows_for
 from tests.hf.tiny import METHODS, NAMES, attach, model_of
 
@@ -86,3 +87,127 @@ def test_greedy_in_every_way(name: str, method: str, way: str) -> None:
         output = model.generate(**one, max_new_tokens=STEPS, **options)
         got += answers(output if isinstance(output, Tensor) else output.sequences, one)
     assert got == want
+
+
+SEARCHES: dict[str, tuple[int, dict[str, Any]]] = {  # sequences a row, options
+    "sampling": (1, {"do_sample": True, "temperature": 1.3}),
+    "sampling, several sequences a row": (3, {"do_sample": True, "num_return_sequences": 3, "top_k": 9}),
+    "beams": (1, {"num_beams": 3}),
+    "all beams": (3, {"num_beams": 3, "num_return_sequences": 3}),
+    "sampled beams": (1, {"num_beams": 2, "do_sample": True}),
+    "repetition penalty": (1, {"repetition_penalty": 1.7}),
+    "an end token: rows finish apart": (1, {"eos_token_id": list(range(2, 20))}),
+    "an end token in beams": (2, {"eos_token_id": list(range(2, 12)), "num_beams": 3, "num_return_sequences": 2}),
+    "beams in a static cache": (1, {"num_beams": 3, "cache_implementation": "static"}),
+    "beams without cache": (1, {"num_beams": 3, "use_cache": False}),
+    "min_p and typical": (1, {"do_sample": True, "min_p": 0.01, "typical_p": 0.9}),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("search", SEARCHES)
+def test_searches(method: str, search: str) -> None:
+    name = "Gemma2: softcap, alternating windows"
+    repeats, options = SEARCHES[search]
+    prompts, model = prompts_of(method), attach(name, method).eval()
+    shown = [[max(prompt) if i < 0 else i for i in prompt] for prompt in prompts]
+    naive = recomputing(model_of(name), model.soft, prompts)
+    plain = {key: value for key, value in options.items() if key != "cache_implementation"} | {"use_cache": False}
+    torch.manual_seed(3)
+    want = naive.generate(**batch_of(shown, "left"), max_new_tokens=STEPS, **plain)
+    width = max(map(len, prompts))
+    for side in ("left", "right"):
+        batch = batch_of(prompts, side)
+        torch.manual_seed(3)
+        sequences = model.generate(**batch, max_new_tokens=STEPS, **options)
+        assert answers(sequences, batch, repeats) == want[:, width:].tolist(), side
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_assistant_changes_nothing(method: str) -> None:
+    name = "Llama"
+    model, assistant = attach(name, method), model_of(name, num_hidden_layers=1)
+    for row, want in enumerate(truth(name, method)):
+        batch = alone(batch_of(prompts_of(method), "left"), row)
+        sequences = model.generate(**batch, max_new_tokens=STEPS, assistant_model=assistant)
+        assert answers(sequences, batch) == [want]
+
+
+class Recorder:
+    """A streamer that keeps what it is shown."""
+
+    def __init__(self) -> None:
+        self.shown: list[list[int]] = []
+
+    def put(self, value: Tensor) -> None:
+        self.shown.append(value.flatten().tolist())
+
+    def end(self) -> None:
+        self.shown.append([])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_lengths_streams_and_outputs(method: str) -> None:
+    name = "Llama"
+    model, want = attach(name, method), truth(name, method)[1]
+    batch = alone(batch_of(prompts_of(method), "left"), 1)
+    given = batch["input_ids"]
+    T, streamer = given.shape[1], Recorder()
+    # max_length and min_length count the ids given and the answer, nothing that is inserted.
+    for options in (
+        {"max_length": T + STEPS},
+        {"generation_config": transformers.GenerationConfig(max_length=T + STEPS, pad_token_id=0)},
+        {"max_length": T + STEPS, "streamer": streamer},
+    ):
+        assert answers(model.generate(**batch, **options), batch) == [want]
+    ends = {"eos_token_id": want[0]}  # forbidden while the sequence is short
+    least = model.generate(**batch, max_new_tokens=STEPS, min_new_tokens=2, **ends)
+    assert torch.equal(model.generate(**batch, max_length=T + STEPS, min_length=T + 2, **ends), least)
+    assert streamer.shown == [given.clamp(min=0)[0].tolist(), *([token] for token in want), []]
+    output = model.generate(
+        **batch, max_new_tokens=STEPS, return_dict_in_generate=True, output_logits=True, output_hidden_states=True
+    )
+    assert answers(output.sequences, batch) == [want]
+    assert [int(step.argmax()) for step in output.logits] == want
+    assert len(model.generate(**batch)[0]) == T + 20  # transformers' default
+    assert model.generate(given, max_new_tokens=STEPS).tolist() == output.sequences.tolist()
+    assert model.generate(inputs=given, max_new_tokens=STEPS).tolist() == output.sequences.tolist()
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "p-tuning"])
+def test_from_embeddings(name: str, method: str) -> None:
+    model = attach(name, method)
+    for side in ("left", "right"):
+        batch = batch_of(prompts_of(method), side)
+        embeds = model.get_input_embeddings()(batch["input_ids"]).detach()
+        mask = {"attention_mask": batch["attention_mask"]}
+        alone = model.generate(inputs_embeds=embeds, **mask, max_new_tokens=STEPS)
+        assert alone.tolist() == truth(name, method)  # only what is new
+        beside = model.generate(**batch, inputs_embeds=embeds, max_new_tokens=STEPS)
+        assert answers(beside, batch) == truth(name, method)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("cache", ["none given", "dynamic", "static"])
+def test_manual_decoding(name: str, method: str, cache: str) -> None:
+    model = attach(name, method).eval()
+    want = torch.tensor(truth(name, method))
+    batch = batch_of(prompts_of(method), "left")
+    caches = {
+        "none given": lambda: None,
+        "dynamic": lambda: transformers.DynamicCache(config=model.config),
+        "static": lambda: transformers.StaticCache(config=model.config, max_cache_len=32),
+    }
+    ids, mask, held = batch["input_ids"], batch["attention_mask"], caches[cache]()
+    got = []
+    with torch.no_grad():
+        for step in range(STEPS):
+            options = {} if step == 2 else {"use_cache": True}
+            output = model(input_ids=ids, attention_mask=mask, past_key_values=held, **options)
+            held = output.past_key_values
+            ids = output.logits[:, -1:].argmax(-1)
+            got.append(ids)
+            mask = torch.cat([mask, torch.ones_like(ids)], 1)
+    assert torch.equal(torch.cat(got, 1), want)
