@@ -80,7 +80,7 @@ class Loop:
             if "HGMMA" in op:
                 m, n, k = map(int, re.search(r"(\d+)x(\d+)x(\d+)", op).groups())
                 total += 2 * m * n * k * max(1, self.warps // 4)
-            elif "HMMA" in op:
+            elif op.startswith("HMMA"):
                 total += 2 * 16 * 8 * (16 if ".16816" in op else 8) * self.warps
             elif op.startswith("v_mfma"):
                 m, n, k = map(int, re.search(r"(\d+)x(\d+)x(\d+)", op).groups())
@@ -146,9 +146,15 @@ class Report:
         return sum(n for op, n in self.opcodes.items() if ATOMIC.search(op))
 
     @property
+    def full(self) -> list[Loop]:
+        """The full-tile loops: those that select least. The others mask the edges."""
+        least = min((loop.count(SELECT) for loop in self.loops), default=0)
+        return [loop for loop in self.loops if loop.count(SELECT) <= least + 8]
+
+    @property
     def hot(self) -> Loop | None:
-        """The full-tile loop: the one with the fewest instructions for its matrix work."""
-        return max(self.loops, key=lambda loop: loop.serial, default=None)
+        """The worst of the full-tile loops."""
+        return min(self.full, key=lambda loop: loop.serial, default=None)
 
 
 @cache
@@ -163,7 +169,7 @@ def _cuobjdump(cubin: bytes, *flags: str) -> str:
         return subprocess.run([_tool("cuobjdump"), *flags, file.name], check=True, capture_output=True, text=True).stdout
 
 
-SASS_LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
+SASS_LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
 
 
 def _nvidia(compiled: Any, target: str) -> Report:
@@ -171,15 +177,17 @@ def _nvidia(compiled: Any, target: str) -> Report:
     usage = _cuobjdump(cubin, "-res-usage")
     registers = int(re.search(r"REG:(\d+)", usage).group(1))
     stack = int(re.search(r"STACK:(\d+)", usage).group(1))
-    code = [(int(a, 16), op, rest) for a, op, rest in SASS_LINE.findall(_cuobjdump(cubin, "-sass"))]
-    edges = []
-    for address, op, rest in code:
-        jump = re.search(r"0x([0-9a-f]+)\s*$", rest.strip()) if op.startswith("BRA") else None
-        if jump and int(jump.group(1), 16) < address:
-            edges.append((int(jump.group(1), 16), address))
-    body = {e: [(op, rest) for a, op, rest in code if e[0] <= a <= e[1]] for e in edges}
+    lines = SASS_LINE.findall(_cuobjdump(cubin, "-sass"))
+    code = [(int(address, 16), op, rest) for address, _, op, rest in lines]
+    conditional = [bool(guard) or rest.strip().startswith(("P", "!P", "UP", "!UP")) for _, guard, _, rest in lines]
+    place = {address: i for i, (address, _, _) in enumerate(code)}
+    jumps: dict[int, tuple[int | None, bool]] = {}
+    for i, (_, op, rest) in enumerate(code):
+        if op.startswith(("BRA", "EXIT", "RET")):
+            to = re.search(r"0x([0-9a-f]+)\s*$", rest.strip())
+            jumps[i] = (place.get(int(to.group(1), 16)) if to and op.startswith("BRA") else None, conditional[i])
     warps = _warps(compiled)
-    loops = _innermost(body, target, warps)
+    loops = _hot_loops([(op, rest) for _, op, rest in code], jumps, target, warps)
     shared = compiled.metadata.shared
     per_warp = -(-registers * 32 // 256) * 256
     limits = {
@@ -197,24 +205,68 @@ def _warps(compiled: Any) -> int:
     return int(total.group(1)) if total else compiled.metadata.num_warps
 
 
-def _innermost(body: dict[tuple[int, int], list[tuple[str, str]]], target: str, warps: int) -> list[Loop]:
-    """Loops with matrix instructions that hold no other such loop."""
-    matrix = {e for e, code in body.items() if any(MATRIX.search(op) for op, _ in code)}
-    inner = [e for e in matrix if not any(o != e and e[0] <= o[0] and o[1] <= e[1] for o in matrix)]
-    return [Loop(body[e], target, warps) for e in sorted(inner)]
+def _hot_loops(
+    code: list[tuple[str, str]], jumps: dict[int, tuple[int | None, bool]], target: str, warps: int
+) -> list[Loop]:
+    """Natural loops with matrix instructions that hold no other such loop. `jumps`: instruction → (where to, or None at an
+    exit; whether it may fall through). Cold blocks that only jump back into a loop are not mistaken for one."""
+    starts = sorted({0, *(to for to, _ in jumps.values() if to is not None), *(i + 1 for i in jumps if i + 1 < len(code))})
+    block_of = {s: b for b, s in enumerate(starts)}
+    ends = [*starts[1:], len(code)]
+    after: list[set[int]] = []
+    for b, end in enumerate(ends):
+        to, falls = jumps.get(end - 1, (None, True))
+        after.append({block_of[to]} if to is not None else set())
+        if falls and b + 1 < len(ends):
+            after[b].add(b + 1)
+    before: list[set[int]] = [set() for _ in starts]
+    for b, successors in enumerate(after):
+        for s in successors:
+            before[s].add(b)
+    everything = (1 << len(starts)) - 1
+    dominators = [1] + [everything] * (len(starts) - 1)
+    changed = True
+    while changed:
+        changed = False
+        for b in range(1, len(starts)):
+            new = everything
+            for p in before[b]:
+                new &= dominators[p]
+            new = (new if before[b] else 0) | 1 << b
+            changed |= new != dominators[b]
+            dominators[b] = new
+    bodies: dict[int, set[int]] = {}
+    for b, successors in enumerate(after):
+        for head in successors:
+            if dominators[b] >> head & 1:
+                body = bodies.setdefault(head, {head})
+                queue = [b]
+                while queue:
+                    x = queue.pop()
+                    if x not in body:
+                        body.add(x)
+                        queue.extend(before[x])
+    matrix = {b for b, s in enumerate(starts) if any(MATRIX.search(op) for op, _ in code[s : ends[b]])}
+    hot = [body for body in bodies.values() if body & matrix]
+    inner = [body for body in hot if not any(other < body for other in hot)]
+    return [Loop([x for b in sorted(body) for x in code[starts[b] : ends[b]]], target, warps) for body in inner]
 
 
 def _amd(compiled: Any, target: str) -> Report:
     text, machine, warps = compiled.asm["amdgcn"], MACHINES[target], compiled.metadata.num_warps
     read = lambda name: int(re.search(rf"\.{name}:\s+(\d+)", text).group(1))  # noqa: E731
     lines = [line.split(";")[0].strip() for line in text.splitlines()]
-    labels = {line[:-1]: i for i, line in enumerate(lines) if re.fullmatch(r"\.LBB\w+:", line)}
-    body = {}
-    for i, line in enumerate(lines):
-        jump = re.match(r"s_c?branch\w*\s+(\.LBB\w+)", line)
-        if jump and labels.get(jump.group(1), i) < i:
-            start = labels[jump.group(1)]
-            body[(start, i)] = [(x.split()[0], x) for x in lines[start:i] if re.match(r"[sv]_|ds_|global_|buffer_|scratch_", x)]
+    code: list[tuple[str, str]] = []
+    labels: dict[str, int] = {}
+    for line in lines:
+        if re.fullmatch(r"\.LBB\w+:", line):
+            labels[line[:-1]] = len(code)
+        elif re.match(r"[sv]_|ds_|global_|buffer_|scratch_|flat_", line):
+            code.append((line.split()[0], line))
+    jumps: dict[int, tuple[int | None, bool]] = {}
+    for i, (op, line) in enumerate(code):
+        if op.startswith(("s_branch", "s_cbranch", "s_endpgm")):
+            jumps[i] = (labels.get(line.split()[-1]), op.startswith("s_cbranch"))
     # On CDNA3 accumulation registers share the file with the others, and vgpr_count counts both.
     registers, shared = read("vgpr_count"), compiled.metadata.shared
     limits = {
@@ -223,10 +275,9 @@ def _amd(compiled: Any, target: str) -> Report:
         "warps": machine.warps // warps,
     }
     limit = min(limits, key=limits.__getitem__)
-    opcodes = Counter(line.split()[0] for line in lines if line and not line.startswith("."))
     return Report(
         target, warps, registers, read("private_segment_fixed_size"), shared, limits[limit], limit,
-        _innermost(body, target, warps), opcodes,
+        _hot_loops(code, jumps, target, warps), Counter(op for op, _ in code),
     )  # fmt: skip
 
 
