@@ -1,0 +1,77 @@
+"""`attn_implementation="softkv"` alone, with no soft prompt: eager's answers on every architecture."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import softkv.hf  # noqa: F401  (registers the attention)
+from tests.hf.naive import close
+from tests.hf.test_generate import batch_of
+from tests.hf.test_methods_on_models import LAYOUTS, packed, rows_for
+from tests.hf.tiny import NAMES, model_of
+
+ROWS = rows_for("no soft tokens")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_equals_eager(name: str, layout: str) -> None:
+    batch, parts = LAYOUTS[layout](ROWS)
+    # Eager is no truth on packed rows: OPT's lets them see each other.
+    truth = LAYOUTS["right-padded"](ROWS) if "packed" in layout else (batch, parts)
+    if "cu_seq_lens_q" in batch:
+        batch["position_ids"] = packed(ROWS, lengths=False)[0]["position_ids"]
+    outputs = []
+    for attention, (inputs, split) in (("softkv", (batch, parts)), ("eager", truth)):
+        model = model_of(name, attention)
+        output = model(**inputs, use_cache=False)
+        output.loss.backward()
+        gradient = model.get_input_embeddings().weight.grad
+        outputs.append([*split(output.logits), output.loss, gradient])
+    for got, want in zip(*outputs, strict=True):
+        close(got, want)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}, {"num_beams": 2}, {"use_cache": False}])
+def test_generates_as_eager(name: str, options: dict) -> None:
+    batch = batch_of([row.ids[: row.prompt] for row in ROWS], "left")
+    got, want = (
+        model_of(name, attention).generate(**batch, max_new_tokens=9, **options) for attention in ("softkv", "eager")
+    )
+    assert torch.equal(got, want)
+
+
+def test_static_cache_in_steps() -> None:
+    """A part-filled buffer: more queries than one, fewer keys than the buffer holds."""
+    for name in NAMES:
+        model, eager = model_of(name, "softkv"), model_of(name)
+        ids = torch.randint(2, 60, (2, 11))
+        cache = transformers.StaticCache(config=model.config, max_cache_len=16)
+        with torch.no_grad():
+            got = [model(part, past_key_values=cache).logits for part in ids.split([4, 1, 3, 2, 1], 1)]
+            close(torch.cat(got, 1), eager(ids).logits)
+
+
+def test_refusals() -> None:
+    model, ids = model_of("Llama", "softkv"), torch.ones(1, 4).long()
+    with pytest.raises(ValueError, match="never forms attention weights"):
+        model(ids, output_attentions=True)
+    with pytest.raises(ValueError, match="2-D padding mask"):
+        model(ids, attention_mask=torch.zeros(1, 1, 4, 4))
+    model = model_of("Llama", "softkv", attention_dropout=0.1).train()
+    with pytest.raises(ValueError, match="has no dropout"):
+        model(ids)
+
+
+def test_transformers_imports_beside_a_folder_called_kernels() -> None:
+    root = Path(__file__).parents[2]
+    assert (root / "kernels").is_dir()
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.hf.imports"], cwd=root, capture_output=True, text=True, check=False
+    )
+    assert "imported" in done.stdout, done.stderr
