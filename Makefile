@@ -14,7 +14,7 @@ $(READY): setup.py constraints.txt
 	touch $@
 
 demo: $(READY)
-	$(BIN)/python -m benchmarks.demo
+	$(BIN)/python -m benchmarks.demo main
 
 test: $(READY) lint
 	$(BIN)/python -m pytest tests

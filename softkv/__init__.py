@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 from softkv.attention import prefix_attention, prefix_attention_varlen
-from softkv.methods import PrefixTuning, PromptTuning, PTuningV2, Template
+from softkv.methods import PrefixTuning, PromptTuning, PTuning, PTuningV2, Template
 from softkv.prefix import Prefix
 
 if TYPE_CHECKING:

@@ -97,7 +97,7 @@ class Prefix:
     @classmethod
     @torch.no_grad()
     def from_text(cls, model: Any, tokenizer: Any, text: str) -> Prefix:
-        """The K/V of a text, run once through the model: with it as prefix, a model answers as with the text in context.
+        """The K/V of a text, run once through the model: with this prefix, it answers as with the text in context.
 
         Args:
             model: a transformers causal LM (no soft prompt is applied to it).
