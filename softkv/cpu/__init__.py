@@ -129,8 +129,9 @@ class _Merged:
             self.so_far = self._nothing()
         outs, lses = self.so_far
         here, before = queries.of(outs), queries.of(lses)
-        # A query blind to both: −∞ − −∞ is NaN, and weight 0 keeps its 0.
-        weight = (lse - before).sigmoid_().nan_to_num_(0)
+        weight = (lse - before).sigmoid_()
+        if p.blind is not None:
+            weight.nan_to_num_(0)  # blind to both: −∞ − −∞; weight 0 keeps its 0
         here.lerp_(out, weight.unsqueeze(-1))
         torch.logaddexp(before, lse, out=before)
         if queries.index is not None:

@@ -10,9 +10,9 @@ from torch import Tensor
 # Up to here rows that differ in what they see share one masked call; longer ones get slices of their own, which skip
 # the work that a mask only hides.
 _FEW_QUERIES = 32
-# The library's causal kernel skips whole blocks of 512 keys only. Below this many queries tiles with a mask skip more.
+# The library's causal kernel skips whole blocks of 512 keys only: up to this many queries, tiles with a mask skip more.
 _LONG = 1024
-_SHORT = 96
+_SHORT = 32
 _ROWS_AT_ONCE = 4
 
 
@@ -31,8 +31,10 @@ class Queries:
         """[N, H, ...] → [rows, H, t, ...]: a view, or a copy of picked tokens."""
         if self.index is not None:
             return line[self.index].unsqueeze(0).transpose(1, 2)
-        part = line[self.start : self.start + self.rows * self.length].unflatten(0, (self.rows, self.length))
-        return part[:, self.t0 : self.t1].transpose(1, 2)
+        n, t = self.rows * self.length, self.t1 - self.t0
+        part = line if n == line.shape[0] else line[self.start : self.start + n]
+        part = part.view(self.rows, self.length, *part.shape[1:])
+        return (part if t == self.length else part[:, self.t0 : self.t1]).transpose(1, 2)
 
     def back(self, x: Tensor) -> Tensor:
         """[rows, H, t, ...] → [rows·t, H, ...]"""
@@ -54,7 +56,11 @@ class Piece:
 
     def keys(self, x: Tensor) -> Tensor:
         """[rows or 1, G, S, D] → [rows, G, s, D], a view."""
-        return x[self.key_rows, :, self.s0 : self.s1].expand(self.queries.rows, -1, -1, -1)
+        if self.s1 - self.s0 < x.shape[2]:
+            x = x[:, :, self.s0 : self.s1]
+        if self.key_rows.stop - self.key_rows.start < x.shape[0]:
+            x = x[self.key_rows]
+        return x if x.shape[0] == self.queries.rows else x.expand(self.queries.rows, -1, -1, -1)
 
 
 @dataclass(slots=True)
@@ -109,12 +115,12 @@ class Call:
     def unline(self, x: Tensor, q: Tensor) -> Tensor:
         """[N, H, D] in any precision → shape, dtype and layout of q."""
         if self.dense:
-            x = x.unflatten(0, (self.B, self.T)).transpose(1, 2)
+            x = x.view(self.B, self.T, *self.heads).transpose(1, 2)
         return x.to(q.dtype) if x.stride() == q.stride() else torch.empty_like(q).copy_(x)
 
     def unline_lse(self, x: Tensor) -> Tensor:
         if self.dense:
-            return x.unflatten(0, (self.B, self.T)).transpose(1, 2).contiguous()
+            return x.view(self.B, self.T, -1).transpose(1, 2).contiguous()
         return x.transpose(0, 1).contiguous()
 
     def keys(self, x: Tensor) -> Tensor:
