@@ -418,13 +418,11 @@ def _attention_backward(
         is_causal=is_causal, window=window, window_covers_prefix=window_covers_prefix, softcap=softcap,
         needs=[n and not (no_prefix and i in (3, 4)) for i, n in enumerate(needs)],
     )  # fmt: skip
-    return tuple(_like(x, g, n) for x, g, n in zip(leaves, grads, needs, strict=True))
+    return tuple(_like(x, g) if n else q.new_empty(0) for x, g, n in zip(leaves, grads, needs, strict=True))
 
 
-def _like(leaf: Tensor | None, grad: Tensor | None, needed: bool) -> Tensor:
-    """A gradient laid out as its fake says; an operator cannot return None, so empty where nobody asked."""
-    if not needed or leaf is None:
-        return torch.empty(0)
+def _like(leaf: Tensor, grad: Tensor | None) -> Tensor:
+    """A gradient laid out as its fake says; zero where the prefix has no slots."""
     if grad is None:
         return torch.zeros_like(leaf)
     if grad.stride() == leaf.stride():

@@ -1,9 +1,12 @@
-"""The op against its oracle: outputs and every gradient, on every named case."""
+"""The op against its oracle: outputs and every gradient, on every named case and on drawn ones."""
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from tests.attention_cases import CASES
+from softkv.attention import prefix_attention, prefix_attention_varlen
+from tests.attention_cases import CASES, Case, dense, packed
 
 
 def assert_matches(got: dict, want: dict, tolerance: float) -> None:
@@ -14,7 +17,154 @@ def assert_matches(got: dict, want: dict, tolerance: float) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 2e-5)])
-def test_matches_the_oracle(name: str, dtype: torch.dtype, tolerance: float) -> None:
+@pytest.mark.parametrize("with_lse", [True, False], ids=["lse", "out"])  # a gradient of lse takes another path
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 2e-5)], ids=["float64", "float32"]
+)
+def test_matches_the_oracle(name: str, dtype: torch.dtype, tolerance: float, with_lse: bool) -> None:
     case = CASES[name]()
-    assert_matches(case.to(dtype).run(), case.run("reference"), tolerance)
+    assert_matches(case.to(dtype).run(with_lse=with_lse), case.run("reference", with_lse=with_lse), tolerance)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_half_precision_errs_no_more_than_twice_the_oracle(name: str, dtype: torch.dtype) -> None:
+    case = CASES[name]().to(dtype)
+    exact = case.to(torch.float64).run("reference", with_lse=False)
+    plain, ours = case.run("reference", with_lse=False), case.run(with_lse=False)
+    for key, want in exact.items():
+        finite = want.isfinite()
+        assert torch.equal(ours[key].isfinite(), finite), key
+        if finite.any():
+            errors = [(x[key].double() - want)[finite].abs().max() for x in (ours, plain)]
+            rounding = torch.finfo(dtype).eps * want[finite].abs().max()
+            assert errors[0] <= 2 * errors[1] + rounding, key
+
+
+def test_lse_has_at_least_single_precision() -> None:
+    for dtype, wanted in ((torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64,) * 2):
+        _, lse = CASES["shared prefix"]().to(dtype).call()
+        assert lse.dtype == wanted
+
+
+def _fused(x: torch.Tensor) -> torch.Tensor:
+    """A view into a larger tensor, as a fused projection leaves it."""
+    wide = torch.cat([x.transpose(1, 2)] * 2, dim=-1)
+    return wide[..., : x.shape[-1]].transpose(1, 2)
+
+
+LAYOUTS = {
+    "contiguous": lambda x: x.contiguous(),
+    "token by token": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "part of a fused projection": _fused,
+    "head dim not last in memory": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
+    "one row repeated": lambda x: x[:1].expand_as(x),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["shared prefix", "one query", "tiles of queries", "everything at once"])
+def test_any_layout(layout: str, name: str) -> None:
+    case = CASES[name]()
+    case.leaves = {
+        n: (LAYOUTS[layout](x.detach()) if x.dim() == 4 else x.detach()).requires_grad_()
+        for n, x in case.leaves.items()
+    }
+    result, q = case.run(), case.leaves["q"]
+    assert_matches(result, case.run("reference"), 1e-11)
+    if q.stride(-1) == 1 and q.shape[2] > 1:
+        assert result["out"].stride() == torch.empty_like(q).stride()
+
+
+@pytest.mark.parametrize("name", ["shared prefix", "packed", "tiles of queries"])
+def test_gradient_of_a_sum_has_no_strides(name: str) -> None:
+    case = CASES[name]()
+    results = []
+    for backend in (None, "reference"):
+        out, _ = case.call(backend=backend)
+        results.append(dict(zip(case.leaves, torch.autograd.grad(out.sum(), list(case.leaves.values())), strict=True)))
+    assert_matches(*results, 1e-11)
+
+
+def test_a_gradient_of_lse_alone() -> None:
+    case = CASES["sinks"]()
+    results = []
+    for backend in (None, "reference"):
+        _, lse = case.call(backend=backend)
+        leaves = [x for n, x in case.leaves.items() if n not in ("v", "prefix_v")]
+        results.append(dict(enumerate(torch.autograd.grad(lse.square().sum(), leaves))))
+    assert_matches(*results, 1e-11)
+
+
+def test_padding_moves_nothing() -> None:
+    """A row alone and the same row left-padded beside a longer one: equal, also under a window over the prefix."""
+    alone = dense(B=1, T=4, P=7, A=1, window=6, window_covers_prefix=True)
+    keep = torch.tensor([[False] * 3 + [True] * 4])
+    padded = {n: torch.nn.functional.pad(alone.leaves[n], (0, 0, 3, 0), value=9.0) for n in ("q", "k", "v")}
+    out, _ = Case(alone.leaves | padded, alone.options | {"key_mask": keep}).call()
+    torch.testing.assert_close(out[:, :, 3:], alone.call()[0])
+
+
+def test_packed_rows_equal_dense_rows() -> None:
+    rows = dense(B=3, T=6, P=5, A=1)
+    line = {n: x.transpose(1, 2).flatten(0, 1) for n, x in rows.leaves.items() if n in "qkv"}
+    ends = torch.tensor([0, 6, 12, 18], dtype=torch.int32)
+    out = prefix_attention_varlen(
+        *line.values(), ends, ends, 6, 6, rows.leaves["prefix_k"], rows.leaves["prefix_v"]
+    )  # fmt: skip
+    torch.testing.assert_close(out.unflatten(0, (3, 6)).transpose(1, 2), rows.call()[0])
+
+
+def test_a_prefix_equals_the_same_keys_in_front() -> None:
+    case = dense(T=6, P=5)
+    joined = [torch.cat([case.leaves[f"prefix_{n}"], case.leaves[n]], 2) for n in "kv"]
+    torch.testing.assert_close(prefix_attention(case.leaves["q"], *joined), case.call()[0])
+
+
+def _integers(low: int, high: int, size: int) -> st.SearchStrategy[torch.Tensor]:
+    return st.lists(st.integers(low, high), min_size=size, max_size=size).map(
+        lambda x: torch.tensor(x, dtype=torch.int32)
+    )
+
+
+@st.composite
+def calls(draw: st.DrawFn) -> Case:
+    """Any combination of keywords on small shapes, some of them past the limits where the engine changes its ways."""
+    G, D = draw(st.integers(1, 2)), draw(st.sampled_from([1, 8, 20]))
+    H = G * draw(st.integers(1, 3))
+    few, many = st.integers(0, 6), st.integers(33, 80)
+    rows = draw(st.integers(1, 4))
+    causal = draw(st.booleans())
+    options: dict = {
+        "is_causal": causal,
+        "softcap": draw(st.sampled_from([None, None, 2.0])),
+        "scale": draw(st.sampled_from([None, 0.5])),
+        "window": draw(st.none() | st.integers(1, 12) | st.integers(40, 90)) if causal else None,
+        "window_covers_prefix": draw(st.booleans()),
+    }
+    P = draw(st.integers(0, 9))
+    A = draw(st.sampled_from([1, rows, 3]))
+    if A not in (1, rows) or draw(st.booleans()):
+        options["prefix_index"] = draw(_integers(-1, A - 1, rows))
+    if draw(st.booleans()):
+        options["prefix_lengths"] = draw(_integers(0, P, A))
+    shape = {"H": H, "G": G, "D": D, "A": A, "P": P, "sinks": draw(st.booleans()), "seed": draw(st.integers(0, 9))}
+    length = few | many
+    if draw(st.booleans()):
+        lengths_q = draw(st.lists(length, min_size=rows, max_size=rows))
+        lengths_k = draw(st.none() | st.lists(length, min_size=rows, max_size=rows))
+        return packed(lengths_q, lengths_k, **shape, **options)
+    T = draw(length)
+    S = draw(st.just(T) | length)
+    if draw(st.booleans()):
+        options["key_lengths"] = draw(_integers(0, S, rows))
+    if draw(st.booleans()):
+        generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
+        options["key_mask"] = torch.rand(rows, S, generator=generator) < draw(st.sampled_from([0.2, 0.8, 1.0]))
+    return dense(B=rows, T=T, S=S, **shape, **options)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(case=calls(), with_lse=st.booleans())
+def test_drawn_calls_match_the_oracle(case: Case, with_lse: bool) -> None:
+    assert_matches(case.run(with_lse=with_lse), case.run("reference", with_lse=with_lse), 1e-10)

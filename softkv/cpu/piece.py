@@ -12,7 +12,7 @@ from torch import Tensor
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
-_TILE_SCORES = 1 << 20
+_TILE_SCORES = 1 << 18  # 1 MB of float32
 
 
 def fused_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float):
