@@ -45,7 +45,9 @@ class _Call:
     positions_given: bool = False
 
 
-def attach(model: Any, method: Method, *, tokenizer: Any = None, backend: str | None = None) -> SoftModel:
+def attach(
+    model: Any, method: Method, *, tokenizer: Any = None, backend: str | None = None, head_once: bool = True
+) -> SoftModel:
     """Puts a soft prompt on a transformers causal language model and freezes the model.
 
     Args:
@@ -53,6 +55,8 @@ def attach(model: Any, method: Method, *, tokenizer: Any = None, backend: str | 
         method: `PromptTuning`, `PTuning`, `PrefixTuning` or `PTuningV2`.
         tokenizer: the model's tokenizer, needed for inits from a text.
         backend: of `softkv.prefix_attention`; None chooses by device.
+        head_once: run soft tokens that stand before every row once for the batch. False puts them into
+            every row of a forward with `use_cache=False`: the same results, slower (to measure by how much).
 
     Returns:
         A `SoftModel`; its only trainable parameters are the method's, in fp32.
@@ -61,7 +65,7 @@ def attach(model: Any, method: Method, *, tokenizer: Any = None, backend: str | 
         ValueError: when the model can't be reached through the attention interface, is an encoder-decoder, or its
             layers don't fit the method.
     """
-    return SoftModel(model, method, tokenizer=tokenizer, backend=backend)
+    return SoftModel(model, method, tokenizer=tokenizer, backend=backend, head_once=head_once)
 
 
 class SoftModel(nn.Module):
@@ -76,11 +80,20 @@ class SoftModel(nn.Module):
 
     _keys_to_ignore_on_save = None
 
-    def __init__(self, model: Any, method: Method, *, tokenizer: Any = None, backend: str | None = None) -> None:
+    def __init__(
+        self,
+        model: Any,
+        method: Method,
+        *,
+        tokenizer: Any = None,
+        backend: str | None = None,
+        head_once: bool = True,
+    ) -> None:
         super().__init__()
         _check_base(model)
         self.base = model
         self.backend = backend
+        self.head_once = head_once
         self._calls: list[_Call] = []
         self._enabled = True
         self._table = _learned_positions(self._decoder)
@@ -170,6 +183,12 @@ class SoftModel(nn.Module):
 
         save(self, save_directory, **kwargs)
 
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+        """Saves what is learned to a repository on the Hugging Face Hub (`softkv.checkpoint.push`)."""
+        from softkv.checkpoint import push
+
+        return push(self, repo_id, **kwargs)
+
     # Forward ---------------------------------------------------------------------------------------------------------
 
     def forward(
@@ -234,15 +253,19 @@ class SoftModel(nn.Module):
                     "prompt) or prompt_lengths"
                 )
             split = lines.split(labels, prompt_lengths)
+        head_in_rows = self.soft.placement == "before" and not self.head_once and batch.get("use_cache") is False
+        if head_in_rows:
+            split = lines.first
+        block = self.soft.placement == "after" or head_in_rows
 
-        soft_tokens = self.soft.soft_tokens() if self.soft.placement in ("after", "inline") else None
+        soft_tokens = self.soft.soft_tokens() if block or self.soft.placement == "inline" else None
         filled = self._filled(past_key_values) if past else Filled(T, attention_mask)
         insertion = None
         if input_ids is not None:
             self._check_ids(input_ids)
             if soft_tokens is not None:
                 batch["inputs_embeds"], batch["input_ids"] = self._embed(input_ids, soft_tokens), None
-        if soft_tokens is not None and self.soft.placement == "after":
+        if soft_tokens is not None and block:
             k = len(soft_tokens)
             if split is not None:
                 insertion = Insertion.into(lines, split, k)
@@ -267,7 +290,7 @@ class SoftModel(nn.Module):
             if batch["position_ids"] is None:
                 batch["position_ids"] = packed_positions(rows, lines.shape[1])
 
-        context = replace(self._context(), rows=rows)
+        context = replace(SoftContext(backend=self.backend) if head_in_rows else self._context(), rows=rows)
         if self.soft.encodes_rows:
             prompts = None if split is None else lines.prompts(split)
             memory = filled.rows if past or self._caches(batch) else None
