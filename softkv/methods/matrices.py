@@ -9,10 +9,10 @@ from softkv.methods import initial
 from softkv.methods.base import BaseShape, Computed, FrozenModel, Method, SoftMatrices, check_uniform
 from softkv.prefix import Prefix
 
-# Small enough that slots, whose scores then lie within about one of 0, take little attention from the tokens before
-# anything is learned; large enough that slots differ and don't all learn the same. What an MLP with torch's default
-# initialisation gives is of this size too.
-INIT_STD = 0.3
+# Small enough that slots hardly disturb the frozen model before anything is learned, large enough that they differ and
+# don't all learn the same. (SmolLM2-135M, n = 32, 96 movie snippets: an untrained loss of 4.98 with slots of almost 0,
+# 4.92 with 0.1, 5.65 with 0.3; its own keys have a deviation of about 1.7.)
+INIT_STD = 0.1
 
 # The middle width of Li & Liang's reparametrisation.
 REPARAMETRIZE_SIZE = 512

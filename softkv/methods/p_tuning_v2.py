@@ -49,7 +49,7 @@ class PTuningV2(Method):
             the latter is that text in context, in sliding-window layers too: there, and only there, windows count the
             slots.
         init_text: repeated or cut to `length`.
-        init_std: standard deviation of a random start; 0.3 if None.
+        init_std: standard deviation of a random start; 0.1 if None.
         reparametrize: compute the matrices by an MLP from learned embeddings while training; `folded` leaves the plain
             matrices.
         reparametrize_size: width of these embeddings and of the MLP; 512 if None.

@@ -30,7 +30,7 @@ class PrefixTuning(Method):
         init: "random"; or the mean over layers of the model's own K/V of common tokens ("vocabulary") or of
             `init_text` ("text"). A mean is only a start: it is not that text in context, as it is in `PTuningV2`.
         init_text: repeated or cut to `length`.
-        init_std: standard deviation of a random start; 0.3 if None.
+        init_std: standard deviation of a random start; 0.1 if None.
         reparametrize: compute the matrices by an MLP from learned embeddings while training; `folded` leaves the plain
             matrices.
         reparametrize_size: width of these embeddings and of the MLP; 512 if None.
