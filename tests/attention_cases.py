@@ -155,6 +155,13 @@ CASES: dict[str, Callable[[], Case]] = {
     "tiles of queries, window over the prefix": lambda: dense(
         B=5, H=2, G=1, T=150, P=90, A=1, window=100, window_covers_prefix=True
     ),
+    "tiles of queries, a window inside a hole": lambda: dense(
+        T=140, P=5, A=1, window=30, key_mask=mask("1" * 140, "1" * 20 + "0" * 80 + "1" * 40)
+    ),
+    "tiles of queries, a window inside a hole, no prefix": lambda: dense(
+        T=140, window=30, key_mask=mask("1" * 140, "1" * 20 + "0" * 80 + "1" * 40)
+    ),
+    "one query, a row that sees nothing": lambda: dense(B=3, T=1, S=9, key_lengths=index(9, 0, 4)),
     "long queries": lambda: dense(B=1, H=2, G=1, T=1030, P=5, D=8),
     "chunks of queries and a rest": lambda: dense(B=3, T=131, P=5, A=1),
     "packed, tiles of queries": lambda: packed([130, 3, 260], P=5, A=1),
