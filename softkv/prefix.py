@@ -8,7 +8,7 @@ checkpoint are interchangeable.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -100,7 +100,7 @@ class Prefix:
         """The K/V of a text, run once through the model: with this prefix, it answers as with the text in context.
 
         Args:
-            model: a transformers causal LM (no soft prompt is applied to it).
+            model: a transformers causal LM (a `SoftModel`'s soft prompt is not applied).
             tokenizer: its tokenizer; the text is tokenised with its special tokens (a BOS where it adds one).
             text: at least one token long.
 
@@ -120,7 +120,8 @@ class Prefix:
         from transformers import DynamicCache
 
         cache = DynamicCache()
-        with evaluating(model):
+        bare = model.disabled() if hasattr(model, "disabled") else nullcontext()
+        with evaluating(model), bare:
             model(input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         return cls.from_cache(cache)
 

@@ -61,7 +61,7 @@ class Original:
         self.implementations = [(config, config._attn_implementation) for config in configs.values()]
         self.requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self.training = {name: module.training for name, module in model.named_modules()}
-        self.checkpointing = model.is_gradient_checkpointing
+        self.checkpointing = model.is_activation_checkpointing
         self.dropouts: list[tuple[nn.Module, str, float]] = []
         self.holders = 0
 
@@ -111,8 +111,8 @@ class Original:
             parameter.requires_grad_(self.requires_grad.get(name, parameter.requires_grad))
         for holder, name, probability in self.dropouts:
             setattr(holder, name, probability)
-        if model.is_gradient_checkpointing and not self.checkpointing:
-            model.gradient_checkpointing_disable()
+        if model.is_activation_checkpointing and not self.checkpointing:
+            model.activation_checkpointing_disable()
         for name, module in model.named_modules():
             module.training = self.training.get(name, module.training)
 

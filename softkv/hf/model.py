@@ -7,6 +7,7 @@ keyword `softkv_prefix`) and moves the positions behind it. `generate` is the ba
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -43,6 +44,16 @@ class _Call:
     soft_tokens: Tensor | None = None
     read: int = 0
     positions_given: bool = False
+
+
+class _Calls(threading.local):
+    """The calls under way in this thread, outermost first. Copies begin empty."""
+
+    def __init__(self) -> None:
+        self.stack: list[_Call] = []
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Calls, ()
 
 
 def attach(
@@ -94,7 +105,7 @@ class SoftModel(nn.Module):
         self.base = model
         self.backend = backend
         self.head_once = head_once
-        self._calls: list[_Call] = []
+        self._calls = _Calls()
         self._enabled = True
         self._table = _learned_positions(self._decoder)
         self._head: tuple[Any, Prefix] | None = None
@@ -307,7 +318,7 @@ class SoftModel(nn.Module):
 
     def _caches(self, batch: dict[str, Any]) -> bool:
         """Whether the base will keep a cache in this forward."""
-        if self.training and self.base.is_gradient_checkpointing:
+        if self.training and self.base.is_activation_checkpointing:
             return False
         use_cache = batch.get("use_cache")
         default = self.base.config.get_text_config().use_cache or batch["past_key_values"] is not None
@@ -383,11 +394,11 @@ class SoftModel(nn.Module):
     def _active(self, call: _Call) -> Iterator[None]:
         if self._original is None:
             raise RuntimeError("this soft prompt was detached from its model: attach it again")
-        self._calls.append(call)
+        self._calls.stack.append(call)
         try:
             yield
         finally:
-            self._calls.pop()
+            self._calls.stack.pop()
 
     def _context(self) -> SoftContext:
         """The prefix of a forward pass: learned, or the K/V of soft tokens that stand before the input."""
@@ -446,9 +457,9 @@ class SoftModel(nn.Module):
 
     def _enter_decoder(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Keyword pre-hook of the decoder: soft embeddings, positions behind the prefix, and the prefix."""
-        if not self._calls:
+        if not self._calls.stack:
             return None
-        call = self._calls[-1]
+        call = self._calls.stack[-1]
         if args:
             kwargs = dict(zip(inspect.signature(decoder.forward).parameters, args, strict=False)) | kwargs
         context = call.context
@@ -565,7 +576,7 @@ class SoftModel(nn.Module):
                 "output_attentions=True needs attention weights, which softkv never forms: detach the soft prompt or "
                 "leave it off"
             )
-        if self.training and self.base.is_gradient_checkpointing:
+        if self.training and self.base.is_activation_checkpointing:
             for module in self._decoder.modules():
                 _check_reentrant(getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {}))
 
