@@ -19,12 +19,16 @@ from softkv.kernels.problem import Problem
 __all__ = ["DTYPES", "backward", "forward", "interpreter_enabled"]
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MOST_HEAD_DIM = 256
 
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, **options: Any
 ) -> tuple[Tensor, Tensor]:
-    """(out, lse)."""
+    """(out like q, lse [B, H, T] or packed [H, N])."""
+    if q.dtype not in DTYPES or q.shape[-1] > MOST_HEAD_DIM:
+        wanted = f"{', '.join(str(d).removeprefix('torch.') for d in DTYPES)} and D ≤ {MOST_HEAD_DIM}"
+        raise NotImplementedError(f"backend 'triton': expected {wanted}, got {q.dtype} and D = {q.shape[-1]}")
     problem = Problem.of(q, k, v, prefix_k, prefix_v, **options)
     return run_decode(problem) if problem.T_max <= MOST_QUERIES else run_forward(problem)
 

@@ -10,11 +10,14 @@ It must run without TRITON_INTERPRET.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
-import subprocess
+import re
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,8 +27,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import softkv.kernels as engine
-from softkv.kernels.launch import Launch, recording
-from softkv.kernels.tiles import Target
+from softkv.kernels.launch import Launch, interpreter_enabled, recording
+from softkv.kernels.sass import MACHINES, MATRIX, MATRIX_KIND, SELECT, SPILL, analyse
+from softkv.kernels.tiles import Target, block_d
 
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), Target("sm_80", 108)),
@@ -145,8 +149,103 @@ def record(case: Case, target: str, head_dim: int, dtype: torch.dtype) -> list[L
             engine.backward(out, lse, out, lse, q, k, v, *prefix, needs=needs, **options)
     return launches
 
+PRODUCTS = {"forward": 2, "dq": 3, "dkv": 4, "decode": 2}  # matrix products of a tile step
+MATRIX_PASSES = tuple(PRODUCTS)
+
+
+def name_of(launch: Launch) -> str:
+    return launch.kernel.__name__.removesuffix("_kernel")
+
+
+def judge(launch: Launch, target: str, head_dim: int) -> dict[str, Any]:
+    """Compile one launch and say what the binary is like. `problems` is empty when it is as it should be."""
+    began = time.perf_counter()
+    compiled = build(launch, target)
+    seconds = time.perf_counter() - began
+    report, machine, kernel = analyse(compiled, target), MACHINES[target], name_of(launch)
+    if target == "sm_100" and kernel in PRODUCTS:  # UTCHMMA does not tell its shape
+        for loop in report.loops:
+            width = launch.tile.step if loop in report.full else launch.tile.edge
+            loop.flops = PRODUCTS[kernel] * 2 * launch.tile.own * width * block_d(head_dim)
+    problems = []
+    if report.shared > machine.shared_limit:
+        problems.append(f"{report.shared} bytes of shared memory, {machine.shared_limit} allowed")
+    if report.atomics:
+        problems.append("atomics")
+    spills = sum(loop.count(SPILL) for loop in report.full)
+    if spills and head_dim <= 128:
+        problems.append(f"{spills} spills in full-tile loops")
+    half = launch.arguments.get("PRECISION") is not None and launch.arguments["q"].ptr.dtype != torch.float32
+    if kernel in MATRIX_PASSES and half:
+        if not report.loops:
+            problems.append("no loop with matrix instructions")
+        kind = MATRIX_KIND[target] if launch.tile.own >= 64 else MATRIX.pattern
+        if not all(re.search(kind, op) for loop in report.loops for op, _ in loop.instructions if MATRIX.search(op)):
+            problems.append(f"matrix instructions are not {kind}")
+    selects = max((loop.count(SELECT) for loop in report.full), default=0)
+    hot = report.hot
+    return {
+        "registers": report.registers, "stack": report.stack, "shared": report.shared, "occupancy": report.occupancy,
+        "limit": report.limit, "tile": list(launch.tile[:4]), "spills": spills,
+        "edge_spills": report.spills_in_loops - spills, "selects": selects,
+        "cycles": {} if hot is None else {pipe: round(c) for pipe, c in hot.cycles().items()},
+        "serial": None if hot is None else round(hot.serial, 3), "overlap": None if hot is None else round(hot.overlap, 3),
+        "seconds": round(seconds, 1), "problems": problems,
+    }  # fmt: skip
+
+
+def matrix(cases: Iterable[Case], targets: Iterable[str], dims: Iterable[int], dtypes: Iterable[torch.dtype]) -> Iterator[Any]:
+    """(key, launch, target, D) of every binary that differs; the key names it."""
+    seen = set()
+    for head_dim, dtype, target, case in itertools.product(dims, dtypes, targets, cases):
+        for launch in record(case, target, head_dim, dtype):
+            kernel = name_of(launch)
+            if launch.arguments.get("OVER_PREFIX"):
+                kernel += " over the prefix"
+            source = specialise(launch.kernel, launch.arguments)
+            binary = (source.hash(), launch.tile, target)
+            if binary not in seen:
+                seen.add(binary)
+                yield f"{kernel} | {case.name} | {target} | {head_dim} | {DTYPES[dtype]}", launch, target, head_dim
+
+
+DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+COLUMNS = ("tile", "registers", "stack", "shared", "occupancy", "spills", "edge_spills", "serial", "overlap", "problems")
+
+
+def line(key: str, row: dict[str, Any]) -> str:
+    cells = [str(row[c]) if c != "tile" else "×".join(map(str, row[c][:2])) + f", {row[c][2]}w {row[c][3]}s" for c in COLUMNS]
+    cells[4] += f" ({row['limit']})"
+    cells[-1] = "; ".join(row["problems"]) or "–"
+    return f"| {key} | {' | '.join(cells)} |"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--all", action="store_true", help="every case, D of 64, 80, 128 and 256, bf16 and fp16 (hours)")
+    parser.add_argument("--target", nargs="*", default=list(TARGETS), choices=list(TARGETS))
+    parser.add_argument("--dim", nargs="*", type=int)
+    parser.add_argument("--write", metavar="FILE", help="keep results as JSON; what is there already is not compiled again")
+    options = parser.parse_args()
+    if interpreter_enabled():
+        parser.error("unset TRITON_INTERPRET: the interpreter has nothing to compile")
+    dims = options.dim or ([64, 80, 128, 256] if options.all else [64, 128])
+    dtypes = [torch.bfloat16, torch.float16] if options.all else [torch.bfloat16]
+    path = Path(options.write) if options.write else None
+    done = json.loads(path.read_text())["rows"] if path and path.exists() else {}
+    print("| kernel | case | target | D | dtype |", " | ".join(COLUMNS), "|")
+    print("|" + "---|" * (5 + len(COLUMNS)), flush=True)
+    bad = 0
+    for key, launch, target, head_dim in matrix(CASES if options.all else COMMON, options.target, dims, dtypes):
+        row = done.get(key)
+        if row is None or tuple(row["tile"]) != tuple(launch.tile[:4]):
+            row = done[key] = judge(launch, target, head_dim)
+        bad += bool(row["problems"])
+        print(line(key, row), flush=True)
+        if path:
+            path.write_text(json.dumps({"triton": triton.__version__, "rows": done}, indent=1) + "\n")
+    return bad > 0
+
+
 if __name__ == "__main__":
-    import time
-    for D in (64, 128):
-        for l in record(COMMON[0], "sm_90", D, torch.bfloat16) + record(COMMON[1], "sm_90", D, torch.bfloat16):
-            t = time.time(); b = build(l, "sm_90"); print(D, l.kernel.__name__, l.grid, b.metadata.shared, round(time.time() - t, 1), flush=True)
+    sys.exit(main())

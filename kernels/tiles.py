@@ -1,6 +1,8 @@
 """Tile sizes, warps and pipeline stages: one table, one reason a row.
 
-`M` counts items (query tokens × heads of a group), `N` keys. A pass asks `tile(pass, target, D, dtype)`.
+A program owns `own` items (query tokens × heads of a group) and walks keys `step` at a time; in "dkv" it owns keys and walks
+items. The figures in the reasons are static bounds (see `softkv.kernels.sass`), bf16, full-tile loops; docs/kernels.md has
+the table of what was tried.
 """
 
 from typing import NamedTuple
@@ -14,8 +16,8 @@ class Target(NamedTuple):
 
 
 class Tile(NamedTuple):
-    own: int  # items a program owns; keys in "dkv"
-    step: int  # keys it walks at a time; items in "dkv"
+    own: int
+    step: int
     warps: int
     stages: int
     why: str
@@ -26,8 +28,95 @@ class Tile(NamedTuple):
         return max(16, self.step // 2)
 
 
-# (pass, arch) → rows by the largest padded head dim they serve.
-TABLE: dict[tuple[str, str], dict[int, Tile]] = {}
+SMALL = "small and unequal: edges are met often, and swapped axes are seen"
+INTERPRETER = {
+    "forward": Tile(32, 32, 1, 1, SMALL),
+    "decode": Tile(16, 32, 1, 1, SMALL),
+    "decode_prefix": Tile(32, 32, 1, 1, SMALL),
+    "merge": Tile(16, 1, 1, 1, SMALL),
+    "prepare": Tile(16, 1, 1, 1, SMALL),
+    "dq": Tile(32, 32, 1, 1, SMALL),
+    "dkv": Tile(16, 64, 1, 1, SMALL),
+    "add_parts": Tile(64, 1, 1, 1, SMALL),
+}
+
+ONE_PASS = "memory bound, one pass: enough rows to fill 128-byte lines, few registers"
+SKINNY = "memory bound: 16 items are the least a matrix instruction takes; 4 warps share the columns"
+BATCHED = "64 items of the whole batch: a warp group's own matrix instruction"
+EVERYWHERE = {
+    "merge": Tile(16, 1, 4, 1, ONE_PASS),
+    "prepare": Tile(32, 1, 4, 1, ONE_PASS),
+    "add_parts": Tile(1024, 1, 4, 1, ONE_PASS),
+    "decode_prefix": Tile(64, 1, 4, 1, BATCHED),
+}
+
+# (pass, architecture) → padded head dim up to which a row serves → row.
+TABLE: dict[tuple[str, str], dict[int, Tile]] = {
+    ("forward", "sm_80"): {
+        64: Tile(128, 64, 4, 2, "32 rows a warp: key fragments are read from shared memory half as often as with 8 warps"),
+        128: Tile(128, 32, 4, 2, "as D = 64: overlap bound 1.0 against 0.79 for 128×64 with 8 warps; two programs fit"),
+        256: Tile(64, 64, 8, 2, "the only one without spills"),
+    },
+    ("forward", "sm_90"): {
+        64: Tile(128, 128, 8, 2, "two warp groups; at the exponentials' cap (0.49)"),
+        128: Tile(128, 128, 8, 2, "two warp groups, long steps: per-step overhead is halved against 128×64 (0.65, 0.58)"),
+        256: Tile(128, 64, 8, 2, "shared memory allows no longer step with two stages"),
+    },
+    ("forward", "sm_100"): {
+        128: Tile(128, 128, 8, 2, "M = 128 is the tensor unit's own; with 4 warps the softmax spills"),
+        256: Tile(128, 64, 8, 2, "shared memory"),
+    },
+    ("forward", "gfx942"): {
+        128: Tile(128, 64, 4, 1, "32×32 MFMA, one wave a SIMD; keys are loaded ahead through registers"),
+        256: Tile(64, 32, 4, 1, "64 KiB of LDS"),
+    },
+    ("dq", "sm_80"): {
+        64: Tile(128, 32, 4, 2, "32 rows a warp, overlap bound 1.0; a longer step spills"),
+        128: Tile(128, 64, 8, 2, "4 warps spill"),
+        256: Tile(64, 32, 8, 1, "shared memory"),
+    },
+    ("dq", "sm_90"): {
+        64: Tile(64, 64, 4, 2, "three programs a multiprocessor; no worse a bound than 128×64 (0.59, 0.58)"),
+        128: Tile(128, 64, 8, 2, "best bound (0.70) without spills"),
+        256: Tile(64, 32, 4, 1, "registers: accumulator, q and dout fill them"),
+    },
+    ("dq", "sm_100"): {
+        128: Tile(128, 64, 8, 2, "M = 128 is the tensor unit's own"),
+        256: Tile(64, 32, 8, 1, "tensor and shared memory"),
+    },
+    ("dq", "gfx942"): {
+        64: Tile(128, 32, 4, 1, "32×32 MFMA, one wave a SIMD"),
+        128: Tile(64, 32, 4, 1, "registers"),
+        256: Tile(64, 16, 4, 1, "64 KiB of LDS"),
+    },
+    ("dkv", "sm_80"): {
+        64: Tile(128, 32, 4, 2, "32 rows a warp, overlap bound 1.0"),
+        128: Tile(128, 64, 8, 2, "4 warps spill"),
+        256: Tile(64, 32, 8, 1, "shared memory; two accumulators"),
+    },
+    ("dkv", "sm_90"): {
+        128: Tile(128, 64, 8, 2, "best bound (0.70 at D = 128, 0.60 at 64) without spills"),
+        256: Tile(64, 32, 8, 1, "two accumulators of 64×256"),
+    },
+    ("dkv", "sm_100"): {
+        128: Tile(128, 64, 8, 2, "M = 128 is the tensor unit's own"),
+        256: Tile(64, 32, 8, 1, "tensor and shared memory"),
+    },
+    ("dkv", "gfx942"): {
+        64: Tile(128, 32, 4, 1, "32×32 MFMA, one wave a SIMD"),
+        128: Tile(64, 32, 4, 1, "registers: two accumulators"),
+        256: Tile(32, 32, 4, 1, "64 KiB of LDS"),
+    },
+    ("decode", "any"): {
+        128: Tile(16, 64, 4, 2, SKINNY),
+        256: Tile(16, 32, 4, 2, SKINNY),
+    },
+}
+
+# sm_120 has sm_80's matrix instructions and 99 KiB of shared memory.
+SAME_AS = {"sm_120": "sm_80"}
+FP32 = Tile(32, 32, 4, 1, "fp32 products run on the FP32 lanes (ieee): small tiles, nothing to pipeline for")
+FP32_DECODE = Tile(16, 32, 4, 1, "as FP32")
 
 
 def block_d(head_dim: int) -> int:
@@ -35,19 +124,14 @@ def block_d(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-INTERPRETER = {
-    "forward": Tile(32, 32, 1, 1, "small and unequal: edges are met often, swapped axes are seen"),
-    "decode": Tile(16, 32, 1, 1, "as forward"),
-    "prepare": Tile(16, 0, 1, 1, "as forward"),
-    "add_parts": Tile(64, 0, 1, 1, "as forward"),
-    "decode_prefix": Tile(32, 32, 1, 1, "as forward"),
-    "merge": Tile(16, 0, 1, 1, "as forward"),
-    "dq": Tile(32, 32, 1, 1, "as forward"),
-    "dkv": Tile(16, 64, 1, 1, "as forward"),
-}
-
-
 def tile(name: str, target: Target, head_dim: int, dtype: torch.dtype) -> Tile:
+    """The row for a pass on a target."""
     if target.arch == "interpreter":
         return INTERPRETER[name]
-    return Tile(64, 64, 4, 2, "placeholder")
+    if name in EVERYWHERE:
+        return EVERYWHERE[name]
+    if dtype == torch.float32:
+        return FP32_DECODE if name == "decode" else FP32
+    arch = SAME_AS.get(target.arch, target.arch)
+    rows = TABLE.get((name, arch)) or TABLE[(name, "any")]
+    return rows[min(d for d in rows if d >= block_d(head_dim))]
