@@ -1,38 +1,20 @@
-"""The public attention op: one front door that checks once, two `torch.library` operators, engines behind them.
-
-An engine is a module with two functions, and trusts what it is given:
-
-    forward(q, k, v, prefix_k, prefix_v, *, prefix_index, prefix_lengths, key_mask, key_lengths, cu_seqlens_q,
-            cu_seqlens_k, max_seqlen_q, max_seqlen_k, sinks, scale, is_causal, window, window_covers_prefix, softcap)
-        -> (out, lse)
-    backward(grad_out, grad_lse, out, lse, q, k, v, prefix_k, prefix_v, *, <the same keywords>, needs)
-        -> (dq, dk, dv, dprefix_k, dprefix_v, dsinks)
-
-Dense: q [B, H, T, D], k and v [B, G, S, D], no cu_seqlens, lse [B, H, T]. Packed: q [N, H, D], k and v [M, G, D],
-int32 cu_seqlens [rows + 1], lse [H, N]. There is at least one query. The prefix is None or [A, G, P, D] with P ≥ 1;
-without an index A is 1 (shared) or the number of rows. grad_lse may be None. `needs` says which gradients to compute;
-the others are None.
+"""The public attention op: the front door, which checks once. Behind it stand the operators and engines of
+`softkv.operators`.
 """
 
-import importlib
 import itertools
-from types import ModuleType
-from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch._C import _functorch as functorch
 from torch.autograd import forward_ad
 
+from softkv.operators import ENGINES, attention, load_engine, rows_of_memory
 from softkv.reference import reference_attention, reference_attention_varlen
 
-_ENGINES = {"torch": "softkv.cpu", "triton": "softkv.kernels", "flash": "softkv.flash"}
-_BACKENDS = (*_ENGINES, "reference")
+_BACKENDS = (*ENGINES, "reference")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INTEGERS = (torch.int32, torch.int64)
-_GRADIENTS = 6  # q, k, v, prefix_k, prefix_v, sinks
-
-_loaded: dict[str, ModuleType] = {}
 
 
 def prefix_attention(
@@ -80,9 +62,11 @@ def prefix_attention(
             "reference" is an order: what that backend cannot serve is an error.
 
     Returns:
-        out [B, H, T, D], of q's dtype and layout; with `return_lse` also lse [B, H, T], the natural logarithm of the
-        denominator, sinks included, float32 (float64 for float64 inputs), differentiable. A query that sees nothing has
-        out 0 and lse −inf (with sinks: lse = its head's sink).
+        out [B, H, T, D], of q's dtype and layout in memory (but for a head dim that is not last there). With
+        `return_lse` also lse [B, H, T], the natural logarithm of the denominator, sinks included, float32 (float64 for
+        float64 inputs), differentiable. A query that sees nothing has out 0 and lse −inf (with sinks, its head's sink).
+
+    What no query sees (masked keys, keys and slots past a length) must hold finite numbers: it is multiplied by 0.
 
     Gradients flow to q, k, v, prefix_k, prefix_v and sinks, and only those asked for are computed. A prefix's gradient
     is summed over the rows and query heads that read it, in at least float32 and in a fixed order: bitwise the same
@@ -98,6 +82,8 @@ def prefix_attention(
     Source: exact attention in parts merged by log-sum-exp, as in FlashDecoding and Hydragen (arXiv 2402.05099), with
     the backward of FlashAttention-2 (arXiv 2307.08691) run on each part with the merged log-sum-exp.
     """
+    if backend != "reference":
+        _refuse_transforms(q, k, v, prefix_k, prefix_v, sinks)
     if q.dim() != 4:
         raise ValueError(f"q: expected 4 dims [B, H, T, D], got {_shape(q)}")
     B, H, T, D = q.shape
@@ -108,9 +94,8 @@ def prefix_attention(
     _check_options(window, is_causal, softcap)
     if key_mask is not None or key_lengths is not None:
         _check_keys(q, key_mask, key_lengths, B, S)
-    prefix = None
     if prefix_k is not None or prefix_v is not None or prefix_index is not None or prefix_lengths is not None:
-        prefix = _check_prefix(q, prefix_k, prefix_v, prefix_index, prefix_lengths, B, k.shape[1])
+        prefix_k, prefix_v = _check_prefix(q, prefix_k, prefix_v, prefix_index, prefix_lengths, B, k.shape[1])
     if sinks is not None:
         _check_sinks(q, sinks, H)
 
@@ -122,11 +107,8 @@ def prefix_attention(
         )  # fmt: skip
         return (out, lse) if return_lse else out
     engine = _engine(backend, q)
-    _refuse_transforms(q, k, v, prefix_k, prefix_v, sinks)
-    if prefix is not None:
-        prefix_k, prefix_v = prefix
-    out, lse = _forward_op(
-        _rows_of_memory(q), _rows_of_memory(k), _rows_of_memory(v), prefix_k, prefix_v, prefix_index, prefix_lengths,
+    out, lse = attention(
+        rows_of_memory(q), rows_of_memory(k), rows_of_memory(v), prefix_k, prefix_v, prefix_index, prefix_lengths,
         key_mask, key_lengths, None, None, T, S, sinks, D**-0.5 if scale is None else scale, is_causal, window,
         window_covers_prefix, softcap, engine,
     )  # fmt: skip
@@ -177,6 +159,8 @@ def prefix_attention_varlen(
 
     Source: the packed layout is flash-attn's `flash_attn_varlen_func`.
     """
+    if backend != "reference":
+        _refuse_transforms(q, k, v, prefix_k, prefix_v, sinks)
     if q.dim() != 3:
         raise ValueError(f"q: expected 3 dims [N, H, D], got {_shape(q)}")
     H, D = q.shape[1], q.shape[2]
@@ -185,9 +169,8 @@ def prefix_attention_varlen(
     rows = cu_seqlens_q.shape[0] - 1 if cu_seqlens_q.dim() == 1 else -1
     _check_cu_seqlens(q, "cu_seqlens_q", cu_seqlens_q, rows, q.shape[0], max_seqlen_q)
     _check_cu_seqlens(q, "cu_seqlens_k", cu_seqlens_k, rows, k.shape[0], max_seqlen_k)
-    prefix = None
     if prefix_k is not None or prefix_v is not None or prefix_index is not None or prefix_lengths is not None:
-        prefix = _check_prefix(q, prefix_k, prefix_v, prefix_index, prefix_lengths, rows, k.shape[1])
+        prefix_k, prefix_v = _check_prefix(q, prefix_k, prefix_v, prefix_index, prefix_lengths, rows, k.shape[1])
     if sinks is not None:
         _check_sinks(q, sinks, H)
 
@@ -199,27 +182,16 @@ def prefix_attention_varlen(
         )  # fmt: skip
         return (out, lse) if return_lse else out
     engine = _engine(backend, q)
-    _refuse_transforms(q, k, v, prefix_k, prefix_v, sinks)
-    if prefix is not None:
-        prefix_k, prefix_v = prefix
-    out, lse = _forward_op(
-        _rows_of_memory(q), _rows_of_memory(k), _rows_of_memory(v), prefix_k, prefix_v, prefix_index, prefix_lengths,
+    out, lse = attention(
+        rows_of_memory(q), rows_of_memory(k), rows_of_memory(v), prefix_k, prefix_v, prefix_index, prefix_lengths,
         None, None, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, sinks, D**-0.5 if scale is None else scale,
         is_causal, window, window_covers_prefix, softcap, engine,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
 
-# ---- what is checked ----
-
-
 def _shape(x: Tensor) -> str:
     return str(list(x.shape))
-
-
-def _rows_of_memory(x: Tensor) -> Tensor:
-    """Engines read head vectors as runs of memory."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _check_tokens(q: Tensor, k: Tensor, v: Tensor, H: int, D: int, layout: str) -> None:
@@ -308,7 +280,7 @@ def _check_prefix(
     if prefix_lengths is not None:
         _check_integers(q, "prefix_lengths", prefix_lengths, A)
         _check_range("prefix_lengths", prefix_lengths, 0, prefix_k.shape[2])
-    return _rows_of_memory(prefix_k), _rows_of_memory(prefix_v)
+    return rows_of_memory(prefix_k), rows_of_memory(prefix_v)
 
 
 def _check_sinks(q: Tensor, sinks: Tensor, H: int) -> None:
@@ -351,123 +323,6 @@ def _engine(backend: str | None, q: Tensor) -> str:
         return "triton" if q.is_cuda else "torch"
     if backend not in _BACKENDS:
         raise ValueError(f"backend: expected None or one of {', '.join(_BACKENDS)}, got {backend!r}")
-    if backend == "triton" and not q.is_cuda and not _load("triton").interpreter_enabled():
+    if backend == "triton" and not q.is_cuda and not load_engine("triton").interpreter_enabled():
         raise RuntimeError(f"backend 'triton': expected a CUDA or ROCm tensor, or TRITON_INTERPRET=1, got {q.device}")
     return backend
-
-
-def _load(engine: str) -> Any:
-    if engine not in _loaded:
-        _loaded[engine] = importlib.import_module(_ENGINES[engine])
-    return _loaded[engine]
-
-
-# ---- the operators ----
-
-_library = torch.library.Library("softkv", "DEF")
-_OPERANDS = (
-    "Tensor q, Tensor k, Tensor v, Tensor? prefix_k, Tensor? prefix_v, Tensor? prefix_index, Tensor? prefix_lengths, "
-    "Tensor? key_mask, Tensor? key_lengths, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q, "
-    "SymInt max_seqlen_k, Tensor? sinks, float scale, bool is_causal, int? window, bool window_covers_prefix, "
-    "float? softcap, str engine"
-)
-_library.define(f"attention({_OPERANDS}) -> (Tensor, Tensor)")
-_library.define(
-    f"attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, {_OPERANDS}, bool[] needs) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
-
-
-def _attention(
-    q, k, v, prefix_k, prefix_v, prefix_index, prefix_lengths, key_mask, key_lengths, cu_seqlens_q, cu_seqlens_k,
-    max_seqlen_q, max_seqlen_k, sinks, scale, is_causal, window, window_covers_prefix, softcap, engine,
-):  # fmt: skip
-    if q.numel() == 0:
-        return _attention_fake(q, k, v)
-    if prefix_k is not None and prefix_k.numel() == 0:
-        prefix_k = prefix_v = prefix_index = prefix_lengths = None
-    return _load(engine).forward(
-        q, k, v, prefix_k, prefix_v, prefix_index=prefix_index, prefix_lengths=prefix_lengths, key_mask=key_mask,
-        key_lengths=key_lengths, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k, sinks=sinks, scale=scale, is_causal=is_causal, window=window,
-        window_covers_prefix=window_covers_prefix, softcap=softcap,
-    )  # fmt: skip
-
-
-def _attention_fake(q, k, v, *rest):
-    wide = torch.promote_types(q.dtype, torch.float32)
-    lse_shape = q.shape[:3] if q.dim() == 4 else (q.shape[1], q.shape[0])
-    return torch.empty_like(q), q.new_empty(lse_shape, dtype=wide)
-
-
-def _attention_backward(
-    grad_out, grad_lse, out, lse, q, k, v, prefix_k, prefix_v, prefix_index, prefix_lengths, key_mask, key_lengths,
-    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, sinks, scale, is_causal, window, window_covers_prefix,
-    softcap, engine, needs,
-):  # fmt: skip
-    leaves = (q, k, v, prefix_k, prefix_v, sinks)
-    if q.numel() == 0:
-        return tuple(torch.zeros_like(x) if n else q.new_empty(0) for x, n in zip(leaves, needs, strict=True))
-    no_prefix = prefix_k is not None and prefix_k.numel() == 0
-    if no_prefix:
-        prefix_k = prefix_v = prefix_index = prefix_lengths = None
-    grads = _load(engine).backward(
-        grad_out, grad_lse, out, lse, q, k, v, prefix_k, prefix_v, prefix_index=prefix_index,
-        prefix_lengths=prefix_lengths, key_mask=key_mask, key_lengths=key_lengths, cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, sinks=sinks, scale=scale,
-        is_causal=is_causal, window=window, window_covers_prefix=window_covers_prefix, softcap=softcap,
-        needs=[n and not (no_prefix and i in (3, 4)) for i, n in enumerate(needs)],
-    )  # fmt: skip
-    return tuple(_like(x, g) if n else q.new_empty(0) for x, g, n in zip(leaves, grads, needs, strict=True))
-
-
-def _like(leaf: Tensor, grad: Tensor | None) -> Tensor:
-    """A gradient laid out as its fake says; zero where the prefix has no slots."""
-    if grad is None:
-        return torch.zeros_like(leaf)
-    if grad.stride() == leaf.stride():
-        return grad
-    out = torch.empty_like(leaf)
-    return grad if grad.stride() == out.stride() else out.copy_(grad)
-
-
-def _attention_backward_fake(grad_out, grad_lse, out, lse, q, k, v, prefix_k, prefix_v, *rest):
-    sinks, needs = rest[8], rest[-1]
-    leaves = (q, k, v, prefix_k, prefix_v, sinks)
-    return tuple(torch.empty_like(x) if n else q.new_empty(0) for x, n in zip(leaves, needs, strict=True))
-
-
-def _save(ctx, inputs, output):
-    tensors = [x if isinstance(x, Tensor) else None for x in inputs]
-    ctx.save_for_backward(*tensors, *output)
-    ctx.inputs = [None if isinstance(x, Tensor) else x for x in inputs]
-    ctx.set_materialize_grads(False)
-
-
-def _derive(ctx, grad_out, grad_lse):
-    *tensors, out, lse = ctx.saved_tensors
-    inputs = [x if t is None else t for t, x in zip(tensors, ctx.inputs, strict=True)]
-    wanted = ctx.needs_input_grad
-    needs = [*wanted[:5], wanted[13]]
-    if grad_out is None:
-        grad_out = torch.zeros_like(out)
-    grads = _backward_op(_rows_of_memory(grad_out), grad_lse, out, lse, *inputs, needs)
-    dq, dk, dv, dprefix_k, dprefix_v, dsinks = (g if n else None for g, n in zip(grads, needs, strict=True))
-    return dq, dk, dv, dprefix_k, dprefix_v, *[None] * 8, dsinks, *[None] * 6
-
-
-def _refuse_double_backward(ctx, *grads):
-    raise RuntimeError("prefix_attention: double backward is not supported; backend='reference' is")
-
-
-for _name, _kernel, _fake in (
-    ("attention", _attention, _attention_fake),
-    ("attention_backward", _attention_backward, _attention_backward_fake),
-):
-    _library.impl(_name, _kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"softkv::{_name}", _fake, lib=_library)
-torch.library.register_autograd("softkv::attention", _derive, setup_context=_save, lib=_library)
-torch.library.register_autograd("softkv::attention_backward", _refuse_double_backward, lib=_library)
-
-_forward_op = cast(Any, torch.ops.softkv.attention.default)
-_backward_op = cast(Any, torch.ops.softkv.attention_backward.default)

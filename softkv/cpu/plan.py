@@ -12,7 +12,7 @@ from torch import Tensor
 _FEW_QUERIES = 32
 # The library's causal kernel skips whole blocks of 512 keys only: up to this many queries, tiles with a mask skip more.
 _LONG = 1024
-_SHORT = 32
+_SHORT = 96
 _ROWS_AT_ONCE = 4
 
 
