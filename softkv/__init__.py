@@ -7,9 +7,10 @@ from softkv.methods import PrefixTuning, PromptTuning, PTuning, PTuningV2, Templ
 from softkv.prefix import Prefix
 
 if TYPE_CHECKING:
+    from softkv.batches import PackingCollator, PaddingCollator
     from softkv.checkpoint import load
     from softkv.hf import SoftModel, attach
-    from softkv.training import PackingCollator, Trainer
+    from softkv.training import Trainer
 
 __version__ = "0.1.0"
 
@@ -17,6 +18,7 @@ __all__ = [
     "PTuning",
     "PTuningV2",
     "PackingCollator",
+    "PaddingCollator",
     "Prefix",
     "PrefixTuning",
     "PromptTuning",
@@ -34,7 +36,8 @@ _LAZY = {
     "SoftModel": "softkv.hf",
     "attach": "softkv.hf",
     "load": "softkv.checkpoint",
-    "PackingCollator": "softkv.training",
+    "PackingCollator": "softkv.batches",
+    "PaddingCollator": "softkv.batches",
     "Trainer": "softkv.training",
 }
 

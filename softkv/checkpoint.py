@@ -1,13 +1,15 @@
 """Adapters on disk: `softkv.safetensors` (what is learned) and `softkv_config.json` (what it means).
 
-The safetensors file carries the config in its header too, so that the pair is written in one atomic step: a save that
-is killed leaves the old adapter or the new one.
+The safetensors file carries the config in its header too, so that a save is one atomic step: one that is killed leaves
+the old adapter or the new one. The header is what counts; `softkv_config.json` is there to be read.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
+import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields, replace
@@ -21,11 +23,16 @@ from torch import Tensor, nn
 
 from softkv.hf.model import SoftModel
 from softkv.methods import METHODS
-from softkv.methods.base import FrozenModel, Method, SoftPrompt
+from softkv.methods.base import BaseShape, FrozenModel, Method, SoftPrompt
+from softkv.prefix import Prefix
 
 FORMAT = 1
 CONFIG, WEIGHTS = "softkv_config.json", "softkv.safetensors"
-_SHAPE = ("layers", "kv_heads", "head_dim", "hidden_size", "embedding_size", "vocab_size")
+_SHAPE = tuple(field.name for field in fields(BaseShape))
+_SIZES = ("encoder_size", "reparametrize_size")
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_MOST_SLOTS = 1 << 16  # of an encoder, whose tensors don't tell how many it makes
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 
 def save(model: SoftModel, directory: str | os.PathLike[str], *, folded: bool = True) -> None:
@@ -38,19 +45,10 @@ def save(model: SoftModel, directory: str | os.PathLike[str], *, folded: bool = 
             left out. False keeps them, to train on.
 
     Raises:
-        ValueError: when a learned parameter is NaN or infinite.
+        ValueError: when a learned parameter is NaN or infinite. An older adapter is left as it was.
     """
-    soft = model.soft.folded() if folded else model.soft
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in soft.state_dict().items()}
-    _check_finite(tensors)
-    method = next(name for name, config in METHODS.items() if isinstance(model.method, config))
-    config = {
-        "format": FORMAT,
-        "method": method,
-        "config": asdict(model.method),  # type: ignore[call-overload]
-        "folded": folded,
-        "base": {"name": model.config.name_or_path, "model_type": model.config.model_type, **asdict(model.base_shape)},
-    }
+    config, tensors = describe(model, folded=folded)
+    _check_values(tensors, "the soft prompt")
     text = json.dumps(config, indent=2, sort_keys=True)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -58,22 +56,50 @@ def save(model: SoftModel, directory: str | os.PathLike[str], *, folded: bool = 
     _replace(directory / CONFIG, lambda path: path.write_text(text + "\n", encoding="utf-8"))
 
 
+def push(
+    model: SoftModel, repo_id: str, *, private: bool | None = None, token: str | None = None, **kwargs: Any
+) -> str:
+    """Saves a soft prompt to a repository on the Hugging Face Hub, made where it doesn't exist.
+
+    Args:
+        model: the model that holds it.
+        repo_id: "user/name".
+        private: whether a new repository is private.
+        token: None takes the one of `hf auth login`.
+        **kwargs: of `huggingface_hub.upload_folder`: `commit_message`, `revision`, `create_pr`.
+
+    Returns:
+        The address of the commit.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    with tempfile.TemporaryDirectory() as folder:
+        save(model, folder)
+        if not api.file_exists(repo_id, "README.md"):
+            (Path(folder) / "README.md").write_text(_card(model, repo_id), encoding="utf-8")
+        kwargs.setdefault("commit_message", "Upload soft prompt")
+        return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **kwargs))
+
+
 def load(
     model: Any,
     directory: str | os.PathLike[str],
     *,
-    tokenizer: Any = None,
     encoder: nn.Module | None = None,
     backend: str | None = None,
+    revision: str | None = None,
+    token: str | None = None,
 ) -> SoftModel:
     """Puts a saved soft prompt on a transformers model.
 
     Args:
         model: the base that it was trained on.
-        directory: a folder that `save_pretrained` wrote, or the id of a repository on the Hugging Face Hub.
-        tokenizer: needed where an encoder that reads a prompt text was kept (`folded=False`).
+        directory: a folder that `save_pretrained` wrote, or "user/name" of a repository on the Hugging Face Hub.
         encoder: the module of a P-tuning v2 adapter that was trained with a module of one's own.
         backend: of `softkv.prefix_attention`; None chooses by device.
+        revision, token: of a repository on the Hub.
 
     Returns:
         A `SoftModel` in evaluation mode.
@@ -82,38 +108,79 @@ def load(
         FileNotFoundError: when there is no adapter.
         ValueError: when the files are damaged, of a newer version, or of another base model. Nothing is attached then.
     """
-    config, tensors = read(_local(directory))
+    config, tensors = read(_local(directory, revision, token))
     method = _method(config, encoder)
-    soft_model = SoftModel(
-        model, _Saved(method, config["folded"], config["base"]), tokenizer=tokenizer, backend=backend
-    )
-    try:
-        put(soft_model.soft, tensors)
-    except ValueError:
-        soft_model.detach()
-        raise
-    name = model.config.name_or_path
-    if config["base"]["name"] and name and name != config["base"]["name"]:
-        warnings.warn(f"this soft prompt was trained on {config['base']['name']}, not on {name}", stacklevel=2)
+    soft_model = SoftModel(model, _Saved(method, config, tensors), backend=backend)
+    name, trained_on = model.config.name_or_path, config["base"]["name"]
+    if name and trained_on and Path(name).name != Path(trained_on).name:
+        warnings.warn(f"this soft prompt was trained on {trained_on}, not on {name}", stacklevel=2)
     return soft_model.eval()
 
 
+def restore(model: SoftModel, directory: str | os.PathLike[str]) -> None:
+    """Gives a soft prompt the values of a checkpoint of the same method on the same base.
+
+    Raises:
+        FileNotFoundError: when there is no adapter.
+        ValueError: when the files are damaged, or of another method, other settings or another base. Nothing has
+            changed then.
+    """
+    config, tensors = read(Path(directory))
+    mine, _ = describe(model, folded=False)
+    for key in ("method", "config"):
+        if config[key] != mine[key]:
+            raise ValueError(f"{directory} holds {key} {config[key]}, expected {mine[key]}")
+    _check_base(config["base"], model.base_shape)
+    put(model.soft, tensors)
+
+
+def describe(model: SoftModel, *, folded: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The config and the tensors that `save` writes.
+
+    Raises:
+        ValueError: when the method is none of softkv's.
+    """
+    names = [name for name, config in METHODS.items() if type(model.method) is config]
+    if not names:
+        raise ValueError(f"only {', '.join(METHODS)} can be saved, got {type(model.method).__name__}")
+    kept = model.soft.folded()
+    if not folded and kept is not model.soft:
+        kept, folded = model.soft, False
+    else:
+        folded = True
+    base = {"name": model.config.name_or_path, "model_type": model.config.model_type, **asdict(model.base_shape)}
+    config = {
+        "format": FORMAT,
+        "method": names[0],
+        "config": asdict(model.method),  # type: ignore[call-overload]
+        "folded": folded,
+        "base": base,
+    }
+    return config, {name: tensor.detach().cpu().contiguous() for name, tensor in kept.state_dict().items()}
+
+
 def read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The config and the tensors of an adapter, checked for damage; nothing is unpickled."""
-    if not (directory / CONFIG).is_file() or not (directory / WEIGHTS).is_file():
-        pickles = sorted(path.name for path in directory.glob("*") if path.suffix in (".bin", ".pt", ".pth", ".pkl"))
+    """The config and the tensors of an adapter, checked for damage; nothing is unpickled.
+
+    Raises:
+        FileNotFoundError: when there is no adapter.
+        ValueError: when the files are damaged or of a newer version.
+    """
+    path = directory / WEIGHTS
+    if not path.is_file():
+        pickles = sorted(file.name for file in directory.glob("*") if file.suffix in _PICKLES)
         hint = f"; {pickles[0]} is a pickle, which softkv never reads: convert it to safetensors" if pickles else ""
-        raise FileNotFoundError(f"{directory} holds no soft prompt: expected {CONFIG} and {WEIGHTS}{hint}")
-    outer = _parse((directory / CONFIG).read_text(encoding="utf-8"), directory / CONFIG)
+        raise FileNotFoundError(f"{directory} holds no soft prompt: expected {WEIGHTS} and {CONFIG}{hint}")
     try:
-        with safe_open(directory / WEIGHTS, framework="pt") as file:
+        with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{directory / WEIGHTS} is damaged: {error}") from error
-    # A save that was killed between the two files leaves an older config.json: the weights carry their own.
-    config = _parse(metadata["softkv_config"], directory / WEIGHTS) if "softkv_config" in metadata else outer
-    _check_finite(tensors)
+    except (SafetensorError, OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if "softkv_config" not in metadata:
+        raise ValueError(f"{path} was not written by softkv: its header holds no softkv_config")
+    config = _parse(metadata["softkv_config"], path)
+    _check_values(tensors, str(path))
     return config, tensors
 
 
@@ -123,7 +190,64 @@ def put(soft: SoftPrompt, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         ValueError: when names or shapes don't fit.
     """
-    expected = soft.state_dict()
+    _check_shapes(soft.state_dict(), tensors)
+    soft.load_state_dict(dict(tensors))
+
+
+class _Saved(Method):
+    """A method whose module is built with saved values, after the base was found to be the right one."""
+
+    def __init__(self, method: Method, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        self.method, self.config, self.tensors, self.template = method, config, tensors, method.template
+
+    def build(self, base: FrozenModel, *, folded: bool = False) -> SoftPrompt:
+        _check_base(self.config["base"], base.shape)
+        self._check_sizes()
+        placeholder = _Placeholder(base.shape)
+        if self.config["folded"] and not getattr(self.method, "encoder", None):
+            with torch.device("meta"):  # a config may promise more than there is memory
+                expected = self.method.build(placeholder, folded=True).state_dict()
+            _check_shapes(expected, self.tensors)
+        soft = self.method.build(placeholder, folded=self.config["folded"])
+        put(soft, self.tensors)
+        return soft
+
+    def _check_sizes(self) -> None:
+        """Raise where the config promises more than the tensors hold, before room is made for it."""
+        total = sum(tensor.numel() for tensor in self.tensors.values())
+        sizes = {name: getattr(self.method, name, None) or 0 for name in ("length", *_SIZES)}
+        room = {"length": min(total, _MOST_SLOTS) if getattr(self.method, "encoder", None) else total}
+        if any(size > room.get(name, math.isqrt(total)) for name, size in sizes.items()):
+            raise ValueError(f"the adapter's tensors don't fit its config: {total:,} values for {sizes}")
+
+
+class _Placeholder:
+    """A frozen model of which only the shape is known: what else is asked of it only gives values that saved ones
+    replace."""
+
+    def __init__(self, shape: BaseShape) -> None:
+        self.shape = shape
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return torch.ones(*ids.shape, self.shape.embedding_size)
+
+    def prefix_of(self, ids: Tensor) -> Prefix:
+        shape = self.shape
+        return Prefix(*torch.zeros(2, shape.layers, 1, shape.kv_heads, len(ids), shape.head_dim))
+
+    def tokenize(self, text: str, special: bool = False) -> list[int]:
+        return [0]
+
+
+def _check_base(saved: dict[str, Any], shape: BaseShape) -> None:
+    here = asdict(shape)
+    differing = [f"{name} {saved[name]} (this model: {here[name]})" for name in _SHAPE if saved[name] != here[name]]
+    if differing:
+        raise ValueError(f"this soft prompt was trained on another base model: {', '.join(differing)}")
+
+
+def _check_shapes(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Raise unless names and shapes are the expected ones."""
     missing, extra = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
     if missing or extra:
         raise ValueError(f"the adapter's tensors don't fit its config: missing {missing}, unexpected {extra}")
@@ -131,73 +255,105 @@ def put(soft: SoftPrompt, tensors: Mapping[str, Tensor]) -> None:
         if tensor.shape != expected[name].shape:
             raise ValueError(
                 f"the adapter's tensor {name!r} has shape {tuple(tensor.shape)}, "
-                f"this model needs {tuple(expected[name].shape)}: it was trained on another base model"
+                f"expected {tuple(expected[name].shape)}: it does not fit its config or this base model"
             )
-    soft.load_state_dict(dict(tensors))
 
 
-class _Saved(Method):
-    """A method whose module is built to load saved values into, after the base was found to be the right one."""
-
-    def __init__(self, method: Method, folded: bool, base: dict[str, Any]) -> None:
-        self.method, self.folded, self.base, self.template = method, folded, base, method.template
-
-    def build(self, base: FrozenModel, *, folded: bool = False) -> SoftPrompt:
-        shape = asdict(base.shape)
-        differing = {name: (self.base[name], shape[name]) for name in _SHAPE if self.base[name] != shape[name]}
-        if differing:
-            details = ", ".join(f"{name} {saved} (this model: {here})" for name, (saved, here) in differing.items())
-            raise ValueError(f"this soft prompt was trained on another base model: {details}")
-        return self.method.build(base, folded=self.folded)
+def _check_values(tensors: Mapping[str, Tensor], where: str) -> None:
+    """Raise unless all values are finite numbers."""
+    odd = [f"{name} ({tensor.dtype})" for name, tensor in tensors.items() if tensor.dtype not in _DTYPES]
+    if odd:
+        raise ValueError(f"{where} expects floating values, got {', '.join(odd)}")
+    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise ValueError(f"{where} holds NaN or infinite values in {', '.join(broken)}")
 
 
 def _parse(text: str, path: Path) -> dict[str, Any]:
+    """The config in a file's header, with the right types down to the method's own settings."""
     try:
         config = json.loads(text)
-        version = config["format"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} holds no softkv config: {error}") from error
-    if not isinstance(version, int) or version > FORMAT:
+    version = config.get("format") if isinstance(config, dict) else None
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise ValueError(f"{path} holds no softkv config: it has format {version!r}")
+    if version > FORMAT:
         raise ValueError(f"{path} has format {version}, this softkv reads up to {FORMAT}: upgrade softkv")
-    lacking = [key for key in ("method", "config", "folded", "base") if key not in config]
-    lacking += [f"base.{key}" for key in ("name", *_SHAPE) if key not in config.get("base", {})]
-    if lacking:
-        raise ValueError(f"{path} lacks {', '.join(lacking)}")
+    kinds = {"method": str, "config": dict, "folded": bool, "base": dict}
+    wrong = [key for key, kind in kinds.items() if not isinstance(config.get(key), kind)]
+    if not wrong:
+        base_kinds = {"name": str, "model_type": str} | dict.fromkeys(_SHAPE, int)
+        wrong = [f"base.{key}" for key, kind in base_kinds.items() if not isinstance(config["base"].get(key), kind)]
+    if wrong:
+        raise ValueError(f"{path} has a config without a valid {', '.join(wrong)}")
     return config
 
 
 def _method(config: dict[str, Any], encoder: nn.Module | None) -> Method:
-    name = config["method"]
+    """The method of a parsed config."""
+    name, settings = config["method"], config["config"]
     if name not in METHODS:
         raise ValueError(f"unknown method {name!r}: this softkv knows {', '.join(METHODS)}")
-    known = {field.name for field in fields(METHODS[name])}  # type: ignore[arg-type]
-    unknown = sorted(config["config"].keys() - known)
+    unknown = sorted(settings.keys() - {field.name for field in fields(METHODS[name])})  # type: ignore[arg-type]
     if unknown:
         raise ValueError(f"unknown settings of {name}: {', '.join(unknown)}")
-    method = METHODS[name](**config["config"])
-    return method if encoder is None else replace(method, encoder=encoder)  # type: ignore[type-var]
-
-
-def _check_finite(tensors: Mapping[str, Tensor]) -> None:
-    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-    if broken:
-        raise ValueError(f"the soft prompt holds NaN or infinite values in {', '.join(broken)}")
+    try:
+        method = METHODS[name](**settings)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"the adapter's config is not one of {name}: {error}") from error
+    if encoder is None:
+        return method
+    if settings.get("encoder") != "custom":
+        raise ValueError("an encoder was given, but the adapter was not trained with a module of one's own")
+    return replace(method, encoder=encoder)  # type: ignore[type-var]
 
 
 def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes a file under a temporary name and renames it."""
+    """Writes a file under a temporary name, has it reach the disk, and renames it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _local(directory: str | os.PathLike[str]) -> Path:
+def _local(directory: str | os.PathLike[str], revision: str | None, token: str | None) -> Path:
+    """The folder of an adapter, fetched from the Hub where it is no local one."""
     path = Path(directory)
     if path.exists() or not isinstance(directory, str) or directory.count("/") != 1:
         return path
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    return Path(snapshot_download(directory, allow_patterns=[CONFIG, WEIGHTS]))
+    try:
+        return Path(snapshot_download(directory, allow_patterns=[CONFIG, WEIGHTS], revision=revision, token=token))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(f"{directory} is neither a folder nor a repository on the Hub: {reason}") from error
+
+
+def _card(model: SoftModel, repo_id: str) -> str:
+    """The README of a repository."""
+    name = model.config.name_or_path
+    kind = next(name for name, config in METHODS.items() if type(model.method) is config)
+    known = "/" in name and not name.startswith((".", "/"))
+    front = ["---", "library_name: softkv", "tags: [softkv, soft-prompt]", *([f"base_model: {name}"] if known else [])]
+    return "\n".join(
+        [
+            *front,
+            "---",
+            f"A soft prompt ({kind}, {model.num_trainable():,} trained values) for {name or 'a transformers model'}.",
+            "",
+            "```python",
+            "import softkv, transformers",
+            "",
+            f'model = transformers.AutoModelForCausalLM.from_pretrained("{name}")',
+            f'model = softkv.load(model, "{repo_id}")',
+            "```",
+            "",
+        ]
+    )

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from softkv.batches import PackingCollator
 from softkv.hf.model import SoftModel
 from softkv.hf.rows import IGNORED
 from softkv.label_logits import label_logits
-from softkv.training import PackingCollator
 
 
 @dataclass(frozen=True)

@@ -5,50 +5,111 @@ The third idea that makes training fast, the head computed once, is `SoftModel`'
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor
-from transformers import DataCollatorWithFlattening
+from torch.utils.data import DataLoader
+from transformers import TrainingArguments
 
 from softkv import checkpoint
+from softkv.batches import PackingCollator, TokenBatches
 from softkv.hf.model import SoftModel
-from softkv.label_logits import label_logits
-
-
-class PackingCollator(DataCollatorWithFlattening):
-    """Puts rows end to end in one line, without padding: `input_ids`, `labels`, `position_ids` `[1, N]` and the
-    cumulative lengths. Each row attends to the prefix and to itself."""
-
-    def __init__(self) -> None:
-        super().__init__(return_flash_attn_kwargs=True)
+from softkv.label_logits import label_logits, next_labels, with_prompt_lengths
 
 
 class Trainer(transformers.Trainer):
     """`transformers.Trainer` for a `SoftModel`: everything of it, but
 
-    - rows are packed, unless another `data_collator` is given (a padded batch gives the same loss);
-    - logits are computed only where they predict a label (`label_logits_only=False` computes all of them);
-    - checkpoints hold what is learned, not the base;
+    - rows are packed, unless another `data_collator` is given (`PaddingCollator`, transformers' own: the same loss);
+    - logits are computed only where they predict a label;
+    - checkpoints hold what is learned, not the base; `resume_from_checkpoint=True` takes the last one that is whole;
+    - the evaluation loss is the mean over all labels (where several processes evaluate, accelerate repeats rows until
+      all have as many, and those count again);
     - the learning curve is drawn to `learning_curve.png` in the output directory at the end.
 
     Args:
-        model: a `SoftModel`.
+        model: a `SoftModel`, unless `model_init` makes one.
+        args: transformers' `TrainingArguments`.
+        data_collator: packs by default.
+        max_tokens: train on batches of as many rows as this number of tokens holds, instead of
+            `per_device_train_batch_size` rows.
         label_logits_only: whether to skip the logits that no label looks at.
-        **kwargs: as in `transformers.Trainer`. A dataset's rows hold `input_ids` and `labels`, as `method.encode`
-            gives them.
+        **kwargs: as in `transformers.Trainer`. A data set's rows hold `input_ids` and `labels`, as `method.encode`
+            gives them, and `prompt_lengths` where a prompt doesn't end at the first label.
+
+    Raises:
+        TypeError: when the model is no `SoftModel`.
+        ValueError: when `max_tokens` is not a positive number.
     """
 
-    def __init__(self, model: SoftModel, *args: Any, label_logits_only: bool = True, **kwargs: Any) -> None:
-        if not isinstance(model, SoftModel):
+    def __init__(
+        self,
+        model: SoftModel | None = None,
+        args: TrainingArguments | None = None,
+        data_collator: Any = None,
+        *remaining: Any,
+        max_tokens: int | None = None,
+        label_logits_only: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        if model is not None and not isinstance(model, SoftModel):
             raise TypeError(f"softkv.Trainer expects a SoftModel (softkv.attach), got {type(model).__name__}")
-        if len(args) < 2:
-            kwargs.setdefault("data_collator", PackingCollator())
-        super().__init__(model, *args, **kwargs)
-        self.label_logits_only = label_logits_only
+        if max_tokens is not None and max_tokens < 1:
+            raise ValueError(f"max_tokens expects at least 1, got {max_tokens}")
+        if args is not None and args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = False  # whatever a method learns, it uses
+        self.max_tokens, self.label_logits_only = max_tokens, label_logits_only
+        self._logits_wanted = False
+        self._evaluated = torch.zeros(2, dtype=torch.float64)  # sum of the losses and number of labels
+        uses_cache = getattr(model, "config", None) and model.config.use_cache  # type: ignore[union-attr]
+        collator = data_collator if data_collator is not None else PackingCollator()
+        super().__init__(model, args, collator, *remaining, **kwargs)
+        if model is not None:
+            model.config.use_cache = uses_cache  # the base keeps its config
+
+    # Batches ---------------------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """As `transformers.Trainer.get_train_dataloader`, by tokens with `max_tokens`."""
+        if self.max_tokens is None or self.train_dataset is None:
+            return super().get_train_dataloader()
+        data: Any = self.train_dataset
+        if not hasattr(data, "__len__"):
+            raise ValueError("max_tokens expects a data set with a length: its rows are put into batches beforehand")
+        columns = getattr(data, "column_names", None)
+        ids = data["input_ids"] if columns is not None else (row["input_ids"] for row in data)
+        arguments = self.args
+        batches = TokenBatches(
+            [len(row) for row in ids],
+            self.max_tokens,
+            padded=not isinstance(self.data_collator, transformers.DataCollatorWithFlattening),
+            seed=arguments.seed if arguments.data_seed is None else arguments.data_seed,
+            # Counted by the state, which a resumed run finds again; at an epoch's end it is that epoch's number.
+            epoch=lambda: int(self.state.epoch or 0),
+            rank=arguments.process_index,
+            ranks=arguments.world_size,
+        )
+        collate = self._get_collator_with_removed_columns(self.data_collator, description="training")
+        return DataLoader(
+            data,
+            batch_sampler=batches,
+            collate_fn=collate,
+            num_workers=arguments.dataloader_num_workers,
+            pin_memory=arguments.dataloader_pin_memory and arguments.device.type == "cuda",
+        )
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        labelled = [with_prompt_lengths(batch) if "labels" in batch else batch for batch in batch_samples]
+        return super()._get_num_items_in_batch(labelled, device)
+
+    # Loss ------------------------------------------------------------------------------------------------------------
 
     def compute_loss(
         self,
@@ -57,22 +118,87 @@ class Trainer(transformers.Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The mean cross-entropy over the batch's labels (over `num_items_in_batch` labels where given)."""
-        all_logits = not self.label_logits_only or (return_outputs and not self.args.prediction_loss_only)
-        if all_logits or self.compute_loss_func is not None or "labels" not in inputs:
+        """The mean cross-entropy over the batch's labels (over `num_items_in_batch` labels where given).
+
+        Raises:
+            ValueError: when an encoder would read tokens that are to be predicted.
+        """
+        if "labels" not in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        outputs, targets = label_logits(model, inputs)
+        self._check_prompt_lengths(inputs)
+        if self.compute_loss_func is not None:
+            inputs = with_prompt_lengths(inputs)
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self.label_logits_only and not (return_outputs and self._logits_wanted):
+            outputs, targets = label_logits(model, inputs)
+            logits = outputs.logits
+        else:
+            inputs = with_prompt_lengths(inputs)
+            targets = next_labels(inputs.pop("labels")).flatten()
+            outputs = model(**inputs, use_cache=False)
+            logits = outputs.logits.flatten(0, 1)
         total = F.cross_entropy(
-            outputs.logits.float(), targets, reduction="sum", label_smoothing=self.args.label_smoothing_factor
+            logits.float(), targets, reduction="sum", label_smoothing=self.args.label_smoothing_factor
         )
-        loss = total / (len(targets) if num_items_in_batch is None else num_items_in_batch)
+        count = (targets >= 0).sum()
+        if not model.training:
+            self._evaluated += torch.stack([total.detach(), count]).to(self._evaluated)
+        loss = total / (count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # processes are averaged afterwards
         return (loss, outputs) if return_outputs else loss
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As `transformers.Trainer.train`; draws the learning curve afterwards."""
-        result = super().train(*args, **kwargs)
+    def _check_prompt_lengths(self, inputs: dict[str, Any]) -> None:
+        if inputs.get("prompt_lengths") is None or not self.accelerator.unwrap_model(self.model).soft.encodes_rows:
+            return
+        ends = with_prompt_lengths(inputs | {"prompt_lengths": None})["prompt_lengths"]
+        if bool((inputs["prompt_lengths"] > ends).any()):
+            raise ValueError(
+                "an encoder reads whole prompts, so it can't learn from labels inside them (it would see what it is to "
+                "predict): leave prompt_lengths out, or labels before a prompt's end"
+            )
+
+    def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, *args: Any, **kwargs: Any) -> Any:
+        """As `transformers.Trainer.prediction_step`; all logits are computed only where they are asked for."""
+        self._logits_wanted = not prediction_loss_only
+        return super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """As `transformers.Trainer.evaluation_loop`, with the loss of a label of the whole data set."""
+        self._evaluated.zero_()
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        evaluated = self.accelerator.reduce(self._evaluated.to(self.args.device, torch.float32), "sum")
+        total, count = evaluated.tolist()
+        if count:
+            output.metrics[f"{metric_key_prefix}_loss"] = total / count
+        return output
+
+    # Checkpoints -----------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As `transformers.Trainer.train`; draws the learning curve afterwards.
+
+        Args:
+            resume_from_checkpoint: a checkpoint's folder, or True for the last whole one in the output directory.
+            *args, **kwargs: as in `transformers.Trainer.train`.
+
+        Raises:
+            FileNotFoundError: when there is none.
+            ValueError: when the checkpoint is of another method or another base.
+        """
+        if resume_from_checkpoint is True:
+            last = last_checkpoint(self.args.output_dir)
+            if last is None:
+                raise FileNotFoundError(f"{self.args.output_dir} holds no whole checkpoint to resume from")
+            resume_from_checkpoint = str(last)
+        result = super().train(resume_from_checkpoint, *args, **kwargs)
         if self.is_world_process_zero():
             draw_learning_curve(self.state.log_history, Path(self.args.output_dir) / "learning_curve.png")
         return result
@@ -86,12 +212,37 @@ class Trainer(transformers.Trainer):
             self.processing_class.save_pretrained(directory)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        _, tensors = checkpoint.read(Path(resume_from_checkpoint))
-        checkpoint.put(self.accelerator.unwrap_model(model if model is not None else self.model).soft, tensors)
+        soft_model = self.accelerator.unwrap_model(model if model is not None else self.model)
+        checkpoint.restore(soft_model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
         self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        for name in (checkpoint.CONFIG, checkpoint.WEIGHTS):
+            if self.is_world_process_zero():
+                shutil.copy(Path(checkpoint_folder) / name, Path(self.args.output_dir) / name)
+        super()._push_from_checkpoint(checkpoint_folder)
+
+
+def last_checkpoint(output_dir: str | os.PathLike[str]) -> Path | None:
+    """The checkpoint of the most steps in a `Trainer`'s output directory that is whole: a run that was killed while it
+    saved leaves one that is not."""
+    folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-")[-1].isdigit()]
+    for folder in sorted(folders, key=lambda path: int(path.name.split("-")[-1]), reverse=True):
+        if _is_whole(folder):
+            return folder
+    return None
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        checkpoint.read(folder)
+        json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))  # written last
+    except (OSError, ValueError):
+        return False
+    return (folder / "optimizer.pt").is_file() and (folder / "scheduler.pt").is_file()
 
 
 def draw_learning_curve(log_history: list[dict[str, float]], path: str | os.PathLike[str]) -> None:

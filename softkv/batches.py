@@ -1,0 +1,116 @@
+"""Rows into batches: packed or padded, by a number of rows or by a number of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Sampler
+from transformers import DataCollatorWithFlattening
+
+from softkv.hf.rows import IGNORED
+
+
+class PackingCollator(DataCollatorWithFlattening):
+    """Puts rows end to end in one line, without padding: `input_ids`, `labels`, `position_ids` `[1, N]` and the
+    cumulative lengths. Each row attends to the prefix and to itself.
+
+    A row's `prompt_lengths` (an int), where it has one, says where its prompt ends when that is not its first label.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(return_flash_attn_kwargs=True)
+
+    def __call__(self, features: list[dict[str, Any]], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return super().__call__(features, *args, **kwargs) | _prompt_lengths(features)
+
+
+class PaddingCollator:
+    """Puts rows below each other, padded on the right with id 0 and a mask: slower than packing, the same results."""
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+        ids, labels = ([torch.as_tensor(row[key]) for row in features] for key in ("input_ids", "labels"))
+        return {
+            "input_ids": pad_sequence(ids, batch_first=True),
+            "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+            "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
+        } | _prompt_lengths(features)
+
+
+def _prompt_lengths(features: list[dict[str, Any]]) -> dict[str, Tensor]:
+    if "prompt_lengths" not in features[0]:
+        return {}
+    return {"prompt_lengths": torch.tensor([int(row["prompt_lengths"]) for row in features])}
+
+
+def whole_row_labels(example: dict[str, Any]) -> dict[str, Any]:
+    """A row for the full language-model loss: every token is predicted but the first and soft ones, and the prompt
+    still ends where it did."""
+    ids, answer = example["input_ids"], example["labels"]
+    prompt = next((at for at, label in enumerate(answer) if label != IGNORED), len(ids))
+    return {
+        "input_ids": ids,
+        "labels": [token if token >= 0 else IGNORED for token in ids],
+        "prompt_lengths": prompt,
+    }
+
+
+class TokenBatches(Sampler[list[int]]):
+    """Batches of as many rows as `max_tokens` tokens hold. They are formed once and shuffled anew every epoch, so every
+    epoch has the same number of steps.
+
+    Args:
+        lengths: tokens of each row of the data set.
+        max_tokens: the most tokens of a batch, padding included.
+        padded: whether a batch costs its longest row times its rows. Rows of like length then come together; packed
+            rows are put together in random order.
+        seed: decides everything.
+        epoch: tells the number of the epoch that begins.
+        rank, ranks: every process takes its turn of the batches; the first ones come again where turns don't work out.
+
+    Raises:
+        ValueError: when a row alone is longer.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        max_tokens: int,
+        *,
+        padded: bool,
+        seed: int,
+        epoch: Callable[[], int],
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> None:
+        self.seed, self.epoch, self.rank, self.ranks = seed, epoch, rank, ranks
+        order = self._shuffled(len(lengths), 0)
+        if padded:
+            order.sort(key=lengths.__getitem__)
+        self.batches: list[list[int]] = []
+        used = max_tokens
+        for row in order:
+            if lengths[row] > max_tokens:
+                raise ValueError(
+                    f"row {row} has {lengths[row]} tokens, more than max_tokens={max_tokens}: shorten or drop it"
+                )
+            used = lengths[row] * (len(self.batches[-1]) + 1 if self.batches else 1) if padded else used + lengths[row]
+            if used > max_tokens or not self.batches:
+                self.batches.append([])
+                used = lengths[row]
+            self.batches[-1].append(row)
+
+    def __len__(self) -> int:
+        return -(-len(self.batches) // self.ranks)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = self._shuffled(len(self.batches), 1 + self.epoch())
+        for turn in range(len(self)):
+            yield self.batches[order[(turn * self.ranks + self.rank) % len(order)]]
+
+    def _shuffled(self, count: int, stream: int) -> list[int]:
+        generator = torch.Generator().manual_seed(self.seed + 1_000_003 * stream)
+        return torch.randperm(count, generator=generator).tolist()
