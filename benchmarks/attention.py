@@ -2,7 +2,7 @@
 
 Training shapes, forward and forward + backward to q, k, v and the shared prefix (its gradient summed over the batch):
   softkv       prefix_attention
-  cat          the prefix expanded and concatenated, then SDPA: the fastest of float or bool mask, enable_gqa or repeated
+  cat          the prefix expanded and concatenated, then SDPA: the fastest of float or bool mask, grouped or repeated
                heads
   no prefix    SDPA on the tokens alone, causal: what a prefix costs at all
 Decoding, one query a row, 128 cached tokens:

@@ -166,6 +166,14 @@ CASES: dict[str, Callable[[], Case]] = {
     "chunks of queries and a rest": lambda: dense(B=3, T=131, P=5, A=1),
     "packed, tiles of queries": lambda: packed([130, 3, 260], P=5, A=1),
     "packed, bank, rows of one prefix apart": lambda: packed([30, 3, 40, 7], A=2, P=5, prefix_index=index(1, 0, 1, 0)),
+    "window over a prefix of length 0, one query": lambda: dense(
+        T=1, S=6, A=1, P=7, window=2, window_covers_prefix=True, prefix_lengths=index(0), key_lengths=index(6, 3)
+    ),
+    "window over the prefix, few queries of rows that differ": lambda: dense(
+        B=3, T=4, S=6, A=1, P=7, window=6, window_covers_prefix=True, key_lengths=index(6, 3, 0),
+        key_mask=mask("001111", "111111", "111111"),
+    ),
+    "window wider than everything": lambda: dense(T=9, P=7, A=1, window=16, window_covers_prefix=True),
     "softcap": lambda: dense(P=7, A=1, softcap=1.5),
     "sinks": lambda: dense(P=7, A=1, sinks=True),
     "sinks where nothing is seen": lambda: dense(T=9, S=4, sinks=True),

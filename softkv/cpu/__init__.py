@@ -27,7 +27,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     scale, softcap = options["scale"], options["softcap"]
     fused = q.device.type == "cpu" and softcap is None
-    call = Call(q, k, prefix_k, options, fused, chunks=1)
+    call = Call(q, k, prefix_k, options, fused, backward=False)
     line, merged = call.line(q), _Merged(call)
     for keys, values, plan in _segments(call, k, v, prefix_k, prefix_v):
         for p in plan(call):
@@ -56,7 +56,7 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     scale, softcap, sinks = options["scale"], options["softcap"], options["sinks"]
     fused = q.device.type == "cpu" and softcap is None and grad_lse is None
-    call = Call(q, k, prefix_k, options, fused, chunks=4 if fused else 1)
+    call = Call(q, k, prefix_k, options, fused, backward=True)
     line, grad, merged = call.line(q), call.line(grad_out), call.line(out)
     denominator = call.line_lse(lse)
     delta = None

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -10,6 +12,9 @@ from torch import Tensor
 # Up to here rows that differ in what they see share one masked call; longer ones get slices of their own, which skip
 # the work that a mask only hides.
 _FEW_QUERIES = 32
+# The library's backward works on the heads of a batch in parallel, not on queries: a shared prefix's are cut into so
+# many chunks, always the same number, so that the sum's order is fixed.
+_CHUNKS = 4
 # The library's causal kernel skips whole blocks of 512 keys only: up to this many queries, tiles with a mask skip more.
 _LONG = 1024
 _SHORT = 96
@@ -83,26 +88,73 @@ class Call:
     """One call's operands brought into one form, dense and packed alike."""
 
     def __init__(
-        self, q: Tensor, k: Tensor, prefix_k: Tensor | None, options: dict[str, Any], fused: bool, chunks: int
+        self, q: Tensor, k: Tensor, prefix_k: Tensor | None, options: dict[str, Any], fused: bool, backward: bool
     ):
-        self.options, self.fused, self.chunks = options, fused, chunks
+        self.options, self.fused, self.backward = options, fused, backward
         self.dtype, self.device = q.dtype, q.device
         self.wide = torch.promote_types(q.dtype, torch.float32)
-        self.packed_q: list[int] | None = None
-        self.packed_k: list[int] | None = None
         self.dense = q.dim() == 4
-        if self.dense:
-            self.B, self.T = q.shape[0], q.shape[2]
-            self.N, self.heads = self.B * self.T, (q.shape[1], q.shape[3])
-            self.S = k.shape[2]
-        else:
-            self.packed_q, self.packed_k = options["cu_seqlens_q"].tolist(), options["cu_seqlens_k"].tolist()
-            self.B, self.T = len(self.packed_q) - 1, options["max_seqlen_q"]
-            self.N, self.heads = q.shape[0], (q.shape[1], q.shape[2])
-            self.S = k.shape[0]
+        self.window: int | None = options["window"]
         self.A, self.P = (0, 0) if prefix_k is None else (prefix_k.shape[0], prefix_k.shape[2])
-        self.window = options["window"]
-        self.runs = _runs(self)
+        self.key_mask: Tensor | None = None
+        self.n: list[int] | None = None  # each row's keys, where that is not S
+        if self.dense:
+            self.B, self.T, self.S = q.shape[0], q.shape[2], k.shape[2]
+            self.N, self.heads = self.B * self.T, (q.shape[1], q.shape[3])
+            self.starts: list[int] | range = range(0, self.N + 1, self.T)
+            mask, lengths = options["key_mask"], options["key_lengths"]
+            self.key_mask = None if mask is None or bool(mask.all()) else mask
+            self.n = None if lengths is None else lengths.tolist()
+        else:
+            self.N, self.S, self.heads = q.shape[0], k.shape[0], (q.shape[1], q.shape[2])
+            self.starts = options["cu_seqlens_q"].tolist()
+            self.B, self.T = len(self.starts) - 1, options["max_seqlen_q"]
+
+    @property
+    def masked(self) -> bool:
+        """Whether few queries of rows that differ are better served by one call with a mask."""
+        ragged = self.key_mask is not None or (self.n is not None and min(self.n) < max(self.n))
+        return self.dense and ragged and self.T <= _FEW_QUERIES
+
+    @cached_property
+    def extent(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of a dense call, [B] each: keys n, the seen ones' first and end (0, 0 if there are none) and number."""
+        n = self.options["key_lengths"]
+        n = torch.full((self.B,), self.S, device=self.device) if n is None else n.long()
+        if self.key_mask is None or self.S == 0:
+            return n, torch.zeros_like(n), n, n
+        seen = (torch.arange(self.S, device=self.device) < n[:, None]) & self.key_mask
+        number = seen.sum(1)
+        end = self.S - seen.flip(1).int().argmax(1)
+        return n, seen.int().argmax(1), end.masked_fill(number == 0, 0), number
+
+    @cached_property
+    def runs(self) -> list[Run]:
+        if not self.dense:
+            keys = self.options["cu_seqlens_k"].tolist()
+            return [
+                Run(b, 1, q0, q1 - q0, 0, k0, k1 - k0, 0, k1 - k0)
+                for b, ((q0, q1), (k0, k1)) in enumerate(zip(pairwise(self.starts), pairwise(keys), strict=True))
+                if q1 > q0
+            ]
+        if self.key_mask is None and self.n is None:
+            return [Run(0, self.B, 0, self.T, 0, 0, self.S, 0, self.S)]
+        runs: list[Run] = []
+        for b, (n, lo, hi, number) in enumerate(zip(*(x.tolist() for x in self.extent), strict=True)):
+            last = runs[-1] if runs else None
+            holes = self.key_mask[b] if self.key_mask is not None and number < hi - lo else None
+            if last and holes is None and last.holes is None and (last.n, last.lo, last.hi) == (n, lo, hi):
+                last.rows += 1
+            else:
+                runs.append(Run(b, 1, b * self.T, self.T, b, 0, n, lo, hi, holes))
+        return runs
+
+    def tokens_of(self, rows: list[int]) -> Tensor:
+        """Where in the line the tokens of these rows are."""
+        if self.dense:
+            tokens = torch.arange(self.T, device=self.device)
+            return (torch.tensor(rows, device=self.device)[:, None] * self.T + tokens).flatten()
+        return torch.cat([torch.arange(self.starts[b], self.starts[b + 1], device=self.device) for b in rows])
 
     def line(self, x: Tensor) -> Tensor:
         """q-shaped → [N, H, D]"""
@@ -131,46 +183,13 @@ class Call:
         return x if self.dense else x.squeeze(0).transpose(0, 1)
 
 
-def _runs(call: Call) -> list[Run]:
-    if call.packed_q is not None and call.packed_k is not None:
-        return [
-            Run(b, 1, q0, q1 - q0, 0, k0, k1 - k0, 0, k1 - k0)
-            for b, (q0, q1, k0, k1) in enumerate(
-                zip(call.packed_q, call.packed_q[1:], call.packed_k, call.packed_k[1:], strict=False)
-            )
-            if q1 > q0
-        ]
-    B, T, S = call.B, call.T, call.S
-    key_mask, key_lengths = call.options["key_mask"], call.options["key_lengths"]
-    if key_mask is not None and bool(key_mask.all()):
-        key_mask = None
-    if key_mask is None and key_lengths is None:
-        return [Run(0, B, 0, T, 0, 0, S, 0, S)]
-    lengths = [S] * B if key_lengths is None else key_lengths.tolist()
-    ranges: list[tuple[int, int, bool]] = [(0, n, False) for n in lengths]
-    if key_mask is not None:
-        ranges = []
-        for n, row in zip(lengths, key_mask.tolist(), strict=True):
-            seen = row[:n]
-            lo = seen.index(True) if True in seen else 0
-            hi = n - seen[::-1].index(True) if True in seen else 0
-            ranges.append((lo, hi, not all(seen[lo:hi])))
-    runs: list[Run] = []
-    for b, (n, (lo, hi, holes)) in enumerate(zip(lengths, ranges, strict=True)):
-        last = runs[-1] if runs else None
-        if last and not holes and last.holes is None and (last.n, last.lo, last.hi) == (n, lo, hi):
-            last.rows += 1
-        else:
-            runs.append(Run(b, 1, b * T, T, b, 0, n, lo, hi, key_mask[b] if holes else None))
-    return runs
-
-
 def plan_tokens(call: Call) -> list[Piece]:
     if call.S == 0:
         return []
     causal, window = call.options["is_causal"], call.window
-    if call.dense and len(call.runs) > 1 and call.T <= _FEW_QUERIES:
-        return _masked_tokens(call)
+    if call.masked:
+        piece = _masked_tokens(call)
+        return [piece] if piece.s1 else []
     pieces = []
     for run in call.runs:
         for t0, t1, s0, s1, mask, flag in _band(call, run.T, run.hi - run.lo, run.n - run.T - run.lo, causal, window):
@@ -196,38 +215,37 @@ def plan_prefix(call: Call) -> list[Piece]:
         return []
     lengths = call.options["prefix_lengths"]
     lengths = [call.P] * call.A if lengths is None else lengths.tolist()
+    if max(lengths) == 0:
+        return []
     index = call.options["prefix_index"]
     if call.window is not None and call.options["window_covers_prefix"]:
-        return _windowed_prefix(call, lengths, None if index is None else index.tolist())
+        farthest = max(lengths) - 1 - call.window
+        if any(run.n - run.lo + farthest >= 0 for run in call.runs):
+            return _windowed_prefix(call, call.window, lengths, None if index is None else index.tolist())
     if index is None and call.A == 1:
         return _shared(call, 0, lengths[0], 0, call.N)
     if index is None and call.dense:
         return _prefix_per_row(call, lengths)
-    numbers = range(call.B) if index is None else index.tolist()
-    starts = call.packed_q or range(0, call.N + 1, call.T)
     readers: dict[int, list[int]] = {}
-    for b, a in enumerate(numbers):
-        if 0 <= a < call.A:
+    for b, a in enumerate(range(call.B) if index is None else index.tolist()):
+        if 0 <= a < call.A and lengths[a] and call.starts[b] < call.starts[b + 1]:
             readers.setdefault(a, []).append(b)
     pieces = []
     for a, rows in readers.items():
         if rows[-1] - rows[0] == len(rows) - 1:
-            pieces += _shared(call, a, lengths[a], starts[rows[0]], starts[rows[-1] + 1])
+            pieces += _shared(call, a, lengths[a], call.starts[rows[0]], call.starts[rows[-1] + 1])
         else:
-            picked = [t for b in rows for t in range(starts[b], starts[b + 1])]
-            if picked and lengths[a]:
-                tokens = torch.tensor(picked, device=call.device)
-                queries = Queries(0, 1, len(picked), 0, len(picked), tokens)
-                pieces.append(Piece(queries, slice(a, a + 1), 0, lengths[a]))
+            tokens = call.tokens_of(rows)
+            queries = Queries(0, 1, len(tokens), 0, len(tokens), tokens)
+            pieces.append(Piece(queries, slice(a, a + 1), 0, lengths[a]))
     return pieces
 
 
 def _shared(call: Call, a: int, length: int, start: int, stop: int) -> list[Piece]:
-    """All queries of a stretch of the line to prefix a. In chunks, because the library's backward works on a batch's
-    heads in parallel, not on its queries; their number is fixed, so the sum's order is too."""
-    if length == 0 or start == stop:
+    """All queries of a stretch of the line to prefix a."""
+    if length == 0:
         return []
-    chunks = call.chunks if stop - start >= call.chunks * _SHORT else 1
+    chunks = _CHUNKS if call.backward and call.fused and stop - start >= _CHUNKS * _SHORT else 1
     each = (stop - start) // chunks
     pieces = [Piece(Queries(start, chunks, each, 0, each), slice(a, a + 1), 0, length)]
     if rest := stop - start - chunks * each:
@@ -236,24 +254,24 @@ def _shared(call: Call, a: int, length: int, start: int, stop: int) -> list[Piec
 
 
 def _prefix_per_row(call: Call, lengths: list[int]) -> list[Piece]:
-    T = call.T
-    if min(lengths) == max(lengths) == 0:
-        return []
-    if min(lengths) == max(lengths):
-        return [Piece(Queries(0, call.B, T, 0, T), slice(0, call.B), 0, lengths[0])]
+    T, P = call.T, max(lengths)
+    if min(lengths) == P:
+        return [Piece(Queries(0, call.B, T, 0, T), slice(0, call.B), 0, P)]
     if T <= _FEW_QUERIES:
-        P = max(lengths)
         seen = torch.arange(P, device=call.device) < torch.tensor(lengths, device=call.device)[:, None]
-        blind = ~seen.any(-1)[:, None, None]
-        mask = _additive(seen, call.dtype)[:, None, None].expand(-1, -1, T, -1)
-        return [Piece(Queries(0, call.B, T, 0, T), slice(0, call.B), 0, P, mask, False, blind)]
+        return [_masked(call, seen[:, None].expand(-1, T, -1), slice(0, call.B))]
     return [Piece(Queries(b * T, 1, T, 0, T), slice(b, b + 1), 0, length) for b, length in enumerate(lengths) if length]
 
 
-def _windowed_prefix(call: Call, lengths: list[int], index: list[int] | None) -> list[Piece]:
+def _windowed_prefix(call: Call, window: int, lengths: list[int], index: list[int] | None) -> list[Piece]:
+    shared = index is None and call.A == 1
+    if shared and call.masked and not call.backward:  # its gradient would be one for each row
+        n, lo, _, _ = (x[:, None, None] for x in call.extent)
+        query = n - call.T + torch.arange(call.T, device=call.device)[:, None]
+        slot = lo - lengths[0] + torch.arange(lengths[0], device=call.device)
+        return [_masked(call, slot > query - window, slice(0, 1))]
     pieces = []
     for run in call.runs:
-        shared = index is None and call.A == 1
         step = _ROWS_AT_ONCE if shared else 1
         for first in range(run.first, run.first + run.rows, step):
             rows = min(step, run.first + run.rows - first)
@@ -262,32 +280,32 @@ def _windowed_prefix(call: Call, lengths: list[int], index: list[int] | None) ->
                 continue
             offset = run.n - run.T - run.lo + lengths[a]
             start = run.start + (first - run.first) * run.T
-            for t0, t1, s0, s1, mask, _ in _band(call, run.T, lengths[a], offset, False, call.window):
+            for t0, t1, s0, s1, mask, _ in _band(call, run.T, lengths[a], offset, False, window):
                 pieces.append(Piece(Queries(start, rows, run.T, t0, t1), slice(a, a + 1), s0, s1, mask))
     return pieces
 
 
-def _masked_tokens(call: Call) -> list[Piece]:
-    """All rows in one call, what each query sees in a mask: for a few queries, where calls cost more than work."""
-    options, T = call.options, call.T
-    n = torch.tensor([run.n for run in call.runs for _ in range(run.rows)], device=call.device)[:, None, None]
-    S = max(run.n for run in call.runs)
-    if S == 0:
-        return []
+def _masked_tokens(call: Call) -> Piece:
+    n, _, end, _ = (x[:, None, None] for x in call.extent)
+    S = int(end.max())
     position = torch.arange(S, device=call.device)
-    query = n - T + torch.arange(T, device=call.device)[:, None]
-    seen = position < n
-    if options["key_mask"] is not None:
-        seen = seen & options["key_mask"][:, None, :S]
-    if options["is_causal"]:
+    query = n - call.T + torch.arange(call.T, device=call.device)[:, None]
+    seen = position < end
+    if call.key_mask is not None:
+        seen = seen & call.key_mask[:, None, :S]
+    if call.options["is_causal"]:
         seen = seen & (position <= query)
     if call.window is not None:
         seen = seen & (position > query - call.window)
-    seen = seen.expand(-1, T, -1)
-    blind = ~seen.any(-1)[:, None]
-    return [
-        Piece(Queries(0, call.B, T, 0, T), slice(0, call.B), 0, S, _additive(seen, call.dtype)[:, None], False, blind)
-    ]
+    return _masked(call, seen.expand(-1, call.T, -1), slice(0, call.B))
+
+
+def _masked(call: Call, seen: Tensor, key_rows: slice) -> Piece:
+    """All rows in one call, seen [B, T, s] in a mask: for a few queries, where calls cost more than work."""
+    queries = Queries(0, call.B, call.T, 0, call.T)
+    return Piece(
+        queries, key_rows, 0, seen.shape[2], _additive(seen, call.dtype)[:, None], False, ~seen.any(-1)[:, None]
+    )
 
 
 def _band(
