@@ -7,7 +7,6 @@ the old adapter or the new one. The header is what counts; `softkv_config.json` 
 from __future__ import annotations
 
 import json
-import math
 import os
 import tempfile
 import warnings
@@ -22,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from softkv.hf.model import SoftModel
-from softkv.methods import METHODS
+from softkv.methods import METHODS, PTuningV2
 from softkv.methods.base import BaseShape, FrozenModel, Method, SoftPrompt
 from softkv.prefix import Prefix
 
@@ -110,6 +109,7 @@ def load(
     """
     config, tensors = read(_local(directory, revision, token))
     method = _method(config, encoder)
+    _check_type(config["base"], model)
     soft_model = SoftModel(model, _Saved(method, config, tensors), backend=backend)
     name, trained_on = model.config.name_or_path, config["base"]["name"]
     if name and trained_on and Path(name).name != Path(trained_on).name:
@@ -130,6 +130,7 @@ def restore(model: SoftModel, directory: str | os.PathLike[str]) -> None:
     for key in ("method", "config"):
         if config[key] != mine[key]:
             raise ValueError(f"{directory} holds {key} {config[key]}, expected {mine[key]}")
+    _check_type(config["base"], model)
     _check_base(config["base"], model.base_shape)
     put(model.soft, tensors)
 
@@ -202,22 +203,27 @@ class _Saved(Method):
 
     def build(self, base: FrozenModel, *, folded: bool = False) -> SoftPrompt:
         _check_base(self.config["base"], base.shape)
-        self._check_sizes()
-        placeholder = _Placeholder(base.shape)
-        if self.config["folded"] and not getattr(self.method, "encoder", None):
-            with torch.device("meta"):  # a config may promise more than there is memory
-                expected = self.method.build(placeholder, folded=True).state_dict()
+        placeholder, folded = _Placeholder(base.shape), self.config["folded"]
+        encodes_rows = getattr(self.method, "encoder", None) and isinstance(self.method, PTuningV2)
+        # A config may promise more than the tensors hold, and more than there is memory.
+        if encodes_rows or not folded:
+            self._check_sizes(_MOST_SLOTS if encodes_rows else None)
+        else:
+            try:
+                with torch.device("meta"):
+                    expected = self.method.build(placeholder, folded=True).state_dict()
+            except (RuntimeError, TypeError, OverflowError) as error:
+                raise ValueError(f"the adapter's config can't be built: {error}") from error
             _check_shapes(expected, self.tensors)
-        soft = self.method.build(placeholder, folded=self.config["folded"])
+        soft = self.method.build(placeholder, folded=folded)
         put(soft, self.tensors)
         return soft
 
-    def _check_sizes(self) -> None:
-        """Raise where the config promises more than the tensors hold, before room is made for it."""
+    def _check_sizes(self, most_slots: int | None) -> None:
+        """Raise where a network can't be made of the tensors."""
         total = sum(tensor.numel() for tensor in self.tensors.values())
         sizes = {name: getattr(self.method, name, None) or 0 for name in ("length", *_SIZES)}
-        room = {"length": min(total, _MOST_SLOTS) if getattr(self.method, "encoder", None) else total}
-        if any(size > room.get(name, math.isqrt(total)) for name, size in sizes.items()):
+        if sizes["length"] > (most_slots or total) or any(sizes[name] ** 2 > total for name in _SIZES):
             raise ValueError(f"the adapter's tensors don't fit its config: {total:,} values for {sizes}")
 
 
@@ -237,6 +243,12 @@ class _Placeholder:
 
     def tokenize(self, text: str, special: bool = False) -> list[int]:
         return [0]
+
+
+def _check_type(saved: dict[str, Any], model: Any) -> None:
+    here = getattr(getattr(model, "config", None), "model_type", None)
+    if here is not None and saved["model_type"] != here:
+        raise ValueError(f"this soft prompt was trained on another base model: {saved['model_type']}, not {here}")
 
 
 def _check_base(saved: dict[str, Any], shape: BaseShape) -> None:
