@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import movie_snippets, smollm2
+from benchmarks.timing import machine, write_json
 
 OUTPUT = Path(__file__).resolve().parents[1] / "runs" / "demo"
 ANSWERS = tuple(f" {label}" for label in movie_snippets.LABELS)
@@ -81,7 +82,11 @@ RUNS = {
 
 
 @app.command()
-def main(steps: int = typer.Option(40, help="Training steps a method."), peft: bool = True) -> None:
+def main(
+    steps: int = typer.Option(40, help="Training steps a method."),
+    peft: bool = typer.Option(True, help="Time PEFT beside each method that it has."),
+    results_file: Path = typer.Option(OUTPUT / "results.json", help="Where the figures go, as JSON."),
+) -> None:
     """Train all four methods, time PEFT beside them, print the table, draw the curves and generate."""
     console = Console(width=max(Console().width, 118))
     started = time.perf_counter()
@@ -97,7 +102,8 @@ def main(steps: int = typer.Option(40, help="Training steps a method."), peft: b
     console.rule("Results")
     console.print(_table(results))
     _draw(results, OUTPUT / "learning_curves.png")
-    (OUTPUT / "results.json").write_text(json.dumps(results, indent=2))
+    settings = {"steps": steps, "batch": BATCH, "test_rows": TEST_ROWS, "seed": SEED}
+    write_json(results_file, {"machine": machine(), "command": "make demo", "settings": settings, "results": results})
     console.print(f"Learning curves: {OUTPUT / 'learning_curves.png'}")
     console.rule("Generating with the trained P-tuning v2 prefix")
     _generate(console, "p-tuning-v2")
@@ -146,6 +152,7 @@ def train(name: str, steps: int = 40) -> None:
         seed=SEED,
         log_level="error",
         disable_tqdm=False,
+        dataloader_pin_memory=False,
     )
     trainer = softkv.Trainer(soft_model, arguments, train_dataset=_examples(soft_model, tokenizer), callbacks=[Clock])
     trainer.train()
@@ -156,6 +163,9 @@ def train(name: str, steps: int = 40) -> None:
         name,
         "train",
         {
+            "title": run.title,
+            "learning_rate": run.learning_rate,
+            "method": repr(soft_model.method),
             "parameters": soft_model.num_trainable(),
             "before": before,
             "after": evaluate(),
