@@ -19,7 +19,7 @@ from softkv.hf.context import Captured, PackedRows, SoftContext
 
 NAME = "softkv"
 
-# Codes of the key state tensor. A static cache hands over its whole buffer, so a key may not exist yet; a padding key
+# Codes of a key state in int8. A static cache hands over its whole buffer, so a key may not exist yet; a padding key
 # exists, takes a position, and is not seen.
 HIDDEN, SEEN = 1, 2
 
@@ -35,24 +35,29 @@ def key_state(
     use_vmap: bool = False,
     **kwargs: Any,
 ) -> Tensor | None:
-    """The state of every key, int8 `[B or 1, 1, 1, S]`: 0 does not exist, 1 exists but is hidden, 2 is seen.
+    """Which keys exist and which are seen, in the fewest words (the dtype tells which):
+
+    - None: all exist and are seen.
+    - bool `[B, 1, 1, S]`: all exist, these are seen.
+    - int32 `[1, 1, 1, 1]`: so many exist, and are seen.
+    - int8 `[B, 1, 1, S]`: 0 does not exist, 1 exists but is hidden, 2 is seen.
 
     Four axes, because transformers hands a mask of four axes through `generate`, compiled decoding and checkpointing
-    untouched. None when every key exists and is seen.
+    untouched.
     """
-    if attention_mask is not None:
-        attention_mask = attention_mask[:, kv_offset : kv_offset + kv_length]
     if use_vmap:  # where or_mask_function or and_mask_function is given
         raise ValueError(
             'softkv attention is causal, windowed or full, but this model adds a mask of its own: use "eager" or "sdpa"'
         )
     end = q_offset + q_length - kv_offset
-    if isinstance(q_offset, int) and end == kv_length and (attention_mask is None or _all_real(attention_mask)):
-        return None
+    part_filled = isinstance(end, Tensor) or end != kv_length
+    if attention_mask is None:
+        return torch.as_tensor(end, dtype=torch.int32, device=device).view(1, 1, 1, 1) if part_filled else None
+    seen = attention_mask[:, kv_offset : kv_offset + kv_length]
+    if not part_filled:
+        return None if _all_real(seen) else seen[:, None, None, :]
     exists = (torch.arange(kv_length, device=device) < end).view(1, -1)
-    seen = (
-        exists if attention_mask is None else exists & F.pad(attention_mask, (0, kv_length - attention_mask.shape[1]))
-    )
+    seen = exists & F.pad(seen, (0, kv_length - seen.shape[1]))
     return (exists.to(torch.int8) + seen.to(torch.int8))[:, None, None, :]
 
 
@@ -157,13 +162,17 @@ def _decode_key_state(state: Tensor | None, batch: int) -> tuple[Tensor | None, 
         return None, None
     if state.dim() == 2:
         return state.bool().expand(batch, -1), None
-    if state.dtype != torch.int8:
+    if state.shape[1:3] != (1, 1) or state.dtype.is_floating_point:
         raise ValueError(
             f"softkv attention takes a 2-D padding mask, got a mask of shape {tuple(state.shape)} and {state.dtype}: "
             'custom masks need attn_implementation="eager"'
         )
-    state = state[:, 0, 0].expand(batch, -1)
-    return state == SEEN, (state >= HIDDEN).sum(-1, dtype=torch.int32)
+    state = state[:, 0, 0]
+    if state.dtype == torch.bool:
+        return state.expand(batch, -1), None
+    if state.dtype == torch.int32:
+        return None, state[:, 0].expand(batch)
+    return (state == SEEN).expand(batch, -1), (state >= HIDDEN).sum(-1, dtype=torch.int32).expand(batch)
 
 
 AttentionInterface.register(NAME, attention)

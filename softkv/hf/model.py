@@ -268,33 +268,34 @@ class SoftModel(nn.Module):
         if head_in_rows:
             split = lines.first
         block = self.soft.placement == "after" or head_in_rows
-
         soft_tokens = self.soft.soft_tokens() if block or self.soft.placement == "inline" else None
-        filled = self._filled(past_key_values) if past else Filled(T, attention_mask)
-        insertion = None
+        k = len(soft_tokens) if soft_tokens is not None and block else 0
         if input_ids is not None:
             self._check_ids(input_ids)
             if soft_tokens is not None:
                 batch["inputs_embeds"], batch["input_ids"] = self._embed(input_ids, soft_tokens), None
-        if soft_tokens is not None and block:
-            k = len(soft_tokens)
-            if split is not None:
-                insertion = Insertion.into(lines, split, k)
-                lines = insertion.lines
-                batch["inputs_embeds"] = insertion.embeddings(batch["inputs_embeds"], soft_tokens)
-                batch["logits_to_keep"] = insertion.keep(logits_to_keep)
-                if attention_mask is not None:
-                    filled.mask = batch["attention_mask"] = insertion.attention_mask(attention_mask)
-                if rows is not None:
-                    rows = replace(rows, cu_seqlens=lines.bounds.to(torch.int32), longest=rows.longest + k)
-                    batch["position_ids"] = None
-                elif position_ids is not None:
-                    batch["position_ids"] = insertion.positions(position_ids.expand(B, T))
-            else:  # the block is in the cache
-                if attention_mask is not None and attention_mask.shape[1] != past + T:
-                    batch["attention_mask"] = _with_block(attention_mask, filled, k)
-                if position_ids is not None:
-                    batch["position_ids"] = position_ids + k
+
+        insertion = None
+        if soft_tokens is not None and block and split is not None:
+            insertion = Insertion.into(lines, split, k)
+            lines = insertion.lines
+            batch["inputs_embeds"] = insertion.embeddings(batch["inputs_embeds"], soft_tokens)
+            batch["logits_to_keep"] = insertion.keep(logits_to_keep)
+            if attention_mask is not None:
+                batch["attention_mask"] = insertion.attention_mask(attention_mask)
+            if rows is not None:
+                rows = replace(rows, cu_seqlens=lines.bounds.to(torch.int32), longest=rows.longest + k)
+                batch["position_ids"] = None
+            elif position_ids is not None:
+                batch["position_ids"] = insertion.positions(position_ids.expand(B, T))
+        if not past:
+            filled = Filled(T, batch["attention_mask"])
+        else:
+            filled = self._filled(past_key_values)
+            if attention_mask is not None:
+                batch["attention_mask"] = _mask_of_filled(attention_mask, filled, k, past + T)
+            if position_ids is not None:
+                batch["position_ids"] = position_ids + k
         if rows is not None:
             for key in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"):
                 batch.pop(key, None)
@@ -612,13 +613,17 @@ def _learned_positions(decoder: nn.Module) -> int | None:
     return None
 
 
-def _with_block(mask: Tensor, filled: Filled, k: int) -> Tensor:
-    """The padding mask of a cache that holds soft tokens, from one `[B, S]` that doesn't count them."""
-    if filled.mask is None:
+def _mask_of_filled(mask: Tensor, filled: Filled, k: int, S: int) -> Tensor:
+    """The padding mask `[B, S]` of a filled cache with k soft tokens in it, from one `[B, S - k]` in the columns that
+    were given (or `[B, S]`, where they are counted)."""
+    given = filled.columns + (k if mask.shape[1] == S else 0)
+    if filled.mask is not None:
+        front = filled.mask.repeat_interleave(len(mask) // len(filled.mask), 0).to(mask.dtype)
+    elif k:
         front = mask.new_ones(len(mask), filled.columns + k)
     else:
-        front = filled.mask.repeat_interleave(len(mask) // len(filled.mask), 0).to(mask.dtype)
-    return torch.cat([front, mask[:, filled.columns :]], 1)
+        return mask
+    return torch.cat([front, mask[:, given:]], 1)
 
 
 def _past_length(cache: Any) -> int:

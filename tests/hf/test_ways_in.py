@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 
 from tests.hf.naive import close
@@ -107,3 +108,22 @@ def test_threads_do_not_meet() -> None:
         thread.join()
     assert [got[row] for row in range(4)] == wants
     assert model_of("Llama").config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("explicit", [False, True])
+def test_manual_steps_after_generate(method: str, side: str, explicit: bool) -> None:
+    """From generate's cache, with the mask of the ids given (and with positions, or without)."""
+    name = "GPT2: learned positions"
+    model, want = attach(name, method).eval(), torch.tensor(truth(name, method))
+    batch = batch_of(prompts_of(method), side)
+    output = model.generate(**batch, max_new_tokens=3, return_dict_in_generate=True)
+    ids = output.sequences[:, -1:]
+    assert torch.equal(ids, want[:, 2:3])
+    mask = F.pad(batch["attention_mask"], (0, 3), value=1)
+    for step in (3, 4):
+        positions = {"position_ids": mask.sum(1, keepdim=True) - 1} if explicit else {}
+        ids = model(ids, attention_mask=mask, past_key_values=output.past_key_values, **positions).logits.argmax(-1)
+        assert torch.equal(ids, want[:, step : step + 1])
+        mask = F.pad(mask, (0, 1), value=1)
