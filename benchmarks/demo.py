@@ -66,9 +66,8 @@ RUNS = {
     "prefix-tuning": Run(
         "Prefix-tuning",
         "PrefixTuning",
-        {"length": 16, "init": "text", "init_text": INSTRUCTION}
-        | {"template": "Review: [text]\nSentiment, positive or negative: [Y]"},
-        1e-2,
+        {"length": 16, "template": f"{INSTRUCTION}[text]\nSentiment: [Y]"},
+        3e-2,
         None,
     ),
     "p-tuning-v2": Run(
