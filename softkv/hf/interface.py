@@ -94,6 +94,11 @@ def attention(
         raise ValueError(f"softkv attention has no dropout, got {dropout}: set the model's attention dropout to 0")
     if position_bias is not None:
         raise ValueError("softkv attention takes no position bias (T5, ALiBi): this model can't use it")
+    if key.shape[-1] != value.shape[-1]:
+        raise ValueError(
+            f"softkv attention needs values as wide as keys, got head sizes {value.shape[-1]} and {key.shape[-1]} "
+            "(multi-head latent attention): this model can't use it"
+        )
     context = softkv_prefix if softkv_prefix is not None else SoftContext()
     layer = getattr(module, "layer_idx", 0)
     if context.capture is not None:

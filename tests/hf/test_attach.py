@@ -3,6 +3,7 @@
 import copy
 import gc
 import itertools
+import pickle
 import warnings
 import weakref
 from typing import Any
@@ -148,6 +149,13 @@ def test_copies_are_independent(method: str) -> None:
         assert torch.equal(other(**rows).logits, soft(**rows).logits)
 
 
+def test_pickles() -> None:
+    soft = attach("Llama", "prompt-tuning after").eval()
+    twin = pickle.loads(pickle.dumps(soft))
+    assert torch.equal(twin(**LABELLED).logits, soft(**LABELLED).logits)
+    twin.detach()
+
+
 def test_a_detached_soft_model_is_freed() -> None:
     model = model_of("Llama")
     soft = softkv.attach(model, METHODS["p-tuning v2"])
@@ -238,6 +246,49 @@ def test_not_a_causal_language_model() -> None:
     config = transformers.T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=11)
     with pytest.raises(ValueError, match="encoder-decoder T5ForConditionalGeneration"):
         softkv.attach(transformers.T5ForConditionalGeneration(config), METHODS["p-tuning v2"])
+
+
+SIZES = {
+    "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None,
+}  # fmt: skip
+
+# What softkv attention can't do for these models, said when a soft prompt is attached.
+OTHERS = {
+    "Bloom": (transformers.BloomConfig, {}, "attention interface"),
+    "StableLm": (transformers.StableLmConfig, {}, "does not pass keywords through"),
+    "Llama4Text": (transformers.Llama4TextConfig, {"attention_chunk_size": 4, "num_local_experts": 2}, "chunked"),
+    "DeepseekV3": (transformers.DeepseekV3Config, {}, "values as wide as keys"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_models_that_do_not_fit(name: str) -> None:
+    kind, more, message = OTHERS[name]
+    model = transformers.AutoModelForCausalLM.from_config(kind(**SIZES, **more), attn_implementation="eager")
+    before = state_of(model)
+    with pytest.raises(ValueError, match=message):
+        softkv.attach(model, METHODS["p-tuning v2"])
+    assert_same_state(state_of(model), before)
+
+
+def test_attention_in_some_layers_only() -> None:
+    """A hybrid: one state-space layer, then one of attention, which alone has a prefix."""
+    config = transformers.JambaConfig(
+        **SIZES, attn_layer_period=2, attn_layer_offset=1, use_mamba_kernels=False, num_experts=1
+    )
+    torch.manual_seed(0)
+    base = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for method in ("p-tuning v2", "p-tuning v2 encoder", "prompt-tuning after"):
+        soft = softkv.attach(base, METHODS[method]).eval()
+        batch, parts = padded(rows_for("no soft tokens"), "right")
+        for row, got in zip(rows_for("no soft tokens"), parts(soft(**batch).logits), strict=True):
+            alone = soft(torch.tensor([row.ids]), labels=torch.tensor([row.labels])).logits[0]
+            torch.testing.assert_close(got, alone)
+        ids = batch["input_ids"][1:2, :6]
+        cached, recomputed = (soft.generate(ids, max_new_tokens=4, use_cache=cache) for cache in (True, False))
+        assert torch.equal(cached, recomputed)
+        assert soft.detach() is base
 
 
 @pytest.mark.parametrize("name", ["GPT2: learned positions", "OPT: learned positions, a narrow embedding"])
