@@ -81,8 +81,10 @@ class Prefix:
                 (a `DynamicCache` after one unpadded forward).
 
         Raises:
-            ValueError: when layers differ in shape, as when a sliding-window layer has dropped tokens.
+            ValueError: when layers differ in shape, as when a sliding-window layer has dropped tokens, or hold no K/V.
         """
+        if not all(isinstance(getattr(layer, "keys", None), Tensor) for layer in cache.layers):
+            raise ValueError("a prefix needs K/V in every layer: this cache has layers without any (empty, or states)")
         keys, values = [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers]
         return cls.from_layers(keys, values)
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import softkv
 from softkv.prefix import Prefix
@@ -77,3 +78,12 @@ def test_soft_tokens_of_a_text(name: str) -> None:
             # From the column before the block, which carries the block's last logits.
             first = max(at, 1)
             close(got[first - 1 :], eager(torch.tensor([ids])).logits[0, first + len(words) - 1 :])
+
+
+def test_caches_that_are_no_text() -> None:
+    model, ids = model_of("Gemma2: softcap, alternating windows"), torch.arange(2, 12)[None]
+    with pytest.raises(ValueError, match="layers without any"):
+        Prefix.from_cache(transformers.DynamicCache(config=model.config))
+    windowed = model(ids, use_cache=True).past_key_values  # made with the config: keeps a window of tokens
+    with pytest.raises(ValueError, match="one shape in every layer"):
+        Prefix.from_cache(windowed)
