@@ -21,8 +21,6 @@ from collections.abc import Callable
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from softkv.kernels.forward import SIZES, prefix_tiles, token_tiles
 from softkv.kernels.geometry import (
     Groups,
@@ -46,6 +44,7 @@ from softkv.kernels.problem import Problem, per_item, slots, tokens
 from softkv.kernels.reduce import add_parts
 from softkv.kernels.softmax import LOG2E, key_exists, raw_scores, visible
 from softkv.kernels.tiles import block_d
+from torch import Tensor
 
 WAVES = 2  # programs a multiprocessor that a split reduction over a prefix aims at
 NO_GROUPS = Groups(None, None)
@@ -61,8 +60,15 @@ def prepare_kernel(
     live = item < tl.cast(count, tl.int64) * H
     token = item // H
     head = item % H
-    o = load_some(item_pointers(out.ptr, token_offset(out, token, T, PACKED) + head * out.head, BLOCK_D), live, HEAD_DIM, BLOCK_D)
-    do = load_some(item_pointers(grad_out.ptr, token_offset(grad_out, token, T, PACKED) + head * grad_out.head, BLOCK_D), live, HEAD_DIM, BLOCK_D)
+    o = load_some(
+        item_pointers(out.ptr, token_offset(out, token, T, PACKED) + head * out.head, BLOCK_D), live, HEAD_DIM, BLOCK_D
+    )
+    do = load_some(
+        item_pointers(grad_out.ptr, token_offset(grad_out, token, T, PACKED) + head * grad_out.head, BLOCK_D),
+        live,
+        HEAD_DIM,
+        BLOCK_D,
+    )
     total = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
     at = token_offset(lse, token, T, PACKED) + head * lse.head
     if grad_lse.ptr is not None:
@@ -89,7 +95,7 @@ def collect_dq(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add Σ_keys ds k over a span of one row's keys, or of its prefix."""
-    _, full_lo, full_hi, _ = tiles
+    _, full_lo, full_hi, hi = tiles
     k_ptrs = tile_pointers(k_ptr, full_lo, k_stride, BLOCK_D, BLOCK_N)
     v_ptrs = tile_pointers(v_ptr, full_lo, v_stride, BLOCK_D, BLOCK_N)
     for _start in range(full_lo, full_hi, BLOCK_N):
@@ -105,7 +111,7 @@ def collect_dq(
     for i in range(masked_count(tiles, BLOCK_E)):
         start = masked_start(i, tiles, BLOCK_E)
         j = start + tl.arange(0, BLOCK_E)
-        exists = key_exists(j, tiles, mask_ptr)
+        exists = key_exists(j, lower, hi, mask_ptr)
         k = load_some(tile_pointers(k_ptr, start, k_stride, BLOCK_D, BLOCK_E), exists, HEAD_DIM, BLOCK_D)
         s = raw_scores(q, k, softcap_scale, PRECISION)
         p = tl.exp2(s * score_scale - lse2[:, None])
@@ -141,7 +147,9 @@ def dq_kernel(
     head = g64 * GROUP + item % GROUP
     token = tl.cast(q_start, tl.int64) + t
     row64 = tl.cast(row, tl.int64)
-    q_tile = load_some(item_pointers(q.ptr, row64 * q.row + token * q.item + head * q.head, BLOCK_D), live, HEAD_DIM, BLOCK_D)
+    q_tile = load_some(
+        item_pointers(q.ptr, row64 * q.row + token * q.item + head * q.head, BLOCK_D), live, HEAD_DIM, BLOCK_D
+    )
     do_at = row64 * grad_out.row + token * grad_out.item + head * grad_out.head
     do_tile = load_some(item_pointers(grad_out.ptr, do_at, BLOCK_D), live, HEAD_DIM, BLOCK_D)
     at = row64 * delta.row + token * delta.item + head * delta.head
@@ -203,15 +211,14 @@ def collect_dkv(
     p = tl.exp2(s * score_scale - lse2_tile[None, :])
     if seen is not None:
         p = tl.where(seen, p, 0.0)
-    if live is not None:
-        do = load_some(do_ptrs, live, HEAD_DIM, BLOCK_D)
-    else:
-        do = load_whole(do_ptrs, HEAD_DIM, BLOCK_D)
+    do = load_some(do_ptrs, live, HEAD_DIM, BLOCK_D) if live is not None else load_whole(do_ptrs, HEAD_DIM, BLOCK_D)
     if NEED_V:
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
     if NEED_K:
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         ds = score_gradient(p, s, dp, delta_tile[None, :], softcap_scale is not None)
+        if seen is not None:  # dp of a hidden key may be anything
+            ds = tl.where(seen, ds, 0.0)
         dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision=PRECISION)
     return dk, dv
 
@@ -348,7 +355,9 @@ def dkv_kernel(
         store_items(dv.ptr, offsets, tl.where(exists[:, None], dv_tile, 0.0), keep, HEAD_DIM, BLOCK_D)
 
 
-def prepare(problem: Problem, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+def prepare(
+    problem: Problem, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor]:
     """(base-2 lse, Δ), each [H, tokens]: of flat tokens, whatever q's layout."""
     p, tile = problem, problem.tile("prepare")
     lse2, delta = (lse.new_empty(p.H, p.tokens) for _ in range(2))

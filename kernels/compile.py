@@ -20,16 +20,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import softkv.kernels as engine
 import torch
 import triton
-from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
-import softkv.kernels as engine
 from softkv.kernels.launch import Launch, interpreter_enabled, recording
 from softkv.kernels.sass import MACHINES, MATRIX, MATRIX_KIND, SELECT, SPILL, analyse
 from softkv.kernels.tiles import Target, block_d
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), Target("sm_80", 108)),
@@ -75,7 +74,7 @@ def specialise(kernel: Any, arguments: dict[str, Any]) -> ASTSource:
 
 
 def build(launch: Launch, target: str) -> Any:
-    options = dict(num_warps=launch.tile.warps, num_stages=launch.tile.stages, enable_fp_fusion=True)
+    options = {"num_warps": launch.tile.warps, "num_stages": launch.tile.stages, "enable_fp_fusion": True}
     return triton.compile(specialise(launch.kernel, launch.arguments), target=TARGETS[target][0], options=options)
 
 
@@ -134,7 +133,7 @@ def record(case: Case, target: str, head_dim: int, dtype: torch.dtype) -> list[L
         k, v = (meta(B, case.S, G, D).transpose(1, 2) for _ in range(2))
         cu = None
     prefix = (None, None) if case.P == 0 else (meta(case.A, G, case.P, D), meta(case.A, G, case.P, D))
-    options = dict(
+    options = dict(  # noqa: C408
         prefix_index=lengths if case.bank else None, prefix_lengths=meta(case.A, dtype=torch.int32) if case.bank else None,
         key_mask=meta(B, case.S, dtype=torch.bool) if case.key_mask else None,
         key_lengths=lengths if case.key_lengths else None, cu_seqlens_q=cu, cu_seqlens_k=cu,
@@ -148,6 +147,7 @@ def record(case: Case, target: str, head_dim: int, dtype: torch.dtype) -> list[L
             needs = (False, False, False, True, True, False) if case.prefix_only else (True,) * 6
             engine.backward(out, lse, out, lse, q, k, v, *prefix, needs=needs, **options)
     return launches
+
 
 PRODUCTS = {"forward": 2, "dq": 3, "dkv": 4, "decode": 2}  # matrix products of a tile step
 MATRIX_PASSES = tuple(PRODUCTS)
@@ -194,7 +194,9 @@ def judge(launch: Launch, target: str, head_dim: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def matrix(cases: Iterable[Case], targets: Iterable[str], dims: Iterable[int], dtypes: Iterable[torch.dtype]) -> Iterator[Any]:
+def matrix(
+    cases: Iterable[Case], targets: Iterable[str], dims: Iterable[int], dtypes: Iterable[torch.dtype]
+) -> Iterator[Any]:
     """(key, launch, target, D) of every binary that differs; the key names it."""
     seen = set()
     for head_dim, dtype, target, case in itertools.product(dims, dtypes, targets, cases):
@@ -210,11 +212,24 @@ def matrix(cases: Iterable[Case], targets: Iterable[str], dims: Iterable[int], d
 
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-COLUMNS = ("tile", "registers", "stack", "shared", "occupancy", "spills", "edge_spills", "serial", "overlap", "problems")
+COLUMNS = (
+    "tile",
+    "registers",
+    "stack",
+    "shared",
+    "occupancy",
+    "spills",
+    "edge_spills",
+    "serial",
+    "overlap",
+    "problems",
+)
 
 
 def line(key: str, row: dict[str, Any]) -> str:
-    cells = [str(row[c]) if c != "tile" else "×".join(map(str, row[c][:2])) + f", {row[c][2]}w {row[c][3]}s" for c in COLUMNS]
+    cells = [
+        str(row[c]) if c != "tile" else "×".join(map(str, row[c][:2])) + f", {row[c][2]}w {row[c][3]}s" for c in COLUMNS
+    ]
     cells[4] += f" ({row['limit']})"
     cells[-1] = "; ".join(row["problems"]) or "–"
     return f"| {key} | {' | '.join(cells)} |"
@@ -222,10 +237,14 @@ def line(key: str, row: dict[str, Any]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--all", action="store_true", help="every case, D of 64, 80, 128 and 256, bf16 and fp16 (hours)")
+    parser.add_argument(
+        "--all", action="store_true", help="every case, D of 64, 80, 128 and 256, bf16 and fp16 (hours)"
+    )
     parser.add_argument("--target", nargs="*", default=list(TARGETS), choices=list(TARGETS))
     parser.add_argument("--dim", nargs="*", type=int)
-    parser.add_argument("--write", metavar="FILE", help="keep results as JSON; what is there already is not compiled again")
+    parser.add_argument(
+        "--write", metavar="FILE", help="keep results as JSON; what is there already is not compiled again"
+    )
     options = parser.parse_args()
     if interpreter_enabled():
         parser.error("unset TRITON_INTERPRET: the interpreter has nothing to compile")

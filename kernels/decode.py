@@ -13,8 +13,6 @@ Axes: B rows, H query heads, G key/value heads, T query tokens, S key tokens, P 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from softkv.kernels.forward import SIZES, prefix_tiles, token_tiles
 from softkv.kernels.geometry import (
     Groups,
@@ -30,6 +28,7 @@ from softkv.kernels.launch import launch
 from softkv.kernels.problem import Problem, per_item, tokens
 from softkv.kernels.softmax import LOG2E, LOWEST, attend, finish
 from softkv.kernels.tiles import block_d
+from torch import Tensor
 
 MOST_QUERIES = 16  # queries a row up to which the decode kernels are used
 MOST_PARTS = 64  # parts of either kind
@@ -47,7 +46,12 @@ def find_group(block, groups, count, GROUP: tl.constexpr, BLOCK_M: tl.constexpr,
     done = tl.cumsum(blocks, 0)
     here = (done > block) & (done - blocks <= block)
     item = tl.sum(tl.where(here, block - done + blocks, 0), 0) * BLOCK_M
-    return tl.sum(tl.where(here, a, 0), 0), tl.sum(tl.where(here, start, 0), 0), tl.sum(tl.where(here, size, 0), 0), item
+    return (
+        tl.sum(tl.where(here, a, 0), 0),
+        tl.sum(tl.where(here, start, 0), 0),
+        tl.sum(tl.where(here, size, 0), 0),
+        item,
+    )
 
 
 @triton.jit
@@ -79,7 +83,9 @@ def prefix_program(
         token = tl.load(groups.order + token, mask=live, other=0)
     g64 = tl.cast(g, tl.int64)
     head = g64 * GROUP + item % GROUP
-    q_tile = load_some(item_pointers(q.ptr, token_offset(q, token, T, PACKED) + head * q.head, BLOCK_D), live, HEAD_DIM, BLOCK_D)
+    q_tile = load_some(
+        item_pointers(q.ptr, token_offset(q, token, T, PACKED) + head * q.head, BLOCK_D), live, HEAD_DIM, BLOCK_D
+    )
     position = None
     if prefix.position is not None:
         position = tl.load(prefix.position + token, mask=live, other=0)
@@ -118,7 +124,9 @@ def token_program(
     row64 = tl.cast(row, tl.int64)
     head = g64 * GROUP + item % GROUP
     token = tl.cast(q_start, tl.int64) + t
-    q_tile = load_some(item_pointers(q.ptr, row64 * q.row + token * q.item + head * q.head, BLOCK_D), live, HEAD_DIM, BLOCK_D)
+    q_tile = load_some(
+        item_pointers(q.ptr, row64 * q.row + token * q.item + head * q.head, BLOCK_D), live, HEAD_DIM, BLOCK_D
+    )
     last = tl.minimum((block * BLOCK_M + BLOCK_M - 1) // GROUP, t_count - 1)
     lower, upper, tiles = token_tiles(
         block * BLOCK_M // GROUP, last, t, n, t_count, window, CAUSAL, rows.mask is not None, BLOCK_N
@@ -149,7 +157,7 @@ def decode_kernel(
 ):  # fmt: skip
     """Partial outputs [parts, U, H, D] and lse [parts, U, H]: first the prefix's parts, then the tokens'."""
     program = tl.program_id(0)
-    if prefix_k.ptr is not None:
+    if prefix_k.ptr is not None:  # noqa: SIM102 (decided when compiling; the next, by each program)
         if program < prefix_programs:
             prefix_program(
                 program, q, prefix_k, prefix_v, out_ptr, lse_ptr, prefix, groups, score_scale, softcap_scale, window,
@@ -182,7 +190,9 @@ def merge_kernel(
         m_new = tl.maximum(m, part_lse)
         a = tl.exp2(m - m_new)
         p = tl.exp2(part_lse - m_new)
-        acc = acc * a[:, None] + p[:, None] * load_some(item_pointers(part_out_ptr, item * HEAD_DIM, BLOCK_D), live, HEAD_DIM, BLOCK_D)
+        acc = acc * a[:, None] + p[:, None] * load_some(
+            item_pointers(part_out_ptr, item * HEAD_DIM, BLOCK_D), live, HEAD_DIM, BLOCK_D
+        )
         l = l * a + p
         m = m_new
         part_lse_ptr += total

@@ -12,12 +12,11 @@ Axes: B rows, H query heads, G key/value heads, T query tokens, S key tokens, P 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from softkv.kernels.geometry import item_pointers, load_some, prefix_of_row, row_extent, span, store_items
 from softkv.kernels.launch import launch
 from softkv.kernels.problem import Problem, per_item, tokens
 from softkv.kernels.softmax import LOWEST, attend, finish
+from torch import Tensor
 
 SIZES = ["B", "G", "T", "S", "A", "P", "window"]  # values that must not make a new binary
 
@@ -75,7 +74,9 @@ def forward_kernel(
     head = g64 * GROUP + item % GROUP
     token = tl.cast(q_start, tl.int64) + t
     row64 = tl.cast(row, tl.int64)
-    q_tile = load_some(item_pointers(q.ptr, row64 * q.row + token * q.item + head * q.head, BLOCK_D), live, HEAD_DIM, BLOCK_D)
+    q_tile = load_some(
+        item_pointers(q.ptr, row64 * q.row + token * q.item + head * q.head, BLOCK_D), live, HEAD_DIM, BLOCK_D
+    )
 
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     m = tl.full([BLOCK_M], LOWEST, tl.float32)

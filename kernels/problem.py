@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from softkv.kernels.geometry import Groups, Operand, Prefix, Rows
 from softkv.kernels.launch import target_of
 from softkv.kernels.tiles import Target, Tile, block_d, tile
+from torch import Tensor
 
 SMALLEST_SCALE = 1e-30  # a scale of 0 would make hidden scores −∞·0
 
@@ -123,7 +122,7 @@ class Problem:
         """What every kernel takes."""
         capped = self.softcap is not None
         tf32 = torch.get_float32_matmul_precision() != "highest" and self.target.arch.startswith("sm_")
-        return dict(
+        return dict(  # noqa: C408
             q=tokens(self.q), k=tokens(self.k), v=tokens(self.v), prefix_k=slots(self.prefix_k), prefix_v=slots(self.prefix_v),
             rows=self.rows, prefix=self.prefix, window=self.window,
             score_scale=(self.softcap if capped else self.scale) * math.log2(math.e),
@@ -150,10 +149,7 @@ class Problem:
         if index is None:
             return Groups(None, torch.arange(self.B + 1, device=device, dtype=torch.int32) * self.T)
         group = torch.where((index >= 0) & (index < self.A), index, self.A).to(torch.int32)
-        if self.packed:
-            group = group[row_of_token(self.rows, self.tokens)]
-        else:
-            group = group.repeat_interleave(self.T)
+        group = group[row_of_token(self.rows, self.tokens)] if self.packed else group.repeat_interleave(self.T)
         group, order = torch.sort(group, stable=True)
         start = torch.searchsorted(group, torch.arange(self.A + 2, device=device, dtype=torch.int32))
         return Groups(order.to(torch.int32), start.to(torch.int32))

@@ -58,7 +58,9 @@ SHARED = re.compile(r"LDS|STS|LDSM|STSM|ATOMS|ds_")
 SPILL = re.compile(r"LDL|STL|scratch_")
 ATOMIC = re.compile(r"^(RED|ATOM|ATOMG)(\.|$)|_atomic_")
 SELECT = re.compile(r"^(FSEL|FSETP|SEL)(\.|$)|v_cndmask|v_cmp_\w+_f32")
-OTHER = re.compile(r"BAR|BRA|SYNCS|WARPSYNC|DEPBAR|NOP|LDG|LDGSTS|STG|UTMALDG|WARPGROUP|LDGDEPBAR|BSSY|BSYNC|R2UR|S2R|S2UR|LDTM|STTM|UTC|^U[A-Z]")
+OTHER = re.compile(
+    r"BAR|BRA|SYNCS|WARPSYNC|DEPBAR|NOP|LDG|LDGSTS|STG|UTMALDG|WARPGROUP|LDGDEPBAR|BSSY|BSYNC|R2UR|S2R|S2UR|LDTM|STTM|UTC|^U[A-Z]"
+)
 MATRIX_KIND = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTC", "sm_120": "HMMA", "gfx942": "v_mfma"}
 
 
@@ -166,7 +168,9 @@ def _cuobjdump(cubin: bytes, *flags: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        return subprocess.run([_tool("cuobjdump"), *flags, file.name], check=True, capture_output=True, text=True).stdout
+        return subprocess.run(
+            [_tool("cuobjdump"), *flags, file.name], check=True, capture_output=True, text=True
+        ).stdout
 
 
 SASS_LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
@@ -196,7 +200,9 @@ def _nvidia(compiled: Any, target: str) -> Report:
         "warps": machine.warps // warps,
     }
     limit = min(limits, key=limits.__getitem__)
-    return Report(target, warps, registers, stack, shared, limits[limit], limit, loops, Counter(op for _, op, _ in code))
+    return Report(
+        target, warps, registers, stack, shared, limits[limit], limit, loops, Counter(op for _, op, _ in code)
+    )
 
 
 def _warps(compiled: Any) -> int:
@@ -210,7 +216,9 @@ def _hot_loops(
 ) -> list[Loop]:
     """Natural loops with matrix instructions that hold no other such loop. `jumps`: instruction → (where to, or None at an
     exit; whether it may fall through). Cold blocks that only jump back into a loop are not mistaken for one."""
-    starts = sorted({0, *(to for to, _ in jumps.values() if to is not None), *(i + 1 for i in jumps if i + 1 < len(code))})
+    starts = sorted(
+        {0, *(to for to, _ in jumps.values() if to is not None), *(i + 1 for i in jumps if i + 1 < len(code))}
+    )
     block_of = {s: b for b, s in enumerate(starts)}
     ends = [*starts[1:], len(code)]
     after: list[set[int]] = []

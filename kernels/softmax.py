@@ -14,7 +14,6 @@ Axes: M items (query tokens × heads of the group), N keys of a tile, D head dim
 
 import triton
 import triton.language as tl
-
 from softkv.kernels.geometry import load_some, load_whole, masked_count, masked_start, tile_pointers
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -51,10 +50,11 @@ def visible(j, lower, upper):
 
 
 @triton.jit
-def key_exists(j, tiles, mask_ptr):
+def key_exists(j, lower, hi, mask_ptr):
     """[N] keys that some item of the program may see. What nobody sees is not loaded: it may hold anything."""
-    lo, _, _, hi = tiles
     exists = j < hi
+    if lower is not None:
+        exists = exists & (j >= tl.min(lower, 0))
     if mask_ptr is not None:
         exists = exists & (tl.load(mask_ptr + j, mask=exists, other=0) != 0)
     return exists
@@ -66,7 +66,7 @@ def attend(
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Run the softmax over a span of one row's keys (or of its prefix): whole tiles of N keys, then the edges, E at a time."""
-    _, full_lo, full_hi, _ = tiles
+    _, full_lo, full_hi, hi = tiles
     k_ptrs = tile_pointers(k_ptr, full_lo, k_stride, BLOCK_D, BLOCK_N)
     v_ptrs = tile_pointers(v_ptr, full_lo, v_stride, BLOCK_D, BLOCK_N)
     for _start in range(full_lo, full_hi, BLOCK_N):
@@ -79,7 +79,7 @@ def attend(
     for i in range(masked_count(tiles, BLOCK_E)):
         start = masked_start(i, tiles, BLOCK_E)
         j = start + tl.arange(0, BLOCK_E)
-        exists = key_exists(j, tiles, mask_ptr)
+        exists = key_exists(j, lower, hi, mask_ptr)
         k = load_some(tile_pointers(k_ptr, start, k_stride, BLOCK_D, BLOCK_E), exists, HEAD_DIM, BLOCK_D)
         s = raw_scores(q, k, softcap_scale, PRECISION)
         s = tl.where(exists[None, :] & visible(j, lower, upper), s, float("-inf"))

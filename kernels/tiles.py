@@ -51,15 +51,19 @@ EVERYWHERE = {
 }
 
 # (pass, architecture) → padded head dim up to which a row serves → row.
-TABLE: dict[tuple[str, str], dict[int, Tile]] = {
+TABLE: dict[tuple[str, str | None], dict[int, Tile]] = {
     ("forward", "sm_80"): {
-        64: Tile(128, 64, 4, 2, "32 rows a warp: key fragments are read from shared memory half as often as with 8 warps"),
+        64: Tile(
+            128, 64, 4, 2, "32 rows a warp: key fragments are read from shared memory half as often as with 8 warps"
+        ),
         128: Tile(128, 32, 4, 2, "as D = 64: overlap bound 1.0 against 0.79 for 128×64 with 8 warps; two programs fit"),
         256: Tile(64, 64, 8, 2, "the only one without spills"),
     },
     ("forward", "sm_90"): {
         64: Tile(128, 128, 8, 2, "two warp groups; at the exponentials' cap (0.49)"),
-        128: Tile(128, 128, 8, 2, "two warp groups, long steps: per-step overhead is halved against 128×64 (0.65, 0.58)"),
+        128: Tile(
+            128, 128, 8, 2, "two warp groups, long steps: per-step overhead is halved against 128×64 (0.65, 0.58)"
+        ),
         256: Tile(128, 64, 8, 2, "shared memory allows no longer step with two stages"),
     },
     ("forward", "sm_100"): {
@@ -107,13 +111,18 @@ TABLE: dict[tuple[str, str], dict[int, Tile]] = {
         128: Tile(64, 32, 4, 1, "registers: two accumulators"),
         256: Tile(32, 32, 4, 1, "64 KiB of LDS"),
     },
+    ("dkv", "sm_120"): {
+        64: Tile(128, 64, 8, 2, "sm_80's row spills here"),
+        128: Tile(128, 64, 8, 2, "as sm_80"),
+        256: Tile(64, 32, 8, 1, "as sm_80"),
+    },
     ("decode", "any"): {
         128: Tile(16, 64, 4, 2, SKINNY),
         256: Tile(16, 32, 4, 2, SKINNY),
     },
 }
 
-# sm_120 has sm_80's matrix instructions and 99 KiB of shared memory.
+# sm_120 has sm_80's matrix instructions, and 99 KiB of shared memory.
 SAME_AS = {"sm_120": "sm_80"}
 FP32 = Tile(32, 32, 4, 1, "fp32 products run on the FP32 lanes (ieee): small tiles, nothing to pipeline for")
 FP32_DECODE = Tile(16, 32, 4, 1, "as FP32")
@@ -132,6 +141,7 @@ def tile(name: str, target: Target, head_dim: int, dtype: torch.dtype) -> Tile:
         return EVERYWHERE[name]
     if dtype == torch.float32:
         return FP32_DECODE if name == "decode" else FP32
-    arch = SAME_AS.get(target.arch, target.arch)
-    rows = TABLE.get((name, arch)) or TABLE[(name, "any")]
-    return rows[min(d for d in rows if d >= block_d(head_dim))]
+    for arch in (target.arch, SAME_AS.get(target.arch), "any"):
+        if rows := TABLE.get((name, arch)):
+            return rows[min(d for d in rows if d >= block_d(head_dim))]
+    raise KeyError((name, target.arch))

@@ -1,0 +1,75 @@
+"""What launchers launch, seen without running anything: on meta tensors, whose values nobody can read."""
+
+import pytest
+import softkv.kernels
+import torch
+from softkv.kernels.compile import TARGETS, Case, name_of, record
+from softkv.kernels.launch import recording
+from softkv.kernels.tiles import TABLE, block_d, tile
+
+from tests.attention_cases import CASES
+
+
+def names(case: Case) -> list[str]:
+    launches = record(case, "sm_90", 64, torch.bfloat16)
+    return [name_of(x) + (" prefix" if x.arguments.get("OVER_PREFIX") else "") for x in launches]
+
+
+def test_each_pass_is_one_launch() -> None:
+    assert names(Case("dense")) == ["forward", "prepare", "dq", "dkv", "dkv prefix", "add_parts", "add_parts"]
+    assert names(Case("no prefix", P=0)) == ["forward", "prepare", "dq", "dkv"]
+    assert names(Case("decode", T=1)) == ["decode", "merge"]
+
+
+def test_a_gradient_nobody_asked_for_is_not_computed() -> None:
+    """With a frozen base, layer 0 asks for dPrefix only: no pass over T × S."""
+    only_prefix = names(Case("dPrefix only", prefix_only=True))
+    assert only_prefix == ["forward", "prepare", "dkv prefix", "add_parts", "add_parts"]
+
+
+@pytest.mark.parametrize("P", [16, 128, 4096])
+def test_workspace_does_not_grow_with_the_batch(P: int) -> None:
+    """fp32 partial sums: splits·G·P·D, and no more splits than fill the device."""
+    for T in (128, 8192):
+        launches = record(Case("x", T=T, S=T, P=P), "sm_90", 64, torch.bfloat16)
+        launch = next(x for x in launches if x.arguments.get("OVER_PREFIX"))
+        blocks = -(-P // launch.tile.own) * 8
+        assert launch.arguments["parts"] <= max(1, 2 * 132 // blocks)
+        assert launch.grid == blocks * launch.arguments["parts"]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_launching_reads_no_value(name: str) -> None:
+    """No host sync and no data-dependent Python: every launch can be prepared from shapes alone."""
+    case = CASES[name]()
+    if not case.leaves["q"].numel() or (case.leaves.get("prefix_k", torch.ones(1)).numel() == 0):
+        pytest.skip("the public op answers this itself")
+    leaves = {n: x.detach().half().to("meta") for n, x in case.leaves.items()}
+    options = {n: x.to("meta") if isinstance(x, torch.Tensor) else x for n, x in case.options.items()}
+    optional = ("prefix_index", "prefix_lengths", "key_mask", "key_lengths", "cu_seqlens_q", "cu_seqlens_k",
+                "max_seqlen_q", "max_seqlen_k", "window", "softcap")  # fmt: skip
+    keywords = {"scale": 0.1, "is_causal": True, "window_covers_prefix": False, "sinks": leaves.pop("sinks", None)}
+    keywords |= dict.fromkeys(optional) | options
+    q, k, v, prefix_k, prefix_v = (leaves.get(n) for n in ("q", "k", "v", "prefix_k", "prefix_v"))
+    with recording(TARGETS["sm_90"][1]) as launches:
+        out, lse = softkv.kernels.forward(q, k, v, prefix_k, prefix_v, **keywords)
+        softkv.kernels.backward(out, lse, out, lse, q, k, v, prefix_k, prefix_v, needs=(True,) * 6, **keywords)
+    assert launches
+    assert out.shape == q.shape
+    assert out.stride() == torch.empty_like(q).stride()
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_head_dim_has_a_row(target: str) -> None:
+    for head_dim in (8, 16, 64, 80, 96, 112, 128, 192, 256):
+        for name in {name for name, _ in TABLE}:
+            row = tile(name, TARGETS[target][1], head_dim, torch.bfloat16)
+            assert row.why
+            assert block_d(head_dim) >= max(16, head_dim)
+
+
+def test_what_the_kernels_do_not_take_is_refused() -> None:
+    for dtype, D in ((torch.float64, 64), (torch.float16, 320)):
+        x = torch.zeros(1, 1, 1, D, dtype=dtype)
+        with pytest.raises(NotImplementedError, match="triton"):
+            softkv.kernels.forward(x, x, x, None, None)
