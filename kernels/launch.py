@@ -31,6 +31,7 @@ class _Recorder:
 _recorder = _Recorder()
 
 
+@torch.compiler.assume_constant_result
 def interpreter_enabled() -> bool:
     """Whether TRITON_INTERPRET is on: then the kernels run on CPU tensors, slowly."""
     return bool(knobs.runtime.interpret)

@@ -111,9 +111,14 @@ TABLE: dict[tuple[str, str | None], dict[int, Tile]] = {
         128: Tile(64, 32, 4, 1, "registers: two accumulators"),
         256: Tile(32, 32, 4, 1, "64 KiB of LDS"),
     },
+    ("dq", "sm_120"): {
+        64: Tile(128, 32, 4, 2, "as sm_80"),
+        128: Tile(64, 32, 4, 2, "longer rows spill here"),
+        256: Tile(64, 32, 8, 1, "as sm_80"),
+    },
     ("dkv", "sm_120"): {
         64: Tile(128, 64, 8, 2, "sm_80's row spills here"),
-        128: Tile(128, 64, 8, 2, "as sm_80"),
+        128: Tile(64, 32, 4, 2, "longer rows spill here"),
         256: Tile(64, 32, 8, 1, "as sm_80"),
     },
     ("decode", "any"): {
