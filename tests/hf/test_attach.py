@@ -178,8 +178,9 @@ def test_parameters_that_change_are_seen() -> None:
             for parameter in soft.soft.parameters():
                 parameter.mul_(1.5)
             assert not torch.allclose(soft(**rows).logits, first), method
-            narrow = soft.to(torch.bfloat16)(**rows).logits
-            assert narrow.dtype == torch.bfloat16
+            soft(**rows)
+            wide, fresh = soft.double(), copy.deepcopy(soft).train()  # training remembers nothing
+            torch.testing.assert_close(wide(**rows).logits, fresh(**rows).logits, rtol=0, atol=1e-10)
 
 
 # Errors ---------------------------------------------------------------------------------------------------------------
