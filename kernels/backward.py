@@ -159,10 +159,11 @@ def dq_kernel(
 
     if prefix_k.ptr is not None:
         a, length = prefix_of_row(row, prefix, A, P, SHARED)
-        position = None
+        lower = None
         if prefix.position is not None:
             position = tl.load(prefix.position + row64 * T + token, mask=live, other=0)
-        lower, tiles = prefix_tiles(position, live, length, window, BLOCK_N)
+            lower = tl.maximum(position - window + 1 + length, 0)
+        tiles = prefix_tiles(lower, live, length, BLOCK_N)
         a64 = tl.cast(a, tl.int64)
         acc = collect_dq(
             acc, q_tile, do_tile, lse2_tile, delta_tile,
@@ -172,9 +173,12 @@ def dq_kernel(
         )  # fmt: skip
 
     last = tl.minimum((block * BLOCK_M + BLOCK_M - 1) // GROUP, t_count - 1)
-    lower, upper, tiles = token_tiles(
+    upper, tiles = token_tiles(
         block * BLOCK_M // GROUP, last, t, n, t_count, window, CAUSAL, rows.mask is not None, BLOCK_N
     )
+    lower = None
+    if window is not None:
+        lower = upper - window + 1
     first_key = tl.cast(k_start, tl.int64)
     mask_ptr = None
     if rows.mask is not None:

@@ -86,11 +86,12 @@ def prefix_program(
     q_tile = load_some(
         item_pointers(q.ptr, token_offset(q, token, T, PACKED) + head * q.head, BLOCK_D), live, HEAD_DIM, BLOCK_D
     )
-    position = None
+    length = prefix_length(a, prefix, A, P)
+    lower = None
     if prefix.position is not None:
         position = tl.load(prefix.position + token, mask=live, other=0)
-    length = prefix_length(a, prefix, A, P)
-    lower, tiles = prefix_tiles(position, live, length, window, BLOCK_N)
+        lower = tl.maximum(position - window + 1 + length, 0)
+    tiles = prefix_tiles(lower, live, length, BLOCK_N)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     m = tl.full([BLOCK_M], LOWEST, tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
@@ -128,9 +129,12 @@ def token_program(
         item_pointers(q.ptr, row64 * q.row + token * q.item + head * q.head, BLOCK_D), live, HEAD_DIM, BLOCK_D
     )
     last = tl.minimum((block * BLOCK_M + BLOCK_M - 1) // GROUP, t_count - 1)
-    lower, upper, tiles = token_tiles(
+    upper, tiles = token_tiles(
         block * BLOCK_M // GROUP, last, t, n, t_count, window, CAUSAL, rows.mask is not None, BLOCK_N
     )
+    lower = None
+    if window is not None:
+        lower = upper - window + 1
     k0 = tl.cast(k_start, tl.int64)
     mask_ptr = None
     if rows.mask is not None:

@@ -22,19 +22,19 @@ SIZES = ["B", "G", "T", "S", "A", "P", "window"]  # values that must not make a 
 
 
 @triton.jit
-def prefix_tiles(position, live, length, window, BLOCK_N: tl.constexpr):
-    """(lower, tiles) of slots that items may see; `position` is their query's, or None where all slots are seen."""
-    if position is not None:
-        lower = tl.maximum(position - window + 1 + length, 0)
-        lower_min = tl.minimum(tl.min(tl.where(live, lower, length), 0), length)
-        return lower, span(lower_min, tl.max(tl.where(live, lower, 0), 0), length - 1, length - 1, False, BLOCK_N)
+def prefix_tiles(lower, live, length, BLOCK_N: tl.constexpr):
+    """Tiles of a prefix's slots that items may see; `lower` [M] where a window covers the prefix, else None."""
+    if lower is not None:
+        lower_min = tl.min(tl.where(live, lower, length), 0)
+        lower_max = tl.max(tl.where(live, lower, 0), 0)
+        return span(tl.minimum(lower_min, length), lower_max, length - 1, length - 1, False, BLOCK_N)
     else:
-        return None, span(0, 0, length - 1, length - 1, False, BLOCK_N)
+        return span(0, 0, length - 1, length - 1, False, BLOCK_N)
 
 
 @triton.jit
 def token_tiles(first, last, t, n, T, window, CAUSAL: tl.constexpr, MASK_ALL: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(lower, upper, tiles) of keys that query tokens `t`, from `first` to `last`, may see in a row of n keys."""
+    """(upper, tiles) of keys that query tokens `t`, from `first` to `last`, may see in a row of n keys."""
     if CAUSAL:
         upper = n - T + t
         upper_min = n - T + first
@@ -46,9 +46,9 @@ def token_tiles(first, last, t, n, T, window, CAUSAL: tl.constexpr, MASK_ALL: tl
     if window is not None:
         lower_min = tl.maximum(upper_min - window + 1, 0)
         lower_max = tl.maximum(upper_max - window + 1, 0)
-        return upper - window + 1, upper, span(lower_min, lower_max, upper_min, upper_max, MASK_ALL, BLOCK_N)
+        return upper, span(lower_min, lower_max, upper_min, upper_max, MASK_ALL, BLOCK_N)
     else:
-        return None, upper, span(0, 0, upper_min, upper_max, MASK_ALL, BLOCK_N)
+        return upper, span(0, 0, upper_min, upper_max, MASK_ALL, BLOCK_N)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -84,10 +84,11 @@ def forward_kernel(
 
     if prefix_k.ptr is not None:
         a, length = prefix_of_row(row, prefix, A, P, SHARED)
-        position = None
+        lower = None
         if prefix.position is not None:
             position = tl.load(prefix.position + row64 * T + token, mask=live, other=0)
-        lower, tiles = prefix_tiles(position, live, length, window, BLOCK_N)
+            lower = tl.maximum(position - window + 1 + length, 0)
+        tiles = prefix_tiles(lower, live, length, BLOCK_N)
         a64 = tl.cast(a, tl.int64)
         acc, m, l = attend(
             acc, m, l, q_tile,
@@ -97,9 +98,12 @@ def forward_kernel(
         )  # fmt: skip
 
     last = tl.minimum((block * BLOCK_M + BLOCK_M - 1) // GROUP, t_count - 1)
-    lower, upper, tiles = token_tiles(
+    upper, tiles = token_tiles(
         block * BLOCK_M // GROUP, last, t, n, t_count, window, CAUSAL, rows.mask is not None, BLOCK_N
     )
+    lower = None
+    if window is not None:
+        lower = upper - window + 1
     first_key = tl.cast(k_start, tl.int64)
     mask_ptr = None
     if rows.mask is not None:

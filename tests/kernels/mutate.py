@@ -52,7 +52,7 @@ MUTANTS = (
     Mutant("−1 reads prefix 0", "geometry.py", "known = (a >= 0) & (a < A)", "known = (a >= -1) & (a < A)"),
     Mutant("row's first key lost", "geometry.py", "k_start = tl.load(rows.cu_k + row)", "k_start = tl.load(rows.cu_q + row)"),
     Mutant("causal alignment top-left", "forward.py", "upper = n - T + t\n", "upper = t\n"),
-    Mutant("heads of a group swapped", "forward.py", "head = g64 * GROUP + item % GROUP", "head = g64 * GROUP + (item + 1) % GROUP"),
+    Mutant("queries of one head for all of a group", "forward.py", "token * q.item + head * q.head", "token * q.item + g64 * GROUP * q.head"),
     Mutant("head and query swapped", "forward.py", "t = item // GROUP", "t = item % t_count"),
     Mutant("prefix's own stride forgotten", "forward.py", "prefix_k.ptr + a64 * prefix_k.row", "prefix_k.ptr + a64 * 0"),
     Mutant("slots' window off by one", "forward.py", "position - window + 1 + length", "position - window + length"),
@@ -91,6 +91,7 @@ kernels = sys.modules["softkv.kernels"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(kernels)
 from tests.attention_cases import dense, packed, index, mask
 calls = [
+    lambda: dense(B=1, H=2, G=1, T=20, S=150, window=90),
     lambda: dense(B=2, H=4, G=2, T=21, S=70, A=1, P=40, seed=1),
     lambda: dense(B=2, H=2, G=1, T=50, A=2, P=37, window=41, window_covers_prefix=True, softcap=1.5, sinks=True, scale=-0.3),
     lambda: packed([17, 3, 33], [20, 9, 33], H=6, G=2, A=3, P=21, prefix_index=index(2, 0, 2), prefix_lengths=index(21, 4, 18)),
