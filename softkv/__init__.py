@@ -1,15 +1,15 @@
 """softkv: attention that reads soft-prompt prefixes as an operand of its own, and the four methods that train them."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
-from softkv.attention import prefix_attention, prefix_attention_varlen
-from softkv.methods import PrefixTuning, PromptTuning, PTuning, PTuningV2, Template
-from softkv.prefix import Prefix
-
 if TYPE_CHECKING:
+    from softkv.attention import prefix_attention, prefix_attention_varlen
     from softkv.batches import PackingCollator, PaddingCollator
     from softkv.checkpoint import load
     from softkv.hf import SoftModel, attach
+    from softkv.methods import PrefixTuning, PromptTuning, PTuning, PTuningV2, Template
+    from softkv.prefix import Prefix
     from softkv.training import Trainer
 
 __version__ = "0.1.0"
@@ -31,20 +31,30 @@ __all__ = [
     "prefix_attention_varlen",
 ]
 
-# transformers takes seconds to import, so what needs it is imported at first use.
+# torch and transformers take seconds to import, so names are imported at first use.
 _LAZY = {
-    "SoftModel": "softkv.hf",
-    "attach": "softkv.hf",
-    "load": "softkv.checkpoint",
+    "PTuning": "softkv.methods",
+    "PTuningV2": "softkv.methods",
     "PackingCollator": "softkv.batches",
     "PaddingCollator": "softkv.batches",
+    "Prefix": "softkv.prefix",
+    "PrefixTuning": "softkv.methods",
+    "PromptTuning": "softkv.methods",
+    "SoftModel": "softkv.hf",
+    "Template": "softkv.methods",
     "Trainer": "softkv.training",
+    "attach": "softkv.hf",
+    "load": "softkv.checkpoint",
+    "prefix_attention": "softkv.attention",
+    "prefix_attention_varlen": "softkv.attention",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'softkv' has no attribute {name!r}")
-    import importlib
-
     return getattr(importlib.import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])

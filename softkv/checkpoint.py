@@ -107,7 +107,7 @@ def load(
         FileNotFoundError: when there is no adapter.
         ValueError: when the files are damaged, of a newer version, or of another base model. Nothing is attached then.
     """
-    config, tensors = read(_local(directory, revision, token))
+    config, tensors = read(local(directory, revision, token))
     method = _method(config, encoder)
     _check_type(config["base"], model)
     soft_model = SoftModel(model, _Saved(method, config, tensors), backend=backend)
@@ -333,7 +333,7 @@ def _replace(path: Path, write: Callable[[Path], Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _local(directory: str | os.PathLike[str], revision: str | None, token: str | None) -> Path:
+def local(directory: str | os.PathLike[str], revision: str | None = None, token: str | None = None) -> Path:
     """The folder of an adapter, fetched from the Hub where it is no local one."""
     path = Path(directory)
     if path.exists() or not isinstance(directory, str) or directory.count("/") != 1:

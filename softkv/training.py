@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import TrainingArguments
+from transformers import ProgressCallback, TrainerCallback, TrainingArguments
 
 from softkv import checkpoint
 from softkv.batches import PackingCollator, TokenBatches
@@ -264,3 +266,43 @@ def draw_learning_curve(log_history: list[dict[str, float]], path: str | os.Path
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
+
+
+class StopOnSignal(TrainerCallback):
+    """Ends training after the step under way, with a checkpoint, when Ctrl-C is pressed or the process is asked to
+    end. A second time, it ends at once."""
+
+    def __init__(self) -> None:
+        self.stopped = False
+        self._previous: dict[int, Any] = {}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._stop)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.stopped:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Gives the signals back."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+
+    def _stop(self, *arguments: Any) -> None:
+        self.stopped = True
+        self.release()  # a second time is not ours
+
+
+class ProgressBar(ProgressCallback):
+    """transformers' progress bar with the last losses at its end, in place of a line for each."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        losses = {name: logs[name] for name in ("loss", "eval_loss") if name in (logs or {})}  # type: ignore[index]
+        if self.training_bar is not None and losses:
+            self.training_bar.set_postfix({name: f"{value:.3f}" for name, value in losses.items()})
