@@ -225,6 +225,8 @@ COLUMNS = (
     "problems",
 )
 
+HEAD = f"| kernel | case | target | D | dtype | {' | '.join(COLUMNS)} |\n|" + "---|" * (5 + len(COLUMNS))
+
 
 def line(key: str, row: dict[str, Any]) -> str:
     cells = [
@@ -249,11 +251,11 @@ def main() -> int:
     if interpreter_enabled():
         parser.error("unset TRITON_INTERPRET: the interpreter has nothing to compile")
     dims = options.dim or ([64, 80, 128, 256] if options.all else [64, 128])
-    dtypes = [torch.bfloat16, torch.float16] if options.all else [torch.bfloat16]
+    names = options.dtype or (["bf16", "fp16"] if options.all else ["bf16"])
+    dtypes = [dtype for dtype, name in DTYPES.items() if name in names]
     path = Path(options.write) if options.write else None
     done = json.loads(path.read_text())["rows"] if path and path.exists() else {}
-    print("| kernel | case | target | D | dtype |", " | ".join(COLUMNS), "|")
-    print("|" + "---|" * (5 + len(COLUMNS)), flush=True)
+    print(HEAD, flush=True)
     bad = 0
     for key, launch, target, head_dim in matrix(CASES if options.all else COMMON, options.target, dims, dtypes):
         row = done.get(key)
@@ -263,6 +265,12 @@ def main() -> int:
         print(line(key, row), flush=True)
         if path:
             path.write_text(json.dumps({"triton": triton.__version__, "rows": done}, indent=1) + "\n")
+    if options.table:
+        page = (
+            f"Every kernel, case and target compiled offline with triton {triton.__version__} ({len(done)} binaries).\n"
+        )
+        page += "See [kernels.md](kernels.md) for the method. `serial` and `overlap`: the worse full-tile loop.\n\n"
+        Path(options.table).write_text(page + HEAD + "\n" + "\n".join(line(k, done[k]) for k in sorted(done)) + "\n")
     return bad > 0
 
 

@@ -111,6 +111,11 @@ TABLE: dict[tuple[str, str | None], dict[int, Tile]] = {
         128: Tile(64, 32, 4, 1, "registers: two accumulators"),
         256: Tile(32, 32, 4, 1, "64 KiB of LDS"),
     },
+    ("forward", "sm_120"): {
+        64: Tile(128, 64, 4, 2, "as sm_80"),
+        128: Tile(128, 32, 4, 2, "as sm_80"),
+        256: Tile(64, 32, 4, 2, "99 KiB of shared memory"),
+    },
     ("dq", "sm_120"): {
         64: Tile(128, 32, 4, 2, "as sm_80"),
         128: Tile(64, 32, 4, 2, "longer rows spill here"),
@@ -119,7 +124,7 @@ TABLE: dict[tuple[str, str | None], dict[int, Tile]] = {
     ("dkv", "sm_120"): {
         64: Tile(128, 64, 8, 2, "sm_80's row spills here"),
         128: Tile(64, 32, 4, 2, "longer rows spill here"),
-        256: Tile(64, 32, 8, 1, "as sm_80"),
+        256: Tile(32, 32, 4, 1, "99 KiB of shared memory"),
     },
     ("decode", "any"): {
         128: Tile(16, 64, 4, 2, SKINNY),

@@ -63,7 +63,7 @@ MUTANTS = (
     Mutant("dk not scaled", "backward.py", "dk_tile * grad_scale", "dk_tile"),
     Mutant("dq: hidden keys count", "backward.py", "ds = tl.where(exists[None, :] & visible(j, lower, upper), ds, 0.0)", "ds = tl.where(exists[None, :], ds, 0.0)"),
     Mutant("dv: hidden items count", "backward.py", "p = tl.where(seen, p, 0.0)", "p = tl.where(seen, p, p)"),
-    Mutant("dk: hidden items count", "backward.py", "ds = tl.where(seen, ds, 0.0)", "ds = tl.where(seen, ds, p)"),
+    Mutant("dk: hidden items count", "backward.py", "ds = tl.where(seen, ds, 0.0)", "ds = tl.where(seen, ds, 1.0)"),
     Mutant("dk, dv: first reader off by one", "backward.py", "lower = tl.maximum(diagonal, 0) * GROUP", "lower = tl.maximum(diagonal + 1, 0) * GROUP"),
     Mutant("dk, dv: last reader of a window off by one", "backward.py", "(diagonal + window) * GROUP - 1", "(diagonal + window - 1) * GROUP - 1"),
     Mutant("dprefix: a group's first token forgotten", "backward.py", "token = first + items // GROUP", "token = 0 * first + items // GROUP"),
