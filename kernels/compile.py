@@ -244,9 +244,9 @@ def main() -> int:
     )
     parser.add_argument("--target", nargs="*", default=list(TARGETS), choices=list(TARGETS))
     parser.add_argument("--dim", nargs="*", type=int)
-    parser.add_argument(
-        "--write", metavar="FILE", help="keep results as JSON; what is there already is not compiled again"
-    )
+    parser.add_argument("--dtype", nargs="*", choices=["bf16", "fp16"])
+    parser.add_argument("--write", metavar="FILE", help="keep results as JSON; what is there is not compiled again")
+    parser.add_argument("--table", metavar="FILE", help="write what --write keeps as a Markdown page, too")
     options = parser.parse_args()
     if interpreter_enabled():
         parser.error("unset TRITON_INTERPRET: the interpreter has nothing to compile")
