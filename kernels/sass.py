@@ -181,7 +181,8 @@ def _nvidia(compiled: Any, target: str) -> Report:
     usage = _cuobjdump(cubin, "-res-usage")
     registers = int(re.search(r"REG:(\d+)", usage).group(1))
     stack = int(re.search(r"STACK:(\d+)", usage).group(1))
-    lines = SASS_LINE.findall(_cuobjdump(cubin, "-sass"))
+    text = re.sub(r"\s+[&?][^;/]*;", ";", _cuobjdump(cubin, "-sass"))  # some versions add scheduling notes
+    lines = SASS_LINE.findall(text)
     code = [(int(address, 16), op, rest) for address, _, op, rest in lines]
     conditional = [bool(guard) or rest.strip().startswith(("P", "!P", "UP", "!UP")) for _, guard, _, rest in lines]
     place = {address: i for i, (address, _, _) in enumerate(code)}
