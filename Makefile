@@ -2,11 +2,12 @@
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
+WORKERS ?= 2
 READY := $(VENV)/.ready
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint compile-matrix clean
 
 $(READY): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -17,12 +18,16 @@ demo: $(READY)
 	$(BIN)/python -m benchmarks.demo main
 
 test: $(READY) lint
-	$(BIN)/python -m pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n $(WORKERS)
 
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Every kernel for every target: registers, spills, shared memory, occupancy (about half an hour on 2 cores).
+compile-matrix: $(READY)
+	$(BIN)/python -m softkv.kernels.compile --write benchmarks/results/compile_matrix.json
 
 clean:
 	rm -rf $(VENV) .cache build *.egg-info

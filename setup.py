@@ -28,7 +28,8 @@ setup(
         "matplotlib>=3.9",
     ],
     extras_require={
-        "dev": [*DEVELOPMENT, *BENCHMARKS, "gguf"],
+        "data": ["datasets"],
+        "dev": [*DEVELOPMENT, *BENCHMARKS, "gguf", "datasets", "tensorboard"],
         "bench": BENCHMARKS,
         "demo": ["gguf", *BENCHMARKS],
         "flash": ["flash-attn>=2.7"],
