@@ -260,6 +260,7 @@ def train(
         "dataloader_pin_memory": torch.accelerator.is_available() and not cpu,
         "use_cpu": cpu,
         "log_level": "error",
+        "disable_tqdm": False,
     }
     unknown = given.keys() - set(transformers.TrainingArguments.__dataclass_fields__)
     if unknown:
@@ -275,8 +276,9 @@ def train(
         eval_dataset=_examples(soft_model, tokenizer, columns, eval_rows, ending, loss) or None,
         callbacks=[stop],
     )
-    trainer.remove_callback(transformers.ProgressCallback)
-    trainer.add_callback(ProgressBar)
+    if not trainer.args.disable_tqdm:
+        trainer.remove_callback(transformers.ProgressCallback)
+        trainer.add_callback(ProgressBar)
     first = trainer.is_world_process_zero()
     if first:
         output.mkdir(parents=True, exist_ok=True)
@@ -484,6 +486,8 @@ def _method_of(name: str, settings: list[str] | None, **common: Any) -> Any:
 
     options = _pairs(settings, "--set")
     options |= {key: value for key, value in common.items() if value is not None}
+    for key in {"template", "init_text"} & options.keys():
+        options[key] = str(options[key]).replace("\\n", "\n")  # a shell has no easy way to write a new line
     if "init_text" in options:
         options.setdefault("init", "text")
     known = [one.name for one in fields(METHODS[name])]  # type: ignore[arg-type]

@@ -58,7 +58,8 @@ def train(folder: Path, output: Path, *arguments: Any, method: str = "p-tuning-v
 @pytest.fixture(scope="module")
 def trained(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("trained")
-    assert "4 steps, loss" in train(folder, output, "--length", 3)
+    assert "4 steps, loss" in train(folder, output, "--length", 3, "--template", r"[text]\nw9 [Y]")
+    assert checkpoint.read(output)[0]["config"]["template"] == "[text]\nw9 [Y]"
     return output
 
 
@@ -272,6 +273,7 @@ def test_mistakes_are_one_line(
     assert result.exit_code == 2, (result.output, result.exception)
     assert message in result.output
     assert len(result.output.strip().splitlines()) == 1
+    assert "Traceback" not in result.output
     assert not Path("out").exists()
 
 

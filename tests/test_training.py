@@ -350,6 +350,7 @@ class TestTokenBatches:
         )[1]
         one.train()
         assert max(sizes) <= 30
+        assert sizes[: len(sizes) // 2] != sizes[len(sizes) // 2 :]  # another order in the second epoch
         assert sum(sizes) == 2 * sum(len(row["input_ids"]) for row in one.train_dataset)
 
 
