@@ -203,7 +203,8 @@ def measure(case: Case, steps: int, console: Console) -> dict[str, Any]:
         process.start()
         theirs.close()
         processes.append(process)
-        pipes[provider].recv()
+    for pipe in pipes.values():
+        pipe.recv()
     seconds: dict[str, list[float]] = {provider: [] for provider in pipes}
     losses: dict[str, list[float]] = {provider: [] for provider in pipes}
     tokens: list[int] = []
