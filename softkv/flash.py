@@ -3,8 +3,8 @@
     lse = log(exp(lse_prefix) + exp(lse_tokens) + exp(sink)),     out = Σ_part exp(lse_part − lse) out_part
 
 Backward: flash-attn's backward, given the *merged* out and lse, computes each part's own share exp(s − lse), so one
-call a part gives exact gradients; dq is their sum. A prefix shared by all rows is one key sequence for all queries of the
-batch in one line, so its gradient comes out summed over the rows.
+call a part gives exact gradients; dq is their sum. A prefix shared by all rows is one key sequence for all queries of
+the batch in one line, so its gradient comes out summed over the rows.
 
 flash-attn (Dao et al., https://github.com/Dao-AILab/flash-attention) is optional: `pip install softkv[flash]`. What its
 kernels don't take is refused, never emulated. Axes as in `softkv.prefix_attention`.
