@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint compile-matrix clean
+.PHONY: demo test lint compile-matrix mutants clean
 
 $(READY): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -27,7 +27,11 @@ lint: $(READY)
 
 # Every kernel for every target: registers, spills, shared memory, occupancy (about half an hour on 2 cores).
 compile-matrix: $(READY)
-	$(BIN)/python -m softkv.kernels.compile --write benchmarks/results/compile_matrix.json
+	$(BIN)/python -m softkv.kernels.compile --all --write benchmarks/results/compile_matrix.json --table docs/compile_matrix.md
+
+# Breaks the kernels on purpose, one line at a time: every mutant must be caught (about 10 minutes).
+mutants: $(READY)
+	$(BIN)/python -m tests.kernels.mutate --write docs/kernel_mutants.md
 
 clean:
 	rm -rf $(VENV) .cache build *.egg-info

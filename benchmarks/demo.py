@@ -113,10 +113,11 @@ def main(
 def train(name: str, steps: int = 40) -> None:
     """One method: evaluate, train, evaluate. Writes its adapter and its results."""
     import torch
-    from transformers import TrainerCallback, TrainingArguments
+    from transformers import ProgressCallback, TrainerCallback, TrainingArguments
 
     import softkv
     from softkv.classification import accuracy, classify
+    from softkv.training import ProgressBar
 
     torch.manual_seed(SEED)
     model, tokenizer = smollm2.load()
@@ -154,6 +155,8 @@ def train(name: str, steps: int = 40) -> None:
         dataloader_pin_memory=False,
     )
     trainer = softkv.Trainer(soft_model, arguments, train_dataset=_examples(soft_model, tokenizer), callbacks=[Clock])
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(ProgressBar)
     trainer.train()
     peak = _peak()
     soft_model.save_pretrained(folder)
