@@ -1,6 +1,8 @@
 """Packaging. `kernels/` lies at the top level and is imported as `softkv.kernels`: a top-level package called
 `kernels` would shadow the Hugging Face package of that name, which transformers imports."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 DEVELOPMENT = ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "ruff", "mypy", "pre-commit"]
@@ -9,8 +11,8 @@ BENCHMARKS = ["peft", "matplotlib", "psutil"]
 setup(
     name="softkv",
     version="0.1.0",
-    description="Attention that reads soft-prompt prefixes as an operand of its own, and the four methods that train them",
-    long_description=open("README.md", encoding="utf-8").read(),
+    description="Attention that reads soft-prompt prefixes as an operand of its own, and four methods to train them",
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",

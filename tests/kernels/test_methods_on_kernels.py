@@ -1,10 +1,11 @@
 """The four methods train and generate on the Triton engine as they do on the torch one."""
 
 import pytest
-import softkv
 import torch
-from softkv.methods.base import Method
 from transformers import LlamaConfig, LlamaForCausalLM
+
+import softkv
+from softkv.methods.base import Method
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 METHODS = {
