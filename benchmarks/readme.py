@@ -27,8 +27,8 @@ start; it has no method with one K/V pair for all layers, and its prompts stand 
 """
 TRAIN = """\
 `python -m benchmarks.train`: a training step of 16 rows beside PEFT doing the same job, and beside the floor (the same
-packed tokens without a prefix, backward to the input embeddings). Interleaved, median of {steps} timed steps, ratios round
-by round, peak memory of a process each. {device}.
+packed tokens without a prefix, backward to the input embeddings). Interleaved, median of {steps} timed steps, ratios
+round by round, peak memory of a process each. {device}.
 
 | case | softkv s / step | PEFT s / step | floor s / step | softkv is faster by | softkv GiB | PEFT GiB |
 |---|---:|---:|---:|---:|---:|---:|
