@@ -13,14 +13,14 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 _TILE_SCORES = 1 << 18  # 1 MB of float32
-_FEW_QUERIES = 64
+_FOLDED_QUERIES = 64  # up to here a copy of the queries costs less than reading keys once a head
 
 
 def fused_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float):
     """(out [b, H, t, D], lse [b, H, t]); `causal` is aligned top-left."""
     H, G = q.shape[1], k.shape[1]
     alike = not causal and (mask is None or mask.shape[-2] == 1)
-    if H == G or q.shape[2] > _FEW_QUERIES or not alike:
+    if H == G or q.shape[2] > _FOLDED_QUERIES or not alike:
         return _flash(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
     # Decoding: a group's heads stand in one block of queries, so its keys are read once.
     out, lse = _flash(_group(q, G), k, v, 0.0, False, attn_mask=mask, scale=scale)
