@@ -22,6 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import movie_snippets, smollm2
+from benchmarks.peft_peer import in_peft, without_soft_tokens
+from benchmarks.readme import percent
 from benchmarks.timing import machine, write_json
 
 OUTPUT = Path(__file__).resolve().parents[1] / "runs" / "demo"
@@ -132,6 +134,7 @@ def train(name: str, steps: int = 40) -> None:
         print(f"{run.title}: accuracy on {TEST_ROWS} test rows {result}", flush=True)
         return {"value": result.value, "interval": result.interval, "rows": result.total}
 
+    examples = _examples(soft_model.method, tokenizer, movie_snippets.read("train"))
     ends: list[float] = []
 
     class Clock(TrainerCallback):
@@ -154,7 +157,7 @@ def train(name: str, steps: int = 40) -> None:
         disable_tqdm=False,
         dataloader_pin_memory=False,
     )
-    trainer = softkv.Trainer(soft_model, arguments, train_dataset=_examples(soft_model, tokenizer), callbacks=[Clock])
+    trainer = softkv.Trainer(soft_model, arguments, train_dataset=examples, callbacks=[Clock])
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(ProgressBar)
     trainer.train()
@@ -181,7 +184,6 @@ def train(name: str, steps: int = 40) -> None:
 @app.command()
 def peft(name: str) -> None:
     """The same job in PEFT: padded rows, as it needs them, and a few timed steps."""
-    import peft as library
     import torch
     from transformers import DataCollatorForSeq2Seq
 
@@ -193,27 +195,11 @@ def peft(name: str) -> None:
     soft_model = softkv.attach(model, run.config(), tokenizer=tokenizer)
     method, length = soft_model.method, soft_model.method.length  # type: ignore[attr-defined]
     soft_model.detach()
-    kinds = {
-        "PROMPT_TUNING": (library.PromptTuningConfig, {}),
-        "P_TUNING": (
-            library.PromptEncoderConfig,
-            {"encoder_reparameterization_type": "LSTM", "encoder_hidden_size": 256},
-        ),
-        "PREFIX_TUNING": (library.PrefixTuningConfig, {}),
-    }
-    kind, options = kinds[str(run.peft)]
-    wrapped = library.get_peft_model(model, kind(task_type="CAUSAL_LM", num_virtual_tokens=length, **options)).train()
+    wrapped = in_peft(model, str(run.peft), length, encoder_size=256)
     optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=run.learning_rate)
     collate = DataCollatorForSeq2Seq(tokenizer)
-    examples = []
-    for row in movie_snippets.read("train")[: BATCH * (PEFT_STEPS + 1)]:
-        example = method.encode(tokenizer, text=row["text"], answer=f" {row['label']}")
-        examples.append(
-            {
-                key: [t for t, i in zip(value, example["input_ids"], strict=True) if i >= 0]
-                for key, value in example.items()
-            }
-        )
+    rows = movie_snippets.read("train")[: BATCH * (PEFT_STEPS + 1)]
+    examples = [without_soft_tokens(example) for example in _examples(method, tokenizer, rows)]
     times = []
     for start in range(0, len(examples), BATCH):
         batch = collate(examples[start : start + BATCH])
@@ -227,9 +213,8 @@ def peft(name: str) -> None:
     _write(name, "peft", {"seconds_a_step": statistics.median(times[1:]), "peak_gib": _peak()})
 
 
-def _examples(soft_model: Any, tokenizer: Any) -> list[dict[str, list[int]]]:
-    rows = movie_snippets.read("train")
-    return [soft_model.method.encode(tokenizer, text=row["text"], answer=f" {row['label']}") for row in rows]
+def _examples(method: Any, tokenizer: Any, rows: list[dict[str, str]]) -> list[dict[str, list[int]]]:
+    return [method.encode(tokenizer, text=row["text"], answer=f" {row['label']}") for row in rows]
 
 
 def _peak() -> float:
@@ -268,19 +253,14 @@ def _table(results: dict[str, Any]) -> Table:
         table.add_row(
             RUNS[name].title,
             f"{result['parameters']:,}",
-            _percent(result["before"]),
-            _percent(result["after"]),
+            percent(result["before"]),
+            percent(result["after"]),
             f"{result['seconds_a_step']:.2f}",
             f"{result['peak_gib']:.2f}",
             f"{peer['seconds_a_step']:.2f}" if peer else "—",
             f"{peer['peak_gib']:.2f}" if peer else "—",
         )
     return table
-
-
-def _percent(accuracy: dict[str, Any]) -> str:
-    low, high = accuracy["interval"]
-    return f"{accuracy['value']:.3f} [{low:.2f}, {high:.2f}]"
 
 
 def _draw(results: dict[str, Any], path: Path) -> None:

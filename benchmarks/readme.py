@@ -73,8 +73,8 @@ def _demo() -> str:
             _row(
                 result["title"],
                 f"{result['parameters']:,}",
-                _percent(result["before"]),
-                _percent(result["after"]),
+                percent(result["before"]),
+                percent(result["after"]),
                 *_figures(result, "{:.2f}"),
                 *(_figures(peer, "{:.2f}") if peer else ("—", "—")),
             )
@@ -86,7 +86,8 @@ def _figures(result: dict[str, Any], form: str) -> tuple[str, str]:
     return form.format(result["seconds_a_step"]), form.format(result["peak_gib"])
 
 
-def _percent(accuracy: dict[str, Any]) -> str:
+def percent(accuracy: dict[str, Any]) -> str:
+    """An accuracy with its interval."""
     low, high = accuracy["interval"]
     return f"{accuracy['value']:.3f} [{low:.2f}, {high:.2f}]"
 

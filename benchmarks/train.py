@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import movie_snippets, smollm2
+from benchmarks.peft_peer import in_peft, without_soft_tokens
 from benchmarks.timing import Spread, machine, speedup, write_json
 
 RESULTS = Path(__file__).resolve().parent / "results" / "train.json"
@@ -80,12 +81,10 @@ class Job:
         from transformers import DataCollatorForSeq2Seq
 
         import softkv
-        from softkv.hf.rows import IGNORED
 
         torch.manual_seed(SEED)
         model, tokenizer = smollm2.load()
         tokenizer.padding_side = "right"
-        self.ignored = IGNORED
         off = IDEAS.get(provider)
         method = getattr(softkv, case.method)(**case.settings, **case.template)
         head_once: dict[str, Any] = {"head_once": False} if off == "head_once" else {}
@@ -100,28 +99,19 @@ class Job:
         if provider == "PEFT":
             self.model, self.loss = self._in_peft(case, soft_model), self._full_loss
         if provider == "floor":
-            self.model, self.loss = soft_model.detach(), self._floor_loss
+            self.model, self.loss = soft_model.detach().requires_grad_(False), self._floor_loss
+            self.model.set_attn_implementation("softkv")
         trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trainable, lr=1e-3) if provider != "floor" else None
         self.rows = movie_snippets.read("train")
 
     @staticmethod
     def _in_peft(case: Case, soft_model: Any) -> Any:
-        import peft
         import torch
 
         soft, length = soft_model.soft, soft_model.method.length
         model = soft_model.detach()
-        kinds: dict[str, tuple[Any, dict[str, Any]]] = {
-            "PROMPT_TUNING": (peft.PromptTuningConfig, {}),
-            "P_TUNING": (
-                peft.PromptEncoderConfig,
-                {"encoder_reparameterization_type": "LSTM", "encoder_hidden_size": 128},
-            ),
-            "PREFIX_TUNING": (peft.PrefixTuningConfig, {}),
-        }
-        kind, options = kinds[str(case.peft)]
-        wrapped = peft.get_peft_model(model, kind(task_type="CAUSAL_LM", num_virtual_tokens=length, **options)).train()
+        wrapped = in_peft(model, str(case.peft), length, encoder_size=128)
         with torch.no_grad():
             if case.peft == "PREFIX_TUNING":
                 matrices = torch.stack([soft.k, soft.v], 1)  # [L, 2, 1, G, P, D]
@@ -136,13 +126,7 @@ class Job:
         first = number * BATCH % (len(self.rows) - BATCH)
         examples = [self.encode(row) for row in self.rows[first : first + BATCH]]
         if self.drop_soft_ids:
-            examples = [
-                {
-                    key: [t for t, i in zip(value, example["input_ids"], strict=True) if i >= 0]
-                    for key, value in example.items()
-                }
-                for example in examples
-            ]
+            examples = [without_soft_tokens(example) for example in examples]
         return dict(self.collate(examples))
 
     def step(self, number: int) -> tuple[float, float, int]:
@@ -171,13 +155,11 @@ class Job:
     def _floor_loss(self, batch: dict[str, Any]) -> Any:
         import torch.nn.functional as F
 
-        from softkv.hf import interface  # noqa: F401  (registers the attention that reads packed rows)
+        from softkv.hf.rows import IGNORED
+        from softkv.label_logits import next_labels
 
-        self.model.set_attn_implementation("softkv")
-        self.model.requires_grad_(False)
-        labels = batch.pop("labels")
-        targets = F.pad(labels, (0, 1), value=self.ignored)[:, 1:]
-        keep = targets != self.ignored
+        targets = next_labels(batch.pop("labels"))
+        keep = targets != IGNORED
         embeds = self.model.get_input_embeddings()(batch.pop("input_ids")).requires_grad_()
         logits = self.model(inputs_embeds=embeds, logits_to_keep=keep, use_cache=False, **batch).logits
         return F.cross_entropy(logits, targets[keep])
