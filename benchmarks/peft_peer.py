@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-NAMES = {
+CONFIGS = {
     "PROMPT_TUNING": "PromptTuningConfig",
     "P_TUNING": "PromptEncoderConfig",
     "PREFIX_TUNING": "PrefixTuningConfig",
@@ -16,9 +16,8 @@ def in_peft(model: Any, name: str, length: int, encoder_size: int) -> Any:
     size of P-tuning's LSTM."""
     import peft
 
-    options = (
-        {"encoder_reparameterization_type": "LSTM", "encoder_hidden_size": encoder_size} if name == "P_TUNING" else {}
-    )
+    encoder = {"encoder_reparameterization_type": "LSTM", "encoder_hidden_size": encoder_size}
+    options = encoder if name == "P_TUNING" else {}
     config = getattr(peft, CONFIGS[name])(task_type="CAUSAL_LM", num_virtual_tokens=length, **options)
     return peft.get_peft_model(model, config).train()
 
