@@ -1,22 +1,18 @@
-"""The `softkv` command. A new command is a function under `@app.command()`; `_friendly` gives it one-line errors."""
+"""The `softkv` command. A new command is a function under `@app.command()`; `friendly` gives it one-line errors."""
 
 from __future__ import annotations
 
-import functools
 import json
-import os
 import sys
-import warnings
-from collections.abc import Callable
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from softkv.console import err, fail, friendly, out
 from softkv.data import Columns, Row, read_rows
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import
@@ -30,7 +26,6 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-out, err = Console(highlight=False), Console(stderr=True, highlight=False)
 
 
 class MethodName(str, Enum):
@@ -43,36 +38,6 @@ class MethodName(str, Enum):
 class Loss(str, Enum):
     ANSWER = "answer"
     ALL = "all"
-
-
-def _fail(message: object) -> NoReturn:
-    err.print(f"[bold red]softkv:[/] {escape(' '.join(str(message).split()))}", soft_wrap=True)
-    raise typer.Exit(2)
-
-
-def _friendly(command: Callable[..., None]) -> Callable[..., None]:
-    """One line instead of a traceback (SOFTKV_TRACEBACK=1 shows it), exit code 2; 130 for Ctrl-C."""
-
-    @functools.wraps(command)
-    def run(*args: Any, **kwargs: Any) -> None:
-        try:
-            _quiet()
-            command(*args, **kwargs)
-        except KeyboardInterrupt:
-            err.print("softkv: interrupted")
-            raise typer.Exit(130) from None
-        except (ValueError, TypeError, OSError, ImportError, NotImplementedError) as error:
-            if os.environ.get("SOFTKV_TRACEBACK"):
-                raise
-            _fail(error)
-
-    return run
-
-
-def _quiet() -> None:
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 def _configured(context: typer.Context, path: Path | None) -> Path | None:
@@ -88,12 +53,12 @@ def _configured(context: typer.Context, path: Path | None) -> Path | None:
     try:
         values = _parse_config(path)
     except (OSError, ValueError, ImportError) as error:
-        _fail(error)
+        fail(error)
     defaults: dict[str, Any] = {}
     for key, value in values.items():
         name = names.get(key.replace("-", "_"))
         if name is None:
-            _fail(f"{path} sets {key!r}, which is no option of this command: see softkv {context.info_name} --help")
+            fail(f"{path} sets {key!r}, which is no option of this command: see softkv {context.info_name} --help")
         if isinstance(value, dict):
             value = [f"{key}={one if isinstance(one, str) else json.dumps(one)}" for key, one in value.items()]
         defaults[name] = value
@@ -165,7 +130,7 @@ The options of each method: `softkv methods`. With more processes: `torchrun --n
 
 
 @app.command(epilog=TRAIN_EXAMPLES)
-@_friendly
+@friendly
 def train(
     data: Annotated[str, typer.Option("--data", "-d", help=".jsonl, .json, .csv or .tsv file, or a data set's name.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the soft prompt and its checkpoints.")],
@@ -215,7 +180,7 @@ def train(
     """Train a soft prompt; the base stays as it is."""
     options = {name: value for name, value in locals().items() if name not in ("config", "resume")}
     if model is None:
-        _fail("which base? Give --model")
+        fail("which base? Give --model")
     chosen = _method_of(method.value, settings, length=length, init_text=init_text, template=template)
     columns = _columns(chosen.template, answer, field, prompt, verbalizer)
     rows = read_rows(data, split=split, limit=limit)
@@ -231,9 +196,9 @@ def train(
     from softkv.training import ProgressBar, StopOnSignal, last_checkpoint
 
     if resume and last_checkpoint(output) is None:
-        _fail(f"{output} holds no whole checkpoint to resume from: leave --resume out")
+        fail(f"{output} holds no whole checkpoint to resume from: leave --resume out")
     if not resume and last_checkpoint(output) is not None:
-        _fail(f"{output} holds checkpoints of another run: add --resume to go on with it, or choose another --output")
+        fail(f"{output} holds checkpoints of another run: add --resume to go on with it, or choose another --output")
     transformers.set_seed(seed)
     base, tokenizer = _load_base(model, dtype)
     soft_model = softkv.attach(base, chosen, tokenizer=tokenizer, head_once=head_once)
@@ -264,7 +229,7 @@ def train(
     }
     unknown = given.keys() - set(transformers.TrainingArguments.__dataclass_fields__)
     if unknown:
-        _fail(f"transformers' TrainingArguments have no {', '.join(sorted(unknown))}")
+        fail(f"transformers' TrainingArguments have no {', '.join(sorted(unknown))}")
     stop = StopOnSignal()
     trainer = softkv.Trainer(
         soft_model,
@@ -319,7 +284,7 @@ Examples:
 
 
 @app.command("eval", epilog=EVAL_EXAMPLES)
-@_friendly
+@friendly
 def evaluate(
     adapter: Adapter,
     data: Annotated[str, typer.Option("--data", "-d", help=".jsonl, .json, .csv or .tsv file, or a data set's name.")],
@@ -354,7 +319,7 @@ def evaluate(
     results: dict[str, Any]
     if classify or verbalizer:
         if any(len(right) != 1 for right in answers):
-            _fail("classification expects one right answer a row")
+            fail("classification expects one right answer a row")
         texts = list(columns.verbalizers.values()) or sorted({right[0] for right in answers})
         classes = [texts.index(right[0]) for right in answers]
         scores = scores_of(soft_model, tokenizer, prompts, texts, batch_size=batch_size)
@@ -382,7 +347,7 @@ Examples:
 
 
 @app.command(epilog=GENERATE_EXAMPLES)
-@_friendly
+@friendly
 def generate(
     adapter: Adapter,
     text: Annotated[
@@ -423,7 +388,7 @@ def generate(
 
 
 @app.command(epilog="Example:\n\n    softkv inspect runs/a")
-@_friendly
+@friendly
 def inspect(adapter: Adapter, as_json: AsJson = False) -> None:
     """Show what a soft prompt is: method, settings, shapes, number of values, base. The base isn't loaded."""
     config, tensors = _read(adapter)
@@ -447,7 +412,7 @@ def inspect(adapter: Adapter, as_json: AsJson = False) -> None:
 
 
 @app.command()
-@_friendly
+@friendly
 def methods() -> None:
     """List the methods and their options, for --set."""
     from dataclasses import MISSING, fields
@@ -467,7 +432,7 @@ def _pairs(given: list[str] | None, option: str, *, parse: bool = True) -> dict[
     for one in given or []:
         name, sign, value = one.partition("=")
         if not sign or not name:
-            _fail(f"{option} expects NAME=VALUE, got {one!r}")
+            fail(f"{option} expects NAME=VALUE, got {one!r}")
         pairs[name.strip().replace("-", "_") if parse else name] = value
         if parse:
             try:
@@ -493,9 +458,9 @@ def _method_of(name: str, settings: list[str] | None, **common: Any) -> Any:
     known = [one.name for one in fields(METHODS[name])]  # type: ignore[arg-type]
     unknown = sorted(options.keys() - set(known))
     if unknown:
-        _fail(f"{name} has no option {', '.join(unknown)}: it has {', '.join(known)}")
+        fail(f"{name} has no option {', '.join(unknown)}: it has {', '.join(known)}")
     if "template" in known and "template" not in options and name == "p-tuning":
-        _fail("p-tuning expects a template that says where its soft tokens go: --template '[P1][P2] [X] [P3] [Y]'")
+        fail("p-tuning expects a template that says where its soft tokens go: --template '[P1][P2] [X] [P3] [Y]'")
     return METHODS[name](**options)
 
 
@@ -517,10 +482,10 @@ def _prompt_fields(template: str, text: str | None, fields: dict[str, str]) -> d
     if text is not None:
         left = [name for name in names if name not in fields]
         if len(left) != 1:
-            _fail(f"the template has the fields {', '.join(names) or 'none'}: give each with --field NAME=TEXT")
+            fail(f"the template has the fields {', '.join(names) or 'none'}: give each with --field NAME=TEXT")
         fields[left[0]] = sys.stdin.read().strip() if text == "-" else text
     if set(fields) != set(names):
-        _fail(f"the template has the fields {', '.join(names) or 'none'}, got {', '.join(fields) or 'none'}")
+        fail(f"the template has the fields {', '.join(names) or 'none'}, got {', '.join(fields) or 'none'}")
     return fields
 
 
@@ -548,9 +513,9 @@ def _load_base(name: str, dtype: str) -> tuple[Any, Any]:
     import transformers
 
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        _fail(f"--dtype expects auto, float32, bfloat16 or float16, got {dtype!r}")
+        fail(f"--dtype expects auto, float32, bfloat16 or float16, got {dtype!r}")
     if name.startswith((".", "/", "~")) and not Path(name).is_dir():
-        _fail(f"there is no folder {name}: --model is a folder or an id on the Hugging Face Hub")
+        fail(f"there is no folder {name}: --model is a folder or an id on the Hugging Face Hub")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
@@ -565,7 +530,7 @@ def _load(adapter: str, model: str | None, dtype: str, device: str | None) -> tu
 
     name = model or _saved(adapter)["base"]["name"]
     if not name:
-        _fail("the soft prompt doesn't say what its base is called: give --model")
+        fail("the soft prompt doesn't say what its base is called: give --model")
     base, tokenizer = _load_base(name, dtype)
     if device is None:
         found = torch.accelerator.current_accelerator(check_available=True)
