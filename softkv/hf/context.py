@@ -68,6 +68,7 @@ class RowEncoder:
     encode: Callable[[int, Tensor, Tensor], LayerKV]
     prompts: RowPrompts | None
     memory: dict[int, LayerKV] | None  # filled at prefill, read when decoding
+    slots: int  # n
 
     def __call__(self, layer: int, hidden: Tensor) -> LayerKV:
         """K, V `[R, G, n, D]` of block `layer` from its input `[B, T, C]`."""
@@ -130,6 +131,8 @@ class SoftContext:
 
     def slots_of(self, rows: int) -> int | Tensor:
         """P of each of `rows` rows: an int, or `[rows]`."""
+        if self.encoder is not None:
+            return self.encoder.slots
         if self.layers is None:
             return 0
         k = next(iter(self.layers.values()))[0]

@@ -1,59 +1,26 @@
 """`attach` and `SoftModel`: a soft prompt on a frozen transformers model.
 
-`SoftModel.forward` puts soft tokens into the rows; a keyword pre-hook on the frozen decoder adds the prefix (as the
-keyword `softkv_prefix`) and moves the positions behind it. `generate` is the base's own, entered through the same hook.
+`SoftModel.forward` puts soft tokens into the rows; pre-hooks inside the decoder (`softkv.hf.hooks`) add the prefix and
+move the positions behind it. `generate` is the base's own, entered through the same hooks.
 """
 
 from __future__ import annotations
 
-import inspect
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from softkv.hf.context import Captured, Filled, RowEncoder, SoftContext
+from softkv.hf.context import Filled, SoftContext
 from softkv.hf.frozen import FrozenBase, Original
 from softkv.hf.generation import Prompts, lengthened, mask_of, pad_id
-from softkv.hf.rows import Insertion, Lines, packed_positions, rows_of, token_positions
+from softkv.hf.hooks import Call, DecoderHooks, filled_of, leave, past_length
+from softkv.hf.rows import Insertion, Lines, packed_positions, rows_of
 from softkv.methods.base import Method, SoftPrompt
-from softkv.prefix import Prefix, evaluating
-
-_FILLED = "_softkv_filled"  # attribute of a cache: its copies carry copies of it
-
-
-@dataclass
-class _Call:
-    """One `forward` or `generate` under way, as the pre-hooks see it.
-
-    Attributes:
-        context: what goes to the attention blocks.
-        prompts: of a `generate`.
-        soft_tokens: `[k, C]`, of a `generate` whose prompts hold soft tokens.
-        read: columns of the prompts that a `generate` has read.
-        positions_given: whether position ids are the user's own.
-    """
-
-    context: SoftContext
-    prompts: Prompts | None = None
-    soft_tokens: Tensor | None = None
-    read: int = 0
-    positions_given: bool = False
-
-
-class _Calls(threading.local):
-    """The calls under way in this thread, outermost first. Copies begin empty."""
-
-    def __init__(self) -> None:
-        self.stack: list[_Call] = []
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Calls, ()
+from softkv.prefix import Prefix
 
 
 def attach(
@@ -105,15 +72,12 @@ class SoftModel(nn.Module):
         self.base = model
         self.backend = backend
         self.head_once = head_once
-        self._calls = _Calls()
         self._enabled = True
-        self._table = _learned_positions(self._decoder)
         self._head: tuple[Any, Prefix] | None = None
         self._original: Original | None = Original.freeze(model)
-        self._hooks = [self._decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True)]
+        self._hooks = DecoderHooks(model, backend)
         try:
-            blocks = self._probe()
-            self._layers = list(blocks)
+            blocks = self._hooks.probe()
             self._original.silence_dropout([captured.block for captured in blocks.values()])
             frozen = FrozenBase(model, {layer: captured.key for layer, captured in blocks.items()}, tokenizer)
             self.base_shape = frozen.shape
@@ -123,10 +87,7 @@ class SoftModel(nn.Module):
             raise
         self.method = self.soft.config  # its length is known now
         if self.soft.encodes_rows:
-            self._hooks += [
-                captured.block.register_forward_pre_hook(self._enter_block, with_kwargs=True)
-                for captured in blocks.values()
-            ]
+            self._hooks.hook_blocks()
         self.training = model.training
         self.soft.train(model.training)
 
@@ -139,10 +100,6 @@ class SoftModel(nn.Module):
             if name == "base":
                 raise
             return getattr(self.base, name)
-
-    @property
-    def _decoder(self) -> nn.Module:
-        return self.base.get_decoder()
 
     def num_trainable(self) -> int:
         """The number of trainable parameters."""
@@ -182,8 +139,7 @@ class SoftModel(nn.Module):
         """Takes the soft prompt off and returns the base; the last one off restores the base exactly (requires_grad,
         attention implementation, dropout, training mode of every module)."""
         if self._original is not None:
-            for hook in self._hooks:
-                hook.remove()
+            self._hooks.remove()
             self._original.release(self.base)
             self._original = None
         return self.base
@@ -250,7 +206,7 @@ class SoftModel(nn.Module):
         tokens = input_ids if input_ids is not None else inputs_embeds
         assert tokens is not None
         B, T = tokens.shape[:2]
-        past = _past_length(past_key_values)
+        past = past_length(past_key_values)
         if self.training and past_key_values is None and kwargs.get("use_cache") is None:
             batch["use_cache"] = False  # a cache would only copy every K and V
 
@@ -273,7 +229,7 @@ class SoftModel(nn.Module):
         if input_ids is not None:
             self._check_ids(input_ids)
             if soft_tokens is not None:
-                batch["inputs_embeds"], batch["input_ids"] = self._embed(input_ids, soft_tokens), None
+                batch["inputs_embeds"], batch["input_ids"] = self._hooks.embed(input_ids, soft_tokens), None
 
         insertion = None
         if soft_tokens is not None and block and split is not None:
@@ -291,7 +247,7 @@ class SoftModel(nn.Module):
         if not past:
             filled = Filled(T, batch["attention_mask"])
         else:
-            filled = self._filled(past_key_values)
+            filled = filled_of(past_key_values, self.soft)
             if attention_mask is not None:
                 batch["attention_mask"] = _mask_of_filled(attention_mask, filled, k, past + T)
             if position_ids is not None:
@@ -306,12 +262,12 @@ class SoftModel(nn.Module):
         if self.soft.encodes_rows:
             prompts = None if split is None else lines.prompts(split)
             memory = filled.rows if past or self._caches(batch) else None
-            context = replace(context, encoder=RowEncoder(self._row_prefix, prompts, memory))
+            context = replace(context, encoder=self._hooks.encoder(self.soft, prompts, memory))
         return_dict = batch.pop("return_dict", None)
-        with self._active(_Call(context, positions_given=position_ids is not None)):
+        with self._hooks.active(Call(context, self.soft, positions_given=position_ids is not None)):
             output = self.base(**_given(**batch), return_dict=True)
         if not past and output.get("past_key_values") is not None:
-            setattr(output.past_key_values, _FILLED, filled)
+            leave(output.past_key_values, filled)
         if insertion is not None and output.get("hidden_states") is not None:
             at = insertion.logits_at[:, :, None]
             output["hidden_states"] = tuple(states.take_along_dim(at, 1) for states in output["hidden_states"])
@@ -324,16 +280,6 @@ class SoftModel(nn.Module):
         use_cache = batch.get("use_cache")
         default = self.base.config.get_text_config().use_cache or batch["past_key_values"] is not None
         return default if use_cache is None else use_cache
-
-    def _filled(self, cache: Any) -> Filled:
-        """What was left with a cache that is gone on from."""
-        filled = getattr(cache, _FILLED, None)
-        if filled is None and (self.soft.placement == "after" or self.soft.encodes_rows):
-            raise ValueError(
-                f"{type(self.method).__name__} needs a cache that this SoftModel has filled: got one with "
-                f"{_past_length(cache)} tokens in it that were read without the soft prompt"
-            )
-        return filled or Filled(0)
 
     # Generation ------------------------------------------------------------------------------------------------------
 
@@ -366,7 +312,7 @@ class SoftModel(nn.Module):
         if ids is None and inputs_embeds is None:
             raise ValueError("SoftModel.generate expects input_ids or inputs_embeds")
         inline, after = self.soft.placement == "inline", self.soft.placement == "after"
-        if after and _past_length(kwargs.get("past_key_values")):
+        if after and past_length(kwargs.get("past_key_values")):
             raise ValueError(
                 "PromptTuning puts its block after the prompt: generate expects an empty cache, got a filled one"
             )
@@ -383,23 +329,13 @@ class SoftModel(nn.Module):
         options = lengthened(kwargs, config, 0 if block is None else len(block))
         if options.get("streamer") is not None:
             options["streamer"] = prompts.streamer(options["streamer"])
-        with self._active(_Call(self._context(), prompts, soft_tokens)):
+        with self._hooks.active(Call(self._context(), self.soft, prompts, soft_tokens)):
             output = self.base.generate(
                 **_given(inputs=prompts.ids, attention_mask=prompts.mask, inputs_embeds=prompts.embeds), **options
             )
         return prompts.with_given(output)
 
-    # Inside the base -------------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def _active(self, call: _Call) -> Iterator[None]:
-        if self._original is None:
-            raise RuntimeError("this soft prompt was detached from its model: attach it again")
-        self._calls.stack.append(call)
-        try:
-            yield
-        finally:
-            self._calls.stack.pop()
+    # What the soft prompt gives, and what it takes --------------------------------------------------------------------
 
     def _context(self) -> SoftContext:
         """The prefix of a forward pass: learned, or the K/V of soft tokens that stand before the input."""
@@ -407,7 +343,7 @@ class SoftModel(nn.Module):
         if prefix is None:
             return SoftContext(backend=self.backend)
         prefix = prefix.to(dtype=self.base.dtype)
-        layers = dict(zip(self._layers, prefix.layers(len(self._layers)), strict=True))
+        layers = dict(zip(self._hooks.layers, prefix.layers(len(self._hooks.layers)), strict=True))
         return SoftContext(layers, prefix.lengths, window_covers=prefix.window_covers, backend=self.backend)
 
     def _head_prefix(self) -> Prefix:
@@ -420,7 +356,7 @@ class SoftModel(nn.Module):
         soft_tokens = self.soft.soft_tokens()
         assert soft_tokens is not None
         dtype = self.base.dtype
-        blocks = self._capture(inputs_embeds=soft_tokens[None].to(dtype)).values()
+        blocks = self._hooks.capture(inputs_embeds=soft_tokens[None].to(dtype)).values()
         prefix = Prefix.from_layers(
             [block.key.to(dtype) for block in blocks], [block.value.to(dtype) for block in blocks]
         )
@@ -430,135 +366,6 @@ class SoftModel(nn.Module):
     def _apply(self, *args: Any, **kwargs: Any) -> SoftModel:
         self._head = None
         return super()._apply(*args, **kwargs)
-
-    def _capture(self, **inputs: Tensor) -> dict[int, Captured]:
-        """What reaches the attention blocks in a forward pass of the bare decoder."""
-        context = SoftContext(backend=self.backend, capture={})
-        with self._active(_Call(context)):
-            self._decoder(**inputs, use_cache=False)
-        assert context.capture is not None
-        return dict(sorted(context.capture.items()))
-
-    def _probe(self) -> dict[int, Captured]:
-        """Runs one token through the decoder to see its attention blocks."""
-        name = type(self.base).__name__
-        try:
-            with torch.no_grad(), evaluating(self.base):
-                blocks = self._capture(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.base.device))
-        except TypeError as error:
-            if "softkv_prefix" not in str(error):
-                raise
-            blocks = {}
-        if not blocks:
-            raise ValueError(
-                f"{name} does not pass keywords through to transformers' attention interface, so softkv can't reach "
-                "its attention"
-            )
-        return blocks
-
-    def _enter_decoder(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Keyword pre-hook of the decoder: soft embeddings, positions behind the prefix, and the prefix."""
-        if not self._calls.stack:
-            return None
-        call = self._calls.stack[-1]
-        if args:
-            kwargs = dict(zip(inspect.signature(decoder.forward).parameters, args, strict=False)) | kwargs
-        context = call.context
-        if call.prompts is not None:
-            context = self._enter_generation(call, call.prompts, kwargs)
-        if context.capture is None:
-            kwargs["position_ids"] = self._positions(call, context, kwargs)
-        kwargs["softkv_prefix"] = context
-        return (), kwargs
-
-    def _enter_generation(self, call: _Call, prompts: Prompts, kwargs: dict[str, Any]) -> SoftContext:
-        """A forward inside `generate`: soft embeddings where the prompt has them, and the encoder of its rows."""
-        ids, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
-        tokens = ids if ids is not None else kwargs["inputs_embeds"]
-        B, T = tokens.shape[:2]
-        prompt = prompts.ids if prompts.embeds is None else prompts.embeds
-        assert prompt is not None
-        width, first = prompt.shape[1], call.read == 0
-        decoding = T == 1 and call.read >= width and cache is not None
-        call.read += T
-        if cache is not None and first and not _past_length(cache):
-            setattr(cache, _FILLED, Filled(prompts.columns, prompts.mask))
-        if ids is not None and prompts.soft_at is not None and not decoding:
-            assert call.soft_tokens is not None
-            at = prompts.soft_at[:, _past_length(cache) :][:, :T]
-            at = F.pad(at, (0, T - at.shape[1]), value=-1).repeat_interleave(B // len(at), 0)
-            kwargs["inputs_embeds"], kwargs["input_ids"] = (
-                self._embed(torch.where(at < 0, ids, -at - 1), call.soft_tokens),
-                None,
-            )
-        if not self.soft.encodes_rows:
-            return call.context
-        filled = Filled(width) if cache is None else self._filled(cache)
-        rows = None
-        if not filled.rows:
-            if width > T:
-                raise ValueError(
-                    f"encoder-mode P-tuning v2 reads whole prompts at once: expected {width} columns in the first "
-                    f"forward of a cache, got {T} (leave prefill_chunk_size out)"
-                )
-            mask = prompts.mask if prompts.mask is not None else torch.ones(len(prompt), width, device=prompt.device)
-            mask = F.pad(mask, (0, T - width)).repeat_interleave(B // len(mask), 0)
-            lines = Lines.of((B, T), mask, None, mask.device)
-            rows = lines.prompts(lines.last)
-        return replace(call.context, encoder=RowEncoder(self._row_prefix, rows, filled.rows))
-
-    def _enter_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Keyword pre-hook of an attention block in encoder mode: makes the block's K/V from what enters it. It runs
-        inside a checkpointed region, so it is recomputed with it."""
-        context = kwargs.get("softkv_prefix")
-        if not isinstance(context, SoftContext) or context.encoder is None:
-            return None
-        hidden = args[0] if args else kwargs["hidden_states"]
-        layer: int = block.layer_idx  # type: ignore[assignment]
-        return args, kwargs | {"softkv_prefix": replace(context, layers={layer: context.encoder(layer, hidden)})}
-
-    def _row_prefix(self, layer: int, hidden: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        return self.soft.row_prefix(self._layers.index(layer), hidden, lengths)
-
-    def _positions(self, call: _Call, context: SoftContext, kwargs: dict[str, Any]) -> Tensor:
-        """Position ids of a forward: each row counts from its first real token, behind its prefix."""
-        tokens = kwargs["inputs_embeds"] if kwargs.get("inputs_embeds") is not None else kwargs["input_ids"]
-        B, T = tokens.shape[:2]
-        cache, positions, rows = kwargs.get("past_key_values"), kwargs.get("position_ids"), context.rows
-        past = cache.get_seq_length() if cache is not None else 0
-        if positions is None:
-            mask = kwargs.get("attention_mask")
-            positions = token_positions(mask if isinstance(mask, Tensor) else None, (B, T), past, tokens.device)
-        if context.encoder is not None:
-            slots: int | Tensor = int(self.method.length)  # type: ignore[attr-defined]
-        else:
-            slots = context.slots_of(B if rows is None else len(rows.cu_seqlens) - 1)
-        if isinstance(slots, Tensor):
-            slots = slots[:, None] if rows is None else slots.repeat_interleave(rows.cu_seqlens.diff(), output_size=T)
-        positions = positions + slots
-        if self._table is not None and not torch.compiler.is_compiling():
-            # Columns bound positions without a look at the device.
-            longest = past + T if rows is None else rows.longest
-            bounded = not call.positions_given and isinstance(slots, int) and isinstance(longest, int)
-            if not bounded or longest + slots > self._table:
-                self._check_positions(int(positions.max()))
-        return positions
-
-    def _check_positions(self, last: int) -> None:
-        assert self._table is not None
-        if last >= self._table:
-            raise ValueError(
-                f"prefix and tokens need positions up to {last}, but the model's learned position table ends at "
-                f"{self._table - 1}: use a shorter prefix or shorter rows"
-            )
-
-    # Soft embeddings -------------------------------------------------------------------------------------------------
-
-    def _embed(self, ids: Tensor, soft_tokens: Tensor) -> Tensor:
-        """Embeddings `[B, T, C]` of ids, with soft token -i-1 where an id i is negative."""
-        embeds = self.base.get_input_embeddings()(ids.clamp(min=0))
-        soft = soft_tokens.to(embeds.dtype)[(-ids - 1).clamp(min=0)]
-        return torch.where((ids < 0)[:, :, None], soft, embeds)
 
     def _check_ids(self, ids: Tensor) -> None:
         if torch.compiler.is_compiling() or ids.device.type != "cpu" or not ids.numel():
@@ -578,7 +385,7 @@ class SoftModel(nn.Module):
                 "leave it off"
             )
         if self.training and self.base.is_activation_checkpointing:
-            for module in self._decoder.modules():
+            for module in self._hooks.decoder.modules():
                 _check_reentrant(getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {}))
 
 
@@ -601,18 +408,6 @@ def _check_reentrant(checkpointing: dict[str, Any]) -> None:
         )
 
 
-def _learned_positions(decoder: nn.Module) -> int | None:
-    """The number of positions of a learned table, or None for models that compute positions."""
-    for name, module in decoder.named_modules():
-        if isinstance(module, nn.Embedding) and name.split(".")[-1] in (
-            "wpe",
-            "embed_positions",
-            "position_embeddings",
-        ):
-            return module.num_embeddings - int(getattr(module, "offset", 0))
-    return None
-
-
 def _mask_of_filled(mask: Tensor, filled: Filled, k: int, S: int) -> Tensor:
     """The padding mask `[B, S]` of a filled cache with k soft tokens in it, from one `[B, S - k]` in the columns that
     were given (or `[B, S]`, where they are counted)."""
@@ -624,10 +419,6 @@ def _mask_of_filled(mask: Tensor, filled: Filled, k: int, S: int) -> Tensor:
     else:
         return mask
     return torch.cat([front, mask[:, given:]], 1)
-
-
-def _past_length(cache: Any) -> int:
-    return 0 if cache is None else int(cache.get_seq_length())
 
 
 def _given(**arguments: Any) -> dict[str, Any]:

@@ -120,7 +120,7 @@ def test_errors_leave_nothing_behind() -> None:
     ):
         with pytest.raises((IndexError, ValueError)):
             call()
-        assert soft._calls.stack == []
+        assert soft._hooks.calls.stack == []
         assert torch.equal(soft(**LABELLED).logits, want)
         with soft.disabled():
             assert not torch.allclose(soft(**LABELLED).logits, want)

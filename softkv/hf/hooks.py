@@ -1,0 +1,261 @@
+"""How calls of a `SoftModel` reach the inside of the frozen decoder: keyword pre-hooks on the decoder and, in encoder
+mode, on its attention blocks."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from softkv.hf.context import Captured, Filled, LayerKV, RowEncoder, RowPrompts, SoftContext
+from softkv.hf.generation import Prompts
+from softkv.hf.rows import Lines, token_positions
+from softkv.methods.base import SoftPrompt
+from softkv.prefix import evaluating
+
+_FILLED = "_softkv_filled"  # attribute of a cache: its copies carry copies of it
+
+
+@dataclass
+class Call:
+    """One `forward` or `generate` under way, as the pre-hooks see it.
+
+    Attributes:
+        context: what goes to the attention blocks.
+        soft: the soft prompt; None in a run of the bare decoder.
+        prompts: of a `generate`.
+        soft_tokens: `[k, C]`, of a `generate` whose prompts hold soft tokens.
+        read: columns of the prompts that a `generate` has read.
+        positions_given: whether position ids are the user's own.
+    """
+
+    context: SoftContext
+    soft: SoftPrompt | None = None
+    prompts: Prompts | None = None
+    soft_tokens: Tensor | None = None
+    read: int = 0
+    positions_given: bool = False
+
+
+class _Calls(threading.local):
+    """The calls under way in this thread, outermost first. Copies begin empty."""
+
+    def __init__(self) -> None:
+        self.stack: list[Call] = []
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Calls, ()
+
+
+class DecoderHooks:
+    """The pre-hooks of one `SoftModel` on its base's decoder.
+
+    Attributes:
+        base: the frozen model.
+        blocks: its attention modules, by their `layer_idx`; known after `probe`.
+        calls: the calls under way.
+    """
+
+    def __init__(self, base: Any, backend: str | None) -> None:
+        self.base, self.backend = base, backend
+        self.blocks: dict[int, nn.Module] = {}
+        self.calls = _Calls()
+        self._table = _learned_positions(self.decoder)
+        self._handles = [self.decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True)]
+
+    @property
+    def decoder(self) -> nn.Module:
+        return self.base.get_decoder()
+
+    @property
+    def layers(self) -> list[int]:
+        """The `layer_idx` of every attention module."""
+        return list(self.blocks)
+
+    def hook_blocks(self) -> None:
+        """Has encoders read what enters the attention modules."""
+        self._handles += [
+            block.register_forward_pre_hook(self._enter_block, with_kwargs=True) for block in self.blocks.values()
+        ]
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    @contextmanager
+    def active(self, call: Call) -> Iterator[None]:
+        if not self._handles:
+            raise RuntimeError("this soft prompt was detached from its model: attach it again")
+        self.calls.stack.append(call)
+        try:
+            yield
+        finally:
+            self.calls.stack.pop()
+
+    def capture(self, **inputs: Tensor) -> dict[int, Captured]:
+        """What reaches the attention blocks in a forward pass of the bare decoder."""
+        context = SoftContext(backend=self.backend, capture={})
+        with self.active(Call(context)):
+            self.decoder(**inputs, use_cache=False)
+        assert context.capture is not None
+        return dict(sorted(context.capture.items()))
+
+    def probe(self) -> dict[int, Captured]:
+        """Runs one token through the decoder to see its attention blocks."""
+        name = type(self.base).__name__
+        try:
+            with torch.no_grad(), evaluating(self.base):
+                blocks = self.capture(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.base.device))
+        except TypeError as error:
+            if "softkv_prefix" not in str(error):
+                raise
+            blocks = {}
+        if not blocks:
+            raise ValueError(
+                f"{name} does not pass keywords through to transformers' attention interface, so softkv can't reach "
+                "its attention"
+            )
+        self.blocks = {layer: captured.block for layer, captured in blocks.items()}
+        return blocks
+
+    def embed(self, ids: Tensor, soft_tokens: Tensor) -> Tensor:
+        """Embeddings `[B, T, C]` of ids, with soft token -i-1 where an id i is negative."""
+        embeds = self.base.get_input_embeddings()(ids.clamp(min=0))
+        soft = soft_tokens.to(embeds.dtype)[(-ids - 1).clamp(min=0)]
+        return torch.where((ids < 0)[:, :, None], soft, embeds)
+
+    def _enter_decoder(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Keyword pre-hook of the decoder: soft embeddings, positions behind the prefix, and the prefix."""
+        if not self.calls.stack:
+            return None
+        call = self.calls.stack[-1]
+        if args:
+            kwargs = dict(zip(inspect.signature(decoder.forward).parameters, args, strict=False)) | kwargs
+        context = call.context
+        if call.prompts is not None:
+            context = self._enter_generation(call, call.prompts, kwargs)
+        if context.capture is None:
+            kwargs["position_ids"] = self._positions(call, context, kwargs)
+        kwargs["softkv_prefix"] = context
+        return (), kwargs
+
+    def _enter_generation(self, call: Call, prompts: Prompts, kwargs: dict[str, Any]) -> SoftContext:
+        """A forward inside `generate`: soft embeddings where the prompt has them, and the encoder of its rows."""
+        ids, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
+        tokens = ids if ids is not None else kwargs["inputs_embeds"]
+        B, T = tokens.shape[:2]
+        prompt = prompts.ids if prompts.embeds is None else prompts.embeds
+        assert prompt is not None
+        width, first = prompt.shape[1], call.read == 0
+        decoding = T == 1 and call.read >= width and cache is not None
+        call.read += T
+        if cache is not None and first and not past_length(cache):
+            leave(cache, Filled(prompts.columns, prompts.mask))
+        if ids is not None and prompts.soft_at is not None and not decoding:
+            assert call.soft_tokens is not None
+            at = prompts.soft_at[:, past_length(cache) :][:, :T]
+            at = F.pad(at, (0, T - at.shape[1]), value=-1).repeat_interleave(B // len(at), 0)
+            ids = torch.where(at < 0, ids, -at - 1)
+            kwargs["inputs_embeds"], kwargs["input_ids"] = self.embed(ids, call.soft_tokens), None
+        if call.soft is None or not call.soft.encodes_rows:
+            return call.context
+        filled = Filled(width) if cache is None else filled_of(cache, call.soft)
+        rows = None
+        if not filled.rows:
+            if width > T:
+                raise ValueError(
+                    f"encoder-mode P-tuning v2 reads whole prompts at once: expected {width} columns in the first "
+                    f"forward of a cache, got {T} (leave prefill_chunk_size out)"
+                )
+            mask = prompts.mask if prompts.mask is not None else torch.ones(len(prompt), width, device=prompt.device)
+            mask = F.pad(mask, (0, T - width)).repeat_interleave(B // len(mask), 0)
+            lines = Lines.of((B, T), mask, None, mask.device)
+            rows = lines.prompts(lines.last)
+        return replace(call.context, encoder=self.encoder(call.soft, rows, filled.rows))
+
+    def _enter_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Keyword pre-hook of an attention block in encoder mode: makes the block's K/V from what enters it. It runs
+        inside a checkpointed region, so it is recomputed with it."""
+        context = kwargs.get("softkv_prefix")
+        if not isinstance(context, SoftContext) or context.encoder is None:
+            return None
+        hidden = args[0] if args else kwargs["hidden_states"]
+        layer: int = block.layer_idx  # type: ignore[assignment]
+        return args, kwargs | {"softkv_prefix": replace(context, layers={layer: context.encoder(layer, hidden)})}
+
+    def encoder(self, soft: SoftPrompt, prompts: RowPrompts | None, memory: dict[int, LayerKV] | None) -> RowEncoder:
+        """What makes the K/V of each block from the prompts that enter it."""
+
+        def encode(layer: int, hidden: Tensor, lengths: Tensor) -> LayerKV:
+            return soft.row_prefix(self.layers.index(layer), hidden, lengths)
+
+        return RowEncoder(encode, prompts, memory, soft.config.length)  # type: ignore[attr-defined]
+
+    def _positions(self, call: Call, context: SoftContext, kwargs: dict[str, Any]) -> Tensor:
+        """Position ids of a forward: each row counts from its first real token, behind its prefix."""
+        tokens = kwargs["inputs_embeds"] if kwargs.get("inputs_embeds") is not None else kwargs["input_ids"]
+        B, T = tokens.shape[:2]
+        cache, positions, rows = kwargs.get("past_key_values"), kwargs.get("position_ids"), context.rows
+        past = cache.get_seq_length() if cache is not None else 0
+        if positions is None:
+            mask = kwargs.get("attention_mask")
+            positions = token_positions(mask if isinstance(mask, Tensor) else None, (B, T), past, tokens.device)
+        slots = context.slots_of(B if rows is None else len(rows.cu_seqlens) - 1)
+        if isinstance(slots, Tensor):
+            slots = slots[:, None] if rows is None else slots.repeat_interleave(rows.cu_seqlens.diff(), output_size=T)
+        positions = positions + slots
+        if self._table is not None and not torch.compiler.is_compiling():
+            # Columns bound positions without a look at the device.
+            longest = past + T if rows is None else rows.longest
+            bounded = not call.positions_given and isinstance(slots, int) and isinstance(longest, int)
+            if not bounded or longest + slots > self._table:
+                self._check_positions(int(positions.max()))
+        return positions
+
+    def _check_positions(self, last: int) -> None:
+        assert self._table is not None
+        if last >= self._table:
+            raise ValueError(
+                f"prefix and tokens need positions up to {last}, but the model's learned position table ends at "
+                f"{self._table - 1}: use a shorter prefix or shorter rows"
+            )
+
+
+def _learned_positions(decoder: nn.Module) -> int | None:
+    """The number of positions of a learned table, or None for models that compute positions."""
+    for name, module in decoder.named_modules():
+        if isinstance(module, nn.Embedding) and name.split(".")[-1] in (
+            "wpe",
+            "embed_positions",
+            "position_embeddings",
+        ):
+            return module.num_embeddings - int(getattr(module, "offset", 0))
+    return None
+
+
+def past_length(cache: Any) -> int:
+    return 0 if cache is None else int(cache.get_seq_length())
+
+
+def filled_of(cache: Any, soft: SoftPrompt) -> Filled:
+    """What was left with a cache that is gone on from."""
+    filled = getattr(cache, _FILLED, None)
+    if filled is None and (soft.placement == "after" or soft.encodes_rows):
+        raise ValueError(
+            f"{type(soft.config).__name__} needs a cache that this SoftModel has filled: got one with "
+            f"{past_length(cache)} tokens in it that were read without the soft prompt"
+        )
+    return filled or Filled(0)
+
+
+def leave(cache: Any, filled: Filled) -> None:
+    """Leaves with a cache what those that go on from it must know."""
+    setattr(cache, _FILLED, filled)
