@@ -14,6 +14,7 @@ from rich.table import Table
 
 from softkv.console import err, fail, friendly, out
 from softkv.data import Columns, Row, read_rows
+from softkv.profiling.commands import app as profile
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import
     from softkv.hf import SoftModel
@@ -26,6 +27,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(profile, name="profile")
 
 
 class MethodName(str, Enum):

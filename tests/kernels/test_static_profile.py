@@ -1,0 +1,117 @@
+"""The static profile reads the binaries right: what it counts is what the tile needs."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from softkv.kernels.compile import TARGETS
+from softkv.kernels.machines import MACHINES
+from softkv.kernels.sass import pipe_of
+from typer.testing import CliRunner
+
+from softkv.cli import app
+
+
+def static(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "softkv.cli", "profile", "static", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def rows(*arguments: str) -> list[dict[str, Any]]:
+    done = static("--json", *arguments)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)["rows"]
+
+
+def test_matrix_work_and_exponentials_read_from_the_binary() -> None:
+    found = {row["target"]: row for row in rows("--dim", "64", "--only", "forward")}
+    assert found.keys() == TARGETS.keys()
+    for row in found.values():
+        assert row["work"] == 1, row
+        assert not row["derived"]
+        assert 1 < row["exponentials_per_score"] < 1.15
+        assert 0 < row["serial"] < row["overlap"] <= 1
+        assert row["cycles"]["tensor"] == 4 * 64 * row["scores"] / MACHINES[row["target"]].tensor
+    assert found["sm_100"]["tensor_columns"] > 0
+    assert found["sm_90"]["tensor_columns"] == 0
+
+
+KERNEL = str(Path(__file__).with_name("specialised.py")) + ":attention"
+TYPES = ("--signature", "*bf16,*bf16,*bf16,*bf16,i32,fp32", "--constexprs", "BLOCK_M=128,BLOCK_N=64,D=64")
+
+
+def test_a_users_warp_specialised_kernel_by_partition() -> None:
+    hopper, blackwell = rows(KERNEL, *TYPES, "--scores", str(128 * 64), "--target", "sm_90", "--target", "sm_100")
+    assert hopper["partitions"] == {"loads": 1, "matrix+softmax": 2}
+    assert blackwell["partitions"]["matrix"] == 1
+    assert blackwell["warps"] > 4
+    for row in (hopper, blackwell):
+        assert row["cycles"]["tensor"] == 4 * 64 * 128 * 64 / MACHINES[row["target"]].tensor
+        assert 1 < row["exponentials_per_score"] < 1.15
+
+
+WRONG = {
+    (KERNEL, "--constexprs", "BLOCK_M=128"): "needs values for BLOCK_N, D",
+    (KERNEL, *TYPES[2:], "--signature", "*bf16"): "expects 6 types, for q, k, v, out, n, scale; got 1",
+    (KERNEL, *TYPES[2:], "--signature", "*bf16,*bf16,*bf16,*bf16,int,fp32"): "'int' is no type",
+    (KERNEL, *TYPES, "--constexprs", "WIDTH=1"): "has no parameter WIDTH",
+    (KERNEL.replace(":attention", ":nothing"),): "its kernels are attention",
+    ("nowhere.py:kernel",): "there is no file 'nowhere.py'",
+    ("--signature", "*bf16"): "give path.py:kernel",
+}
+ASK = """
+import json, sys
+from softkv.cli import app
+from typer.testing import CliRunner
+said = [CliRunner().invoke(app, ["profile", "static", *arguments]) for arguments in json.loads(sys.argv[1])]
+print(json.dumps([[one.exit_code, " ".join(one.stderr.split())] for one in said]))
+"""
+
+
+def test_what_is_wrong_is_said_in_a_line() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", ASK, json.dumps(list(WRONG))]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    for (code, said), message in zip(json.loads(done.stdout), WRONG.values(), strict=True):
+        assert code == 2
+        assert message in said
+
+
+def test_the_interpreter_is_refused() -> None:
+    said = CliRunner().invoke(app, ["profile", "static"], env={"TRITON_INTERPRET": "1"})
+    assert said.exit_code == 2
+    assert "TRITON_INTERPRET" in said.stderr
+
+
+def test_rates_follow_from_quoted_figures() -> None:
+    for machine in MACHINES.values():
+        quoted = machine.teraflops * 1e3 / machine.units / machine.gigahertz
+        assert machine.tensor == pytest.approx(quoted, rel=0.01), machine.device
+
+
+@pytest.mark.parametrize(
+    ("op", "pipe"),
+    [
+        ("MUFU.EX2", "mufu"),
+        ("F2F.BF16.F32", "mufu"),
+        ("F2FP.BF16.F32.PACK_AB", "alu"),
+        ("FFMA2", "fma"),
+        ("IMAD.WIDE", "fma"),
+        ("LDGSTS.E.BYPASS.128", "shared"),
+        ("LDG.E.128", "other"),
+        ("UIADD3", "other"),
+        ("UTCHMMA.128x128x16", "tensor"),
+        ("v_pk_mul_f32", "fma"),
+        ("v_exp_f32_e32", "mufu"),
+        ("v_perm_b32", "alu"),
+        ("ds_read_b128", "shared"),
+        ("s_waitcnt", "other"),
+    ],
+)
+def test_pipes(op: str, pipe: str) -> None:
+    assert pipe_of(op) == pipe
