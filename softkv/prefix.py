@@ -115,16 +115,25 @@ class Prefix:
         return cls.from_ids(model, torch.tensor([ids], device=model.device))
 
     @classmethod
-    @torch.no_grad()
     def from_ids(cls, model: Any, input_ids: Tensor) -> Prefix:
         """The K/V of `input_ids` `[A, P]`, run once through the model."""
+        return cls._from_inputs(model, input_ids=input_ids)
+
+    @classmethod
+    def from_embeddings(cls, model: Any, inputs_embeds: Tensor) -> Prefix:
+        """The K/V of input embeddings `[A, P, C]`, in the model's dtype, run once through the model."""
+        return cls._from_inputs(model, inputs_embeds=inputs_embeds)
+
+    @classmethod
+    @torch.no_grad()
+    def _from_inputs(cls, model: Any, **inputs: Tensor) -> Prefix:
         # A cache without the config keeps every token in sliding-window layers too.
         from transformers import DynamicCache
 
         cache = DynamicCache()
         bare = model.disabled() if hasattr(model, "disabled") else nullcontext()
         with evaluating(model), bare:
-            model(input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
         return cls.from_cache(cache)
 
 

@@ -4,7 +4,7 @@ matrices or made by an encoder from each row's prompt."""
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from torch import nn
 
@@ -19,7 +19,7 @@ from softkv.methods.matrices import (
     empty_matrices,
     initial_matrices,
 )
-from softkv.methods.template import check_no_soft_tokens
+from softkv.methods.template import begin_ids, check_no_soft_tokens
 
 ENCODER_SIZE = 256
 
@@ -46,8 +46,7 @@ class PTuningV2(Method):
         length: n; None with `init="text"` takes the text's number of tokens (a BOS included where the tokenizer adds
             one).
         init: "random"; or the model's own K/V of common tokens ("vocabulary") or of `init_text` ("text"). Untrained,
-            the latter is that text in context, in sliding-window layers too: there, and only there, windows count the
-            slots.
+            the latter is that text in context, in sliding-window layers too.
         init_text: repeated or cut to `length`.
         init_std: standard deviation of a random start; 0.1 if None.
         reparametrize: compute the matrices by an MLP from learned embeddings while training; `folded` leaves the plain
@@ -57,6 +56,9 @@ class PTuningV2(Method):
             from a file, the config needs the module again: `dataclasses.replace(config, encoder=module)`.
         encoder_size: E of "lstm" (even) and "attention" (a multiple of 4, its heads); 256 if None.
         share_encoder: one encoder for all blocks, or one for each.
+        window_covers: whether sliding windows count the slots as the positions before the first token; None: where the
+            slots start as real tokens, with `init="text"`.
+        continues: rows continue a text that the prefix holds from its beginning: `encode` begins them with no BOS.
         template: how `encode` builds a row; without soft tokens.
 
     Raises:
@@ -72,6 +74,8 @@ class PTuningV2(Method):
     encoder: Literal["lstm", "attention", "custom"] | nn.Module | None = None
     encoder_size: int | None = None
     share_encoder: bool = True
+    window_covers: bool | None = None
+    continues: bool = False
     template: str = "[X] [Y]"
 
     def __post_init__(self) -> None:
@@ -80,6 +84,12 @@ class PTuningV2(Method):
         )
         check_no_soft_tokens(self.template, "PTuningV2")
         self._check_encoder()
+        initial.check_choice("window_covers", self.window_covers, (None, True, False))
+        initial.check_choice("continues", self.continues, (True, False))
+        if self.window_covers is not None and (self.encoder is not None or self.reparametrize):
+            raise ValueError(
+                "window_covers is read for plain matrices only: leave it, the encoder or reparametrize out"
+            )
         if isinstance(self.encoder, nn.Module):
             # Kept off the fields, which must survive JSON.
             object.__setattr__(self, "_module", self.encoder)
@@ -109,7 +119,8 @@ class PTuningV2(Method):
         """`SoftMatrices` with `k, v [L, 1, G, n, D]`, or the network that computes them."""
         if self.encoder is not None:
             return self._build_encoder(base)
-        layers, window_covers = base.shape.layers, self.init == "text"
+        layers = base.shape.layers
+        window_covers = self.init == "text" if self.window_covers is None else self.window_covers
         if folded:
             k, v = empty_matrices(base.shape, layers, self.length)
             return SoftMatrices(self, k, v, window_covers=window_covers)
@@ -119,6 +130,12 @@ class PTuningV2(Method):
             return ReparametrizedMatrices(self, base.shape, layers, self.length, size, std)
         k, v = initial_matrices(base, layers, self.length, self.init, self.init_text, self.init_std)
         return SoftMatrices(replace(self, length=k.shape[3]), k, v, window_covers=window_covers)
+
+    def encode(self, tokenizer: Any, *, answer: str | None = None, **fields: str) -> dict[str, list[int]]:
+        """One example as token ids, by the template; see `Method.encode`."""
+        row = super().encode(tokenizer, answer=answer, **fields)
+        begun = len(begin_ids(tokenizer)) if self.continues else 0
+        return {name: ids[begun:] for name, ids in row.items()}
 
     def _build_encoder(self, base: FrozenModel) -> SoftPrompt:
         assert self.encoder is not None

@@ -123,8 +123,8 @@ class Template:
         (a BOS where it adds one), and nothing is added at its end.
         """
         self._check_fields(fields)
+        input_ids = begin_ids(tokenizer)
         starts = tokenizer("a", add_special_tokens=False)["input_ids"]
-        input_ids = leading_special_ids(starts, tokenizer("a")["input_ids"])
         # SentencePiece vocabularies put a space of their own in front of whatever they tokenise.
         adds_space = tokenizer.convert_ids_to_tokens(starts[:1])[:1] in (["▁"], ["▁a"])
 
@@ -179,6 +179,11 @@ class Template:
             else:
                 spaced.append((piece, isinstance(before, Text) and before.text.endswith(" ")))
         return spaced
+
+
+def begin_ids(tokenizer: Any) -> list[int]:
+    """What a tokenizer begins every text with (a BOS, or nothing)."""
+    return leading_special_ids(tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"])
 
 
 def leading_special_ids(ids: list[int], with_special: list[int]) -> list[int]:
