@@ -5,9 +5,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from softkv.attention import prefix_attention, prefix_attention_varlen
+    from softkv.baking import bake
     from softkv.batches import PackingCollator, PaddingCollator
     from softkv.checkpoint import load
     from softkv.hf import SoftModel, attach
+    from softkv.interop.peft_model import from_peft
     from softkv.methods import PrefixTuning, PromptTuning, PTuning, PTuningV2, Template
     from softkv.prefix import Prefix
     from softkv.training import Trainer
@@ -26,6 +28,8 @@ __all__ = [
     "Template",
     "Trainer",
     "attach",
+    "bake",
+    "from_peft",
     "load",
     "prefix_attention",
     "prefix_attention_varlen",
@@ -44,6 +48,8 @@ _LAZY = {
     "Template": "softkv.methods",
     "Trainer": "softkv.training",
     "attach": "softkv.hf",
+    "bake": "softkv.baking",
+    "from_peft": "softkv.interop.peft_model",
     "load": "softkv.checkpoint",
     "prefix_attention": "softkv.attention",
     "prefix_attention_varlen": "softkv.attention",

@@ -1,7 +1,8 @@
 """Adapters on disk: `softkv.safetensors` (what is learned) and `softkv_config.json` (what it means).
 
 The safetensors file carries the config in its header too, so that a save is one atomic step: one that is killed leaves
-the old adapter or the new one. The header is what counts; `softkv_config.json` is there to be read.
+the old adapter or the new one. The header is what counts; `softkv_config.json` is there to be read. A checksum of both,
+config and values, tells a damaged file from a whole one (since format 2; files of format 1 have none).
 """
 
 from __future__ import annotations
@@ -13,28 +14,35 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from softkv.hf.model import SoftModel
+from softkv.interop import peft
 from softkv.methods import METHODS, PTuningV2
 from softkv.methods.base import BaseShape, FrozenModel, Method, SoftPrompt
 from softkv.prefix import Prefix
+from softkv.safe_file import check_values, checksum, read_tensors
 
-FORMAT = 1
+FORMAT = 2
 CONFIG, WEIGHTS = "softkv_config.json", "softkv.safetensors"
 _SHAPE = tuple(field.name for field in fields(BaseShape))
 _SIZES = ("encoder_size", "reparametrize_size")
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MOST_SLOTS = 1 << 16  # of an encoder, whose tensors don't tell how many it makes
+_LARGEST_CONFIG = 1 << 22  # characters: parsed JSON may take twenty times as much memory
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 
-def save(model: SoftModel, directory: str | os.PathLike[str], *, folded: bool = True) -> None:
+def save(
+    model: SoftModel,
+    directory: str | os.PathLike[str],
+    *,
+    folded: bool = True,
+    format: Literal["softkv", "peft"] = "softkv",
+) -> None:
     """Writes a soft prompt to `directory`, replacing an older one atomically.
 
     Args:
@@ -42,17 +50,50 @@ def save(model: SoftModel, directory: str | os.PathLike[str], *, folded: bool = 
         directory: made where it doesn't exist.
         folded: keep what inference needs: reparametrisations and the prompt encoder of P-tuning are computed once and
             left out. False keeps them, to train on.
+        format: "softkv", or "peft": `adapter_config.json` and `adapter_model.safetensors`, which PEFT loads with the
+            same logits (docs/interop.md).
 
     Raises:
-        ValueError: when a learned parameter is NaN or infinite. An older adapter is left as it was.
+        ValueError: when a learned parameter is NaN or infinite, or PEFT can't express the adapter. An older adapter is
+            left as it was.
     """
+    if format not in ("softkv", "peft"):
+        raise ValueError(f"save_pretrained expects format 'softkv' or 'peft', got {format!r}")
+    if format == "peft":
+        _save_for_peft(model, Path(directory), folded)
+        return
     config, tensors = describe(model, folded=folded)
-    _check_values(tensors, "the soft prompt")
-    text = json.dumps(config, indent=2, sort_keys=True)
+    check_values(tensors, "the soft prompt")
+    metadata = header(config, tensors)
+    _check_size(metadata["softkv_config"], "the soft prompt's config")
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    _replace(directory / WEIGHTS, lambda path: save_file(tensors, path, metadata={"softkv_config": text}))
-    _replace(directory / CONFIG, lambda path: path.write_text(text + "\n", encoding="utf-8"))
+    _replace(directory / WEIGHTS, lambda path: save_file(tensors, path, metadata=metadata))
+    _replace(directory / CONFIG, lambda path: path.write_text(metadata["softkv_config"] + "\n", encoding="utf-8"))
+
+
+def header(config: dict[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """What the safetensors file holds beside its tensors."""
+    text = json.dumps(config, indent=2, sort_keys=True)
+    return {"softkv_config": text, "softkv_sha256": checksum(text, tensors)}
+
+
+def _save_for_peft(model: SoftModel, directory: Path, folded: bool) -> None:
+    if not folded:
+        raise ValueError("PEFT can't express folded=False: its files hold what networks compute, not the networks")
+    config, embeddings = peft.describe(model)
+    tensors = {peft.TENSOR: embeddings}
+    check_values(tensors, "the soft prompt")
+    directory.mkdir(parents=True, exist_ok=True)
+    if (directory / peft.CONFIG).exists() and not peft.reads_alike(directory, config):
+        raise ValueError(
+            f"{directory} holds another kind or size of PEFT adapter, whose two files can't be replaced at once: "
+            f"choose an empty folder, or delete its {peft.CONFIG}"
+        )
+    # With the old config or the new one, the weights read the same: a save that is killed leaves no mixture.
+    _replace(directory / peft.WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    text = json.dumps(config, indent=2, sort_keys=True)
+    _replace(directory / peft.CONFIG, lambda path: path.write_text(text + "\n", encoding="utf-8"))
 
 
 def push(
@@ -95,7 +136,8 @@ def load(
 
     Args:
         model: the base that it was trained on.
-        directory: a folder that `save_pretrained` wrote, or "user/name" of a repository on the Hugging Face Hub.
+        directory: a folder that `save_pretrained` wrote, softkv's or PEFT's (docs/interop.md), or "user/name" of a
+            repository on the Hugging Face Hub.
         encoder: the module of a P-tuning v2 adapter that was trained with a module of one's own.
         backend: of `softkv.prefix_attention`; None chooses by device.
         revision, token: of a repository on the Hub.
@@ -108,13 +150,28 @@ def load(
         ValueError: when the files are damaged, of a newer version, or of another base model. Nothing is attached then.
     """
     config, tensors = read(local(directory, revision, token))
-    method = _method(config, encoder)
-    _check_type(config["base"], model)
-    soft_model = SoftModel(model, _Saved(method, config, tensors), backend=backend)
+    soft_model = assemble(model, config, tensors, encoder=encoder, backend=backend)
     name, trained_on = model.config.name_or_path, config["base"]["name"]
     if name and trained_on and Path(name).name != Path(trained_on).name:
         warnings.warn(f"this soft prompt was trained on {trained_on}, not on {name}", stacklevel=2)
-    return soft_model.eval()
+    return soft_model
+
+
+def assemble(
+    model: Any,
+    config: dict[str, Any],
+    tensors: dict[str, Tensor],
+    *,
+    encoder: nn.Module | None = None,
+    backend: str | None = None,
+) -> SoftModel:
+    """Puts a soft prompt that was read (`read`) or made (`describe`) on a model, in evaluation mode.
+
+    Raises:
+        ValueError: when config, tensors and model don't fit together. Nothing is attached then.
+    """
+    _check_type(config["base"], model)
+    return SoftModel(model, _Saved(_method(config, encoder), config, tensors), backend=backend).eval()
 
 
 def restore(model: SoftModel, directory: str | os.PathLike[str]) -> None:
@@ -161,27 +218,25 @@ def describe(model: SoftModel, *, folded: bool = True) -> tuple[dict[str, Any], 
 
 
 def read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The config and the tensors of an adapter, checked for damage; nothing is unpickled.
+    """The config and the tensors of an adapter, softkv's or PEFT's, checked for damage; nothing is unpickled.
 
     Raises:
         FileNotFoundError: when there is no adapter.
         ValueError: when the files are damaged or of a newer version.
     """
     path = directory / WEIGHTS
+    if not path.is_file() and peft.is_here(directory):
+        return peft.read(directory)
     if not path.is_file():
         pickles = sorted(file.name for file in directory.glob("*") if file.suffix in _PICKLES)
         hint = f"; {pickles[0]} is a pickle, which softkv never reads: convert it to safetensors" if pickles else ""
         raise FileNotFoundError(f"{directory} holds no soft prompt: expected {WEIGHTS} and {CONFIG}{hint}")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+    metadata, tensors = read_tensors(path)
     if "softkv_config" not in metadata:
         raise ValueError(f"{path} was not written by softkv: its header holds no softkv_config")
     config = _parse(metadata["softkv_config"], path)
-    _check_values(tensors, str(path))
+    if config["format"] >= 2 and metadata.get("softkv_sha256") != checksum(metadata["softkv_config"], tensors):
+        raise ValueError(f"{path} is damaged: its values or config are not those that were saved (checksum)")
     return config, tensors
 
 
@@ -246,14 +301,19 @@ class _Placeholder:
 
 
 def _check_type(saved: dict[str, Any], model: Any) -> None:
-    here = getattr(getattr(model, "config", None), "model_type", None)
-    if here is not None and saved["model_type"] != here:
-        raise ValueError(f"this soft prompt was trained on another base model: {saved['model_type']}, not {here}")
+    trained_on, here = saved.get("model_type"), getattr(getattr(model, "config", None), "model_type", None)
+    if here is not None and trained_on is not None and trained_on != here:
+        raise ValueError(f"this soft prompt was trained on another base model: {trained_on}, not {here}")
 
 
 def _check_base(saved: dict[str, Any], shape: BaseShape) -> None:
+    """Raise where the base is another one than what is known of the one it was trained on."""
     here = asdict(shape)
-    differing = [f"{name} {saved[name]} (this model: {here[name]})" for name in _SHAPE if saved[name] != here[name]]
+    differing = [
+        f"{name} {saved[name]} (this model: {here[name]})"
+        for name in _SHAPE
+        if name in saved and saved[name] != here[name]
+    ]
     if differing:
         raise ValueError(f"this soft prompt was trained on another base model: {', '.join(differing)}")
 
@@ -271,18 +331,9 @@ def _check_shapes(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor])
             )
 
 
-def _check_values(tensors: Mapping[str, Tensor], where: str) -> None:
-    """Raise unless all values are finite numbers."""
-    odd = [f"{name} ({tensor.dtype})" for name, tensor in tensors.items() if tensor.dtype not in _DTYPES]
-    if odd:
-        raise ValueError(f"{where} expects floating values, got {', '.join(odd)}")
-    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-    if broken:
-        raise ValueError(f"{where} holds NaN or infinite values in {', '.join(broken)}")
-
-
 def _parse(text: str, path: Path) -> dict[str, Any]:
     """The config in a file's header, with the right types down to the method's own settings."""
+    _check_size(text, str(path))
     try:
         config = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -300,6 +351,11 @@ def _parse(text: str, path: Path) -> dict[str, Any]:
     if wrong:
         raise ValueError(f"{path} has a config without a valid {', '.join(wrong)}")
     return config
+
+
+def _check_size(text: str, where: str) -> None:
+    if len(text) > _LARGEST_CONFIG:
+        raise ValueError(f"{where} has {len(text):,} characters, expected a config of at most {_LARGEST_CONFIG:,}")
 
 
 def _method(config: dict[str, Any], encoder: nn.Module | None) -> Method:
@@ -341,8 +397,9 @@ def local(directory: str | os.PathLike[str], revision: str | None = None, token:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    patterns = [CONFIG, WEIGHTS, peft.CONFIG, peft.WEIGHTS]
     try:
-        return Path(snapshot_download(directory, allow_patterns=[CONFIG, WEIGHTS], revision=revision, token=token))
+        return Path(snapshot_download(directory, allow_patterns=patterns, revision=revision, token=token))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(f"{directory} is neither a folder nor a repository on the Hub: {reason}") from error

@@ -404,7 +404,8 @@ def inspect(adapter: Adapter, as_json: AsJson = False) -> None:
     table = Table(show_header=False, box=None)
     table.add_row("method", config["method"])
     table.add_row("settings", escape(", ".join(f"{name}={value!r}" for name, value in settings.items())))
-    table.add_row("base", f"{base['name'] or '?'} ({base['model_type']}, {base['layers']} layers)")
+    known = [base.get("model_type"), f"{base['layers']} layers" if "layers" in base else None]
+    table.add_row("base", escape(f"{base['name'] or '?'} ({', '.join(filter(None, known)) or 'of any kind'})"))
     table.add_row("values", f"{values:,}")
     for name, shape in shapes.items():
         table.add_row("", f"{name} {escape(str(shape))}")

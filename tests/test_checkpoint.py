@@ -127,7 +127,7 @@ def test_what_is_kept(name: str, saved: Path) -> None:
     else:
         assert keys in ({"embeddings"}, {"k", "v"})  # networks are folded away
     assert {path.name for path in (saved / f"{number} True").iterdir()} == {CONFIG, WEIGHTS}
-    assert json.loads((saved / f"{number} True" / CONFIG).read_text())["format"] == 1
+    assert json.loads((saved / f"{number} True" / CONFIG).read_text())["format"] == 2
 
 
 def test_prefixes_of_a_text_keep_counting_in_windows(tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def rewrite(directory: Path, change: Callable[[dict[str, Any], dict[str, Tensor]
     """Writes an adapter again, its config and tensors changed."""
     config, tensors = checkpoint.read(directory)
     change(config, tensors)
-    save_file(tensors, directory / WEIGHTS, metadata={"softkv_config": json.dumps(config)})
+    save_file(tensors, directory / WEIGHTS, metadata=checkpoint.header(config, tensors))
 
 
 def truncate(directory: Path) -> None:
@@ -206,7 +206,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "not ours": (without_header, "was not written by softkv"),
     "only a pickle": (only_a_pickle, "adapter_model.bin is a pickle, which softkv never reads"),
     "nothing": (lambda directory: shutil.rmtree(directory), "holds no soft prompt"),
-    "a newer version": (set_to("format", 2), "has format 2, this softkv reads up to 1: upgrade softkv"),
+    "a newer version": (set_to("format", 3), "has format 3, this softkv reads up to 2: upgrade softkv"),
     "no version": (set_to("format", None), "holds no softkv config"),
     "version true": (set_to("format", True), "holds no softkv config"),
     "a deep config": (nested, "holds no softkv config"),
@@ -378,7 +378,8 @@ class TestHub:
 
         monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
         loaded = softkv.load(model_of("Llama"), "me/soft", revision="v1")
-        assert asked == [("me/soft", {"allow_patterns": [CONFIG, WEIGHTS], "revision": "v1", "token": None})]
+        patterns = [CONFIG, WEIGHTS, "adapter_config.json", "adapter_model.safetensors"]
+        assert asked == [("me/soft", {"allow_patterns": patterns, "revision": "v1", "token": None})]
         assert torch.equal(answers(loaded), answers(soft_model))
 
     def test_neither_a_folder_nor_a_repository(self, monkeypatch: pytest.MonkeyPatch) -> None:

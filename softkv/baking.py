@@ -1,0 +1,116 @@
+"""Baking: what stands before every input, as a P-tuning v2 prefix with the same logits.
+
+In a causal decoder, what stands in front does not depend on what follows. So it is run once, and its K/V are kept; soft
+tokens, texts and documents are then served as any shared prefix is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softkv import checkpoint
+from softkv.hf.model import SoftModel
+from softkv.methods import PromptTuning, PTuning, PTuningV2, Template
+from softkv.methods.template import Answer, Field
+from softkv.prefix import Prefix, evaluating
+
+
+@torch.no_grad()
+def bake(
+    model: Any,
+    *,
+    text: str | Sequence[int] | None = None,
+    tokenizer: Any = None,
+    template: str = "[X] [Y]",
+    backend: str | None = None,
+) -> SoftModel:
+    """Turns what stands before every input into a `PTuningV2` prefix that gives the same logits.
+
+    Args:
+        model: a `SoftModel` whose soft tokens stand in front: `PromptTuning(position="before")`, or `PTuning` with a
+            template that begins with them (text may stand between them). Or, with `text`, a transformers causal LM.
+        text: what is baked in place of soft tokens: a system prompt, a document; or its token ids. A text begins as the
+            tokenizer begins one (with a BOS where it adds one).
+        tokenizer: the model's; needed for a text and for `PTuning`.
+        template: with `text`: how `encode` builds the rows that follow it.
+        backend: of `softkv.prefix_attention`; None chooses by device.
+
+    Returns:
+        A `SoftModel` in evaluation mode on the same base, beside `model`, which stays as it is. Rows of `PromptTuning`
+        are the same as before. Rows of `PTuning` or of a text are what is left of them, without a BOS: the method's
+        `encode` makes them.
+
+    Raises:
+        ValueError: when not all soft tokens stand in front of everything that changes from row to row, or there is
+            nothing to bake.
+        TypeError: when text and soft prompt are both given, or neither.
+    """
+    if isinstance(model, SoftModel) == (text is not None):
+        raise TypeError("softkv.bake expects a SoftModel with soft tokens, or a transformers model and a text")
+    base = model.base if isinstance(model, SoftModel) else model
+    if text is not None:
+        ids = _text_ids(tokenizer, text)
+        embeds, continues = _embeddings(base, torch.tensor(ids), None), True
+    elif isinstance(model.method, PTuning):
+        ids, template = _constant_head(model.method, tokenizer)
+        embeds, continues = _embeddings(base, torch.tensor(ids), _soft_tokens(model)), True
+    elif isinstance(model.method, PromptTuning) and model.method.position == "before":
+        embeds, continues, template = _soft_tokens(model), False, model.method.template
+    else:
+        raise ValueError(
+            f"softkv.bake expects soft tokens that stand before the input, got {model.method}: it takes "
+            'PromptTuning(position="before"), PTuning with a template that begins with its soft tokens, and texts'
+        )
+    prefix = Prefix.from_embeddings(base, embeds[None].to(base.device, base.dtype))
+    method = PTuningV2(length=prefix.length, window_covers=True, continues=continues, template=template)
+    config = {"method": "p-tuning-v2", "config": asdict(method), "folded": True, "base": {}}
+    return checkpoint.assemble(base, config, {"k": prefix.k, "v": prefix.v}, backend=backend)
+
+
+def _soft_tokens(model: SoftModel) -> Tensor:
+    with evaluating(model.soft):
+        tokens = model.soft.soft_tokens()
+    assert tokens is not None
+    return tokens
+
+
+def _embeddings(base: Any, ids: Tensor, soft_tokens: Tensor | None) -> Tensor:
+    """Input embeddings `[P, C]` of ids, with soft token -i-1 where an id i is negative."""
+    embeds = base.get_input_embeddings()(ids.clamp(min=0).to(base.device))
+    if soft_tokens is None:
+        return embeds
+    soft = soft_tokens.to(embeds)[(-ids - 1).clamp(min=0).to(base.device)]
+    return torch.where((ids < 0)[:, None].to(base.device), soft, embeds)
+
+
+def _text_ids(tokenizer: Any, text: str | Sequence[int]) -> list[int]:
+    if isinstance(text, str):
+        if tokenizer is None:
+            raise ValueError("softkv.bake needs the tokenizer of a text: bake(model, text=..., tokenizer=tokenizer)")
+        ids = tokenizer(text)["input_ids"]
+    else:
+        ids = list(text)
+    if not ids:
+        raise ValueError(f"softkv.bake expects a text of at least one token, got {text!r}")
+    return ids
+
+
+def _constant_head(method: PTuning, tokenizer: Any) -> tuple[list[int], str]:
+    """Ids of what a template has in front of its first field, and the template of the rest."""
+    pieces = Template.parse(method.template).pieces
+    at = next(at for at, piece in enumerate(pieces) if isinstance(piece, Field | Answer))
+    head, rest = Template((*pieces[:at], Answer())), Template(pieces[at:])
+    spaced = at > 0 and str(pieces[at - 1]).endswith(" ")
+    if rest.soft_tokens:
+        raise ValueError(
+            f"softkv.bake expects all soft tokens before the first field, got the template {method.template!r}: what "
+            "follows a field depends on the row"
+        )
+    if tokenizer is None:
+        raise ValueError("softkv.bake needs the tokenizer of a template: bake(model, tokenizer=tokenizer)")
+    return head.encode(tokenizer)["input_ids"], (" " if spaced else "") + str(rest)

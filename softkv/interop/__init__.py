@@ -1,0 +1,1 @@
+"""Adapters of other libraries, as softkv's own and back."""

@@ -1,0 +1,203 @@
+"""PEFT's checkpoints: read as softkv's, and written where PEFT can say the same. peft itself is not needed.
+
+`adapter_config.json` says what kind it is, `adapter_model.safetensors` holds one tensor, `prompt_embeddings`: what PEFT
+computes from whatever was trained (projections, prompt encoders).
+
+- PREFIX_TUNING, CARTRIDGE: a flat prefix `[P, 2·L·G·D]` (`softkv.interop.flat`), keys as attention sees them. Sliding
+  windows count its slots.
+- PROMPT_TUNING, P_TUNING: embeddings `[P, C]`, in front of every row.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from softkv.hf.model import SoftModel
+from softkv.interop.flat import flatten, unflatten
+from softkv.methods import PrefixTuning, PromptTuning, PTuning, PTuningV2
+from softkv.methods.base import Method
+from softkv.safe_file import read_tensors
+
+CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+TENSOR = "prompt_embeddings"
+PREFIXES, PROMPTS = ("PREFIX_TUNING", "CARTRIDGE"), ("PROMPT_TUNING", "P_TUNING")
+_LARGEST_CONFIG = 1 << 22  # bytes: parsed JSON may take twenty times as much memory
+
+
+def is_here(directory: Path) -> bool:
+    """Whether a folder holds a PEFT adapter of any kind."""
+    return (directory / CONFIG).is_file()
+
+
+def read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The config and the tensors of a PEFT checkpoint, as `softkv.checkpoint.read` gives those of softkv's own.
+
+    Raises:
+        FileNotFoundError: when the weights are missing, or are a pickle.
+        ValueError: when the files are damaged, or of something that softkv does not read.
+    """
+    config = _read_config(directory / CONFIG)
+    path = directory / WEIGHTS
+    check_kind(config, str(directory / CONFIG))
+    if not path.is_file():
+        hint = f": found no {WEIGHTS}"
+        if (directory / PICKLE).is_file():
+            hint = (
+                f": {PICKLE} is a pickle, which softkv never reads. Convert it where you trust it: load it with PEFT "
+                "and call save_pretrained(folder), which writes safetensors"
+            )
+        raise FileNotFoundError(f"{directory} holds the config of a PEFT adapter without its weights{hint}")
+    _, tensors = read_tensors(path)
+    if TENSOR not in tensors:
+        raise ValueError(f"{path} expects a tensor {TENSOR!r}, got {', '.join(sorted(tensors)) or 'none'}")
+    if others := sorted(tensors.keys() - {TENSOR}):
+        raise ValueError(
+            f"{path} holds more than a soft prompt, trained weights of the base among them: {', '.join(others)}"
+        )
+    return translate(config, tensors[TENSOR], str(directory))
+
+
+def translate(config: dict[str, Any], embeddings: Tensor, where: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A PEFT config and its prompt embeddings, as softkv's config and tensors.
+
+    Raises:
+        ValueError: when it is of a kind that softkv does not read, or the two don't fit together.
+    """
+    check_kind(config, where)
+    kind, slots = config["peft_type"], _size(config, "num_virtual_tokens", where)
+    if embeddings.dim() != 2 or len(embeddings) != slots:
+        raise ValueError(
+            f"{where}: {TENSOR} has shape {tuple(embeddings.shape)}, expected {slots} rows (num_virtual_tokens)"
+        )
+    base: dict[str, Any] = {"name": config.get("base_model_name_or_path") or ""}
+    method: Method
+    if kind in PREFIXES:
+        layers, heads, width = (_size(config, key, where) for key in ("num_layers", "num_attention_heads", "token_dim"))
+        if width % heads:
+            raise ValueError(f"{where}: token_dim {width} is no multiple of num_attention_heads {heads}")
+        base |= {"layers": layers, "kv_heads": heads, "head_dim": width // heads}
+        method = PTuningV2(length=slots, window_covers=True)
+        k, v = unflatten(embeddings, layers, heads, width // heads)
+        tensors = {"k": k, "v": v}
+    else:
+        base |= {"embedding_size": embeddings.shape[1]}
+        method = PromptTuning(length=slots, position="before")
+        tensors = {"embeddings": embeddings}
+    settings = asdict(method)
+    name = "p-tuning-v2" if kind in PREFIXES else "prompt-tuning"
+    return {"format": f"PEFT {kind}", "method": name, "config": settings, "folded": True, "base": base}, tensors
+
+
+def reads_alike(directory: Path, config: dict[str, Any]) -> bool:
+    """Whether weights mean the same under the config of a folder as under another one."""
+    try:
+        there = _read_config(directory / CONFIG)
+        check_kind(there, str(directory))
+    except ValueError:
+        return False
+    alike = PREFIXES if config["peft_type"] in PREFIXES else PROMPTS
+    sizes = ("num_virtual_tokens", "token_dim", "num_attention_heads", "num_layers")
+    return there["peft_type"] in alike and all(there.get(key) == config[key] for key in sizes if key in config)
+
+
+def describe(model: SoftModel) -> tuple[dict[str, Any], Tensor]:
+    """A soft prompt as a PEFT config and its prompt embeddings: with them, PEFT gives the same logits.
+
+    Raises:
+        ValueError: when PEFT can't express it.
+    """
+    method, shape, soft = model.method, model.base_shape, model.soft.folded()
+    common = {
+        "base_model_name_or_path": model.config.name_or_path or None,
+        "inference_mode": True,
+        "num_transformer_submodules": 1,
+        "task_type": "CAUSAL_LM",
+    }
+    if type(method) is PromptTuning and method.position == "before":
+        embeddings = soft.soft_tokens()
+        assert embeddings is not None
+        kind = {"peft_type": "PROMPT_TUNING", "prompt_tuning_init": "RANDOM", "token_dim": shape.embedding_size}
+    elif type(method) in (PrefixTuning, PTuningV2) and not soft.encodes_rows:
+        prefix = soft.prefix()
+        assert prefix is not None
+        config = model.config.get_text_config()
+        if shape.layers != config.num_hidden_layers:
+            raise ValueError(
+                f"PEFT can't express this adapter: it puts a prefix into each of {config.num_hidden_layers} layers, "
+                f"this model has attention in {shape.layers}"
+            )
+        if _has_windows(config) and not prefix.window_covers:
+            raise ValueError(
+                "PEFT can't express this adapter: its slots stay visible to every token, but PEFT's leave the sliding "
+                "windows of this model (window_covers=True is what it can say)"
+            )
+        embeddings = flatten(prefix, shape.layers)
+        kind = {
+            "peft_type": "PREFIX_TUNING",
+            "prefix_projection": False,
+            "token_dim": shape.kv_heads * shape.head_dim,
+            "num_attention_heads": shape.kv_heads,
+            "num_layers": shape.layers,
+        }
+    else:
+        raise ValueError(f"PEFT can't express this adapter: {_reason(method)}")
+    return {**common, **kind, "num_virtual_tokens": len(embeddings)}, embeddings.detach().float().cpu().contiguous()
+
+
+def _reason(method: Method) -> str:
+    if isinstance(method, PromptTuning):
+        return "its virtual tokens stand before the input, these after the prompt"
+    if isinstance(method, PTuning):
+        return (
+            "its virtual tokens stand before the input, a template's inside it; where all stand in front, "
+            "softkv.bake makes a prefix of them, which PEFT can express"
+        )
+    if isinstance(method, PTuningV2):
+        return "its prefix is the same for every row, an encoder makes one from each row's prompt"
+    return f"it knows nothing like {type(method).__name__}"
+
+
+def _has_windows(config: Any) -> bool:
+    """Whether some layer of a model has a sliding window."""
+    if getattr(config, "sliding_window", None) is None:
+        return False
+    return any("sliding" in kind for kind in getattr(config, "layer_types", None) or ["sliding_attention"])
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if path.stat().st_size > _LARGEST_CONFIG:
+        raise ValueError(f"{path} has {path.stat().st_size:,} bytes, expected a config of at most {_LARGEST_CONFIG:,}")
+    try:
+        config = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} expects a JSON object, got {type(config).__name__}")
+    return config
+
+
+def check_kind(config: dict[str, Any], where: str) -> None:
+    """Raise unless a PEFT config is of a kind that softkv reads."""
+    kind, task, halves = (config.get(key) for key in ("peft_type", "task_type", "num_transformer_submodules"))
+    if kind not in (*PREFIXES, *PROMPTS):
+        raise ValueError(f"{where} is of a {kind!r} adapter: softkv reads {', '.join((*PREFIXES, *PROMPTS))} from PEFT")
+    if task not in (None, "CAUSAL_LM") or halves not in (None, 1):
+        raise ValueError(
+            f"{where} is of the task {task!r} (with {halves} transformer submodules): softkv works on causal "
+            "decoders, task CAUSAL_LM with 1"
+        )
+    name = config.get("base_model_name_or_path")
+    if name is not None and not isinstance(name, str):
+        raise ValueError(f"{where}: base_model_name_or_path expects a text, got {name!r}")
+
+
+def _size(config: dict[str, Any], key: str, where: str) -> int:
+    value = config.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{where}: {key} expects a whole number of at least 1, got {value!r}")
+    return value

@@ -1,0 +1,48 @@
+"""A live `peft.PeftModel`, as a `SoftModel`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from softkv import checkpoint
+from softkv.hf.model import SoftModel
+from softkv.interop import peft
+from softkv.prefix import evaluating
+
+
+@torch.no_grad()
+def from_peft(peft_model: Any, *, adapter_name: str | None = None, backend: str | None = None) -> SoftModel:
+    """Puts the soft prompt of a `peft.PeftModel` on its base model, with the same logits.
+
+    Args:
+        peft_model: a causal LM with a PREFIX_TUNING, CARTRIDGE, PROMPT_TUNING or P_TUNING adapter. It is left as it
+            is, but for the base that both now share, which is frozen and whose attention is softkv's until `detach`.
+        adapter_name: which of its adapters; None takes the active one.
+        backend: of `softkv.prefix_attention`; None chooses by device.
+
+    Returns:
+        A `SoftModel` in evaluation mode. Prefixes are `PTuningV2`, prompts `PromptTuning` before the input; networks
+        that PEFT trains them through are computed once and left out.
+
+    Raises:
+        ValueError: when the adapter is of another kind, or there is none of that name.
+        TypeError: when the model is not a `PeftModel`.
+    """
+    if not hasattr(peft_model, "peft_config") or not hasattr(peft_model, "get_base_model"):
+        raise TypeError(f"softkv.from_peft expects a peft.PeftModel, got {type(peft_model).__name__}")
+    name = adapter_name if adapter_name is not None else peft_model.active_adapter
+    if name not in peft_model.peft_config:
+        raise ValueError(f"this PeftModel has the adapters {', '.join(peft_model.peft_config)}, no {name!r}")
+    config = {key: getattr(value, "value", value) for key, value in peft_model.peft_config[name].to_dict().items()}
+    where = f"the adapter {name!r}"
+    peft.check_kind(config, where)
+    encoder = peft_model.prompt_encoder[name]
+    if config["inference_mode"]:
+        embeddings = encoder.embedding.weight
+    else:
+        with evaluating(encoder):
+            embeddings = peft_model.get_prompt_embedding_to_save(name)
+    described, tensors = peft.translate(config, embeddings.detach().cpu(), where)
+    return checkpoint.assemble(peft_model.get_base_model(), described, tensors, backend=backend)
