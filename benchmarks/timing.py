@@ -1,9 +1,11 @@
-"""Interleaved timing: every provider runs once a round, so that a slow moment of the machine hits all of them."""
+"""Interleaved timing: every provider runs once a round, so that a slow moment of the machine hits all of them. The
+order is drawn anew each round: who runs before leaves its caches and its heap behind."""
 
 import datetime
 import json
 import os
 import platform
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -39,11 +41,11 @@ def interleaved(
         calls[name] = max(1, int(0.002 / max(_time(run, 1), 1e-7)))
     times: dict[str, list[float]] = {name: [] for name in providers}
     names, start = list(providers), time.perf_counter()
+    order = random.Random(0)
     for round_number in range(at_most):
         if round_number >= at_least and time.perf_counter() - start > seconds:
             break
-        shift = round_number % len(names)
-        for name in names[shift:] + names[:shift]:
+        for name in order.sample(names, len(names)):
             times[name].append(1e3 * _time(providers[name], calls[name]))
     return times
 

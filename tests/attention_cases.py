@@ -110,6 +110,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "one query, bank": lambda: dense(B=4, T=1, S=9, A=2, P=7, prefix_index=index(1, -1, 0, 1)),
     "one query, a prefix a row": lambda: dense(B=3, T=1, S=9, P=7, prefix_lengths=index(7, 2, 0)),
     "one query, padding": lambda: dense(T=1, S=6, P=3, A=1, key_mask=mask("001111", "110110")),
+    "one query, nothing but padding": lambda: dense(T=1, S=6, P=3, A=1, key_mask=mask("000000", "110110")),
     "T < S": lambda: dense(T=3, S=9, P=7, A=1),
     "T > S: the first queries see no token": lambda: dense(T=9, S=4, P=7, A=1),
     "T > S without prefix: out 0, lse −inf": lambda: dense(T=9, S=4),

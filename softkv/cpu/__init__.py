@@ -8,6 +8,8 @@ Attention is cut into pieces (`plan`): some queries, the keys they see, at most 
 The backward runs the same pieces with the merged out and lse, which makes each piece's gradient exact, and adds up. The
 prefix is one piece for all the queries that share it, so it is read once and its gradient is summed inside the kernel.
 
+One query a row over one shared prefix, as in generation, goes a shorter way (`decode`).
+
 Queries, out and lse are held token by token, [N, H, ...], N = B·T where the call is dense: a batch of queries that
 share a prefix is then a view, and so is each row.
 """
@@ -18,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softkv.cpu import piece
+from softkv.cpu import decode, piece
 from softkv.cpu.plan import Call, Piece, plan_prefix, plan_tokens
 
 
@@ -26,6 +28,8 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, **options: Any
 ) -> tuple[Tensor, Tensor]:
     scale, softcap = options["scale"], options["softcap"]
+    if prefix_k is not None and prefix_v is not None and decode.serves(q, k, prefix_k, options):
+        return decode.forward(q, k, v, prefix_k, prefix_v, options["key_mask"], scale)
     fused = q.device.type == "cpu" and softcap is None
     call = Call(q, k, prefix_k, options, fused, backward=False)
     line, merged = call.line(q), _Merged(call)

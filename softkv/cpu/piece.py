@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 _TILE_SCORES = 1 << 18  # 1 MB of float32
@@ -21,9 +21,9 @@ def fused_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: 
     H, G = q.shape[1], k.shape[1]
     alike = not causal and (mask is None or mask.shape[-2] == 1)
     if H == G or q.shape[2] > _FOLDED_QUERIES or not alike:
-        return _flash(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
+        return flash(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
     # Decoding: a group's heads stand in one block of queries, so its keys are read once.
-    out, lse = _flash(_group(q, G), k, v, 0.0, False, attn_mask=mask, scale=scale)
+    out, lse = flash(_group(q, G), k, v, 0.0, False, attn_mask=mask, scale=scale)
     return _ungroup(out, H), _ungroup(lse, H)
 
 

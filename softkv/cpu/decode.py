@@ -1,0 +1,51 @@
+"""One query a row and one prefix for all rows: what generation asks in every step, with few operations around the two
+library calls.
+
+A query sees every key its row has, so there is no causal mask. The query heads that share keys stand in one block: a
+row's R = H/G for its tokens, all rows' B·R for the prefix, whose slots are thus read once.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softkv.cpu import piece
+
+_LEFT_TO_PLANS = ("prefix_index", "prefix_lengths", "key_lengths", "window", "sinks", "softcap")
+
+
+def serves(q: Tensor, k: Tensor, prefix_k: Tensor | None, options: dict[str, Any]) -> bool:
+    return (
+        prefix_k is not None
+        and q.dim() == 4
+        and q.shape[2] == 1
+        and k.shape[2] > 0
+        and prefix_k.shape[0] == 1
+        and q.dtype in (torch.float32, torch.float64)
+        and q.device.type == "cpu"
+        and all(options[name] is None for name in _LEFT_TO_PLANS)
+    )
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, key_mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """out [B, H, 1, D] and lse [B, H, 1]."""
+    B, H, _, D = q.shape
+    G = k.shape[1]
+    mask = None
+    if key_mask is not None:
+        mask = torch.zeros(key_mask.shape, dtype=q.dtype).masked_fill_(~key_mask, float("-inf"))[:, None, None]
+    rows = q.reshape(B, G, -1, D)
+    out, lse = piece.flash(rows, k, v, 0.0, False, attn_mask=mask, scale=scale)  # [B, G, R, D]
+    if key_mask is not None:
+        lse.masked_fill_(~key_mask.any(-1)[:, None, None], float("-inf"))
+    whole = rows.transpose(0, 1).reshape(1, G, -1, D)
+    prefix_out, prefix_lse = piece.flash(whole, prefix_k, prefix_v, 0.0, False, scale=scale)  # [1, G, B·R, D]
+    prefix_lse = prefix_lse.view(G, B, -1).transpose(0, 1)
+    weight = torch.sub(prefix_lse, lse).sigmoid_().unsqueeze_(-1)
+    out.lerp_(prefix_out.squeeze(0).unflatten(1, (B, -1)).transpose(0, 1), weight)
+    result = torch.empty_like(q)
+    result.view(B, G, -1, D).copy_(out)
+    return result, torch.logaddexp(lse, prefix_lse).reshape(B, H, 1).contiguous()
