@@ -95,7 +95,7 @@ def _text_ids(tokenizer: Any, text: str | Sequence[int]) -> list[int]:
         ids = tokenizer(text)["input_ids"]
     else:
         ids = list(text)
-    if not ids:
+    if not ids or not text:  # a BOS alone is no text
         raise ValueError(f"softkv.bake expects a text of at least one token, got {text!r}")
     return ids
 

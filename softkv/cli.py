@@ -12,8 +12,10 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from softkv import baking_command
 from softkv.console import err, fail, friendly, out
 from softkv.data import Columns, Row, read_rows
+from softkv.loading import load_adapter, load_base, read_adapter
 from softkv.profiling.commands import app as profile
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import
@@ -202,7 +204,7 @@ def train(
     if not resume and last_checkpoint(output) is not None:
         fail(f"{output} holds checkpoints of another run: add --resume to go on with it, or choose another --output")
     transformers.set_seed(seed)
-    base, tokenizer = _load_base(model, dtype)
+    base, tokenizer = load_base(model, dtype)
     soft_model = softkv.attach(base, chosen, tokenizer=tokenizer, head_once=head_once)
     ending = [tokenizer.eos_token_id] if end and tokenizer.eos_token_id is not None else []
     values: dict[str, Any] = {
@@ -310,10 +312,10 @@ def evaluate(
 
     Intervals are 95% confidence intervals.
     """
-    columns = _columns(_saved(adapter)["config"]["template"], answer, field, prompt, verbalizer)
+    columns = _columns(read_adapter(adapter)[0]["config"]["template"], answer, field, prompt, verbalizer)
     rows = read_rows(data, split=split, limit=limit)
     prompts, answers = [columns.prompt(row) for row in rows], [columns.answers(row) for row in rows]
-    soft_model, tokenizer = _load(adapter, model, dtype, device)
+    soft_model, tokenizer = load_adapter(adapter, model, dtype, device)
 
     from softkv.classification import accuracy, macro_f1, perplexity
     from softkv.classification import classify as scores_of
@@ -368,9 +370,9 @@ def generate(
     device: Device = None,
 ) -> None:
     """Answer a prompt; the answer streams as it is made."""
-    fields = _prompt_fields(_saved(adapter)["config"]["template"], text, _pairs(field, "--field", parse=False))
+    fields = _prompt_fields(read_adapter(adapter)[0]["config"]["template"], text, _pairs(field, "--field", parse=False))
     given = _pairs(arg, "--arg")
-    soft_model, tokenizer = _load(adapter, model, dtype, device)
+    soft_model, tokenizer = load_adapter(adapter, model, dtype, device)
 
     import torch
     import transformers
@@ -393,7 +395,7 @@ def generate(
 @friendly
 def inspect(adapter: Adapter, as_json: AsJson = False) -> None:
     """Show what a soft prompt is: method, settings, shapes, number of values, base. The base isn't loaded."""
-    config, tensors = _read(adapter)
+    config, tensors = read_adapter(adapter)
     shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
     values = sum(tensor.numel() for tensor in tensors.values())
     if as_json:
@@ -412,6 +414,9 @@ def inspect(adapter: Adapter, as_json: AsJson = False) -> None:
     kept = "for inference" if config["folded"] else "to train on: networks are kept"
     table.add_row("format", f"{config['format']}, {kept}")
     out.print(table)
+
+
+app.command(epilog=baking_command.EXAMPLES)(friendly(baking_command.bake))
 
 
 @app.command()
@@ -510,45 +515,6 @@ def _examples(
                     del example["prompt_lengths"]
             examples.append(example)
     return examples
-
-
-def _load_base(name: str, dtype: str) -> tuple[Any, Any]:
-    import transformers
-
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        fail(f"--dtype expects auto, float32, bfloat16 or float16, got {dtype!r}")
-    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
-        fail(f"there is no folder {name}: --model is a folder or an id on the Hugging Face Hub")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-    return model, transformers.AutoTokenizer.from_pretrained(name)
-
-
-def _load(adapter: str, model: str | None, dtype: str, device: str | None) -> tuple[SoftModel, Any]:
-    """A soft prompt on its base (or on the one given) and the base's tokenizer."""
-    import torch
-
-    import softkv
-
-    name = model or _saved(adapter)["base"]["name"]
-    if not name:
-        fail("the soft prompt doesn't say what its base is called: give --model")
-    base, tokenizer = _load_base(name, dtype)
-    if device is None:
-        found = torch.accelerator.current_accelerator(check_available=True)
-        device = found.type if found is not None else "cpu"
-    return softkv.load(base.to(device), adapter), tokenizer
-
-
-def _saved(adapter: str) -> dict[str, Any]:
-    return _read(adapter)[0]
-
-
-def _read(adapter: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    from softkv.checkpoint import local, read
-
-    return read(local(adapter))
 
 
 if __name__ == "__main__":
