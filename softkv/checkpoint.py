@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from softkv.hf.model import SoftModel
-from softkv.interop import peft
+from softkv.interop import foreign, peft
+from softkv.interop.flat import FLAT, unflatten
 from softkv.methods import METHODS, PTuningV2
 from softkv.methods.base import BaseShape, FrozenModel, Method, SoftPrompt
 from softkv.prefix import Prefix
@@ -136,8 +137,8 @@ def load(
 
     Args:
         model: the base that it was trained on.
-        directory: a folder that `save_pretrained` wrote, softkv's or PEFT's (docs/interop.md), or "user/name" of a
-            repository on the Hugging Face Hub.
+        directory: a folder that `save_pretrained` wrote, softkv's or PEFT's, or "user/name" of one on the Hugging Face
+            Hub; or a converted file of other code (docs/interop.md).
         encoder: the module of a P-tuning v2 adapter that was trained with a module of one's own.
         backend: of `softkv.prefix_attention`; None chooses by device.
         revision, token: of a repository on the Hub.
@@ -218,12 +219,19 @@ def describe(model: SoftModel, *, folded: bool = True) -> tuple[dict[str, Any], 
 
 
 def read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The config and the tensors of an adapter, softkv's or PEFT's, checked for damage; nothing is unpickled.
+    """The config and the tensors of an adapter, checked for damage; nothing is unpickled.
+
+    Args:
+        directory: a folder of softkv's or PEFT's files, or a file of `softkv.interop.foreign`.
 
     Raises:
         FileNotFoundError: when there is no adapter.
         ValueError: when the files are damaged or of a newer version.
     """
+    if directory.is_file():
+        if directory.suffix in _PICKLES:
+            raise ValueError(f"{directory} is a pickle, which softkv never reads: docs/interop.md has a converter")
+        return foreign.read(directory)
     path = directory / WEIGHTS
     if not path.is_file() and peft.is_here(directory):
         return peft.read(directory)
@@ -258,6 +266,10 @@ class _Saved(Method):
 
     def build(self, base: FrozenModel, *, folded: bool = False) -> SoftPrompt:
         _check_base(self.config["base"], base.shape)
+        if FLAT in self.tensors:
+            shape = base.shape
+            k, v = unflatten(self.tensors[FLAT], shape.layers, shape.kv_heads, shape.head_dim)
+            self.tensors = {"k": k, "v": v}
         placeholder, folded = _Placeholder(base.shape), self.config["folded"]
         encodes_rows = getattr(self.method, "encoder", None) and isinstance(self.method, PTuningV2)
         # A config may promise more than the tensors hold, and more than there is memory.

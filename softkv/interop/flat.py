@@ -10,6 +10,8 @@ from torch import Tensor
 
 from softkv.prefix import Prefix
 
+FLAT = "flat"  # the name of a flat prefix among tensors that only the base tells how to split
+
 
 def unflatten(flat: Tensor, layers: int, kv_heads: int, head_dim: int) -> tuple[Tensor, Tensor]:
     """K and V `[L, 1, G, P, D]` of a flat prefix `[P, 2·L·G·D]`.
