@@ -7,7 +7,7 @@ checkpointing re-runs forwards later, and two forwards may come before one backw
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +22,7 @@ class Captured(NamedTuple):
     block: nn.Module
     key: Tensor  # [B, G, S, D]
     value: Tensor
+    window: int | None
 
 
 @dataclass(frozen=True)
@@ -44,21 +45,6 @@ class RowPrompts:
 
     index: Tensor  # [R, M] into the flattened [B·T], arbitrary past a row's length
     lengths: Tensor  # [R]
-
-
-@dataclass
-class Filled:
-    """What the forward that filled a cache leaves with it, for those that go on from it.
-
-    Attributes:
-        columns: T of the batch it was given, in which masks of later forwards count.
-        mask: `[B, T + k]`, the real tokens among the columns that the cache holds, soft tokens included.
-        rows: encoder mode, the K/V `[R, G, n, D]` of each block's rows.
-    """
-
-    columns: int
-    mask: Tensor | None = None
-    rows: dict[int, LayerKV] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from softkv.hf import shown
 from softkv.hf.interface import NAME
 from softkv.methods.base import BaseShape
 from softkv.prefix import Prefix
@@ -105,6 +106,7 @@ class Original:
         if self.holders:
             return
         delattr(model, _ATTRIBUTE)
+        shown.uninstall(model)
         for config, implementation in self.implementations:
             config._attn_implementation = implementation
         for name, parameter in model.named_parameters():

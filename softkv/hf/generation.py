@@ -1,7 +1,7 @@
 """What `generate` gives the base in place of the prompts that it was given, and the way back.
 
 The base generates from left-padded rows. Soft tokens of the prompt are columns of it like any other: the pre-hook of
-the decoder puts their embeddings in.
+the decoder puts their embeddings in. Logits processors and stopping criteria are shown the real tokens alone.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from softkv.hf.rows import left_padded
+from softkv.hf.rows import left_padded, scattered
+from softkv.hf.shown import RealTokens
 
 
 @dataclass
@@ -25,6 +26,7 @@ class Prompts:
         columns: T.
         ids, embeds, mask: what the base generates from, `[B, T + k]`, left-padded.
         soft_at: `[B, T + k]`, which soft token stands in each column (-1: none), or None when none does.
+        shown: what processors and criteria see in place of `ids`, or None for `ids` themselves.
         moved: whether `ids` differ from `given`.
     """
 
@@ -34,6 +36,7 @@ class Prompts:
     embeds: Tensor | None
     mask: Tensor | None
     soft_at: Tensor | None
+    shown: RealTokens | None
     moved: bool
 
     @classmethod
@@ -46,6 +49,7 @@ class Prompts:
         block: Tensor | None,
         inline: bool,
         pad: int,
+        past: int,
     ) -> Prompts:
         """The prompts of the base.
 
@@ -54,13 +58,14 @@ class Prompts:
             block: soft tokens `[k, C]` to put after every prompt.
             inline: whether negative ids are soft tokens.
             pad: the id that stands for soft tokens in what is returned.
+            past: tokens that a cache holds already; they stay in their columns.
         """
-        padded_right = mask is not None and not bool(mask[:, -1].all())
+        moving = mask is not None and not past and scattered(mask)
         tokens = ids if ids is not None else embeds
         assert tokens is not None
         columns = tokens.shape[1]
         given = ids if ids is None else ids.masked_fill(ids < 0, pad)
-        if padded_right:
+        if moving:
             assert mask is not None
             ids, embeds = (x if x is None else left_padded(x, mask) for x in (ids, embeds))
             mask = left_padded(mask, mask)
@@ -69,14 +74,19 @@ class Prompts:
         if ids is not None and (k or (inline and bool((ids < 0).any()))):
             soft_at = F.pad((-ids - 1).clamp(min=-1), (0, k))
             soft_at[:, ids.shape[1] :] = torch.arange(k, device=ids.device)
-            # To logits processors a soft token looks like a token that the row holds anyway.
-            shown = ids.amax(1, keepdim=True).clamp(min=0)
-            ids = torch.cat([torch.where(ids < 0, shown, ids), shown.expand(-1, k)], 1)
+            # To an assistant model a soft token looks like a token that the row holds anyway.
+            stand_in = ids.amax(1, keepdim=True).clamp(min=0)
+            ids = torch.cat([torch.where(ids < 0, stand_in, ids), stand_in.expand(-1, k)], 1)
         if embeds is not None and block is not None:
             embeds = torch.cat([embeds, block.to(embeds.dtype).expand(len(embeds), -1, -1)], 1)
         if mask is not None:
             mask = F.pad(mask, (0, k), value=1)
-        return cls(given, columns, ids, embeds, mask, soft_at, padded_right or soft_at is not None)
+        shown = None if ids is None or soft_at is None else RealTokens.of(ids, mask, soft_at, pad)
+        return cls(given, columns, ids, embeds, mask, soft_at, shown, moving or soft_at is not None)
+
+    def mask_for(self, rows: int) -> Tensor | None:
+        """`mask` for as many rows as the base makes of the prompts."""
+        return self.mask if self.mask is None else self.mask.repeat_interleave(rows // len(self.mask), 0)
 
     def with_given(self, output: Any) -> Any:
         """The output's sequences with the ids given in front."""

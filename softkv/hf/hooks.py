@@ -14,13 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from softkv.hf.context import Captured, Filled, LayerKV, RowEncoder, RowPrompts, SoftContext
+from softkv.hf.context import Captured, LayerKV, RowEncoder, RowPrompts, SoftContext
+from softkv.hf.filled import Filled
 from softkv.hf.generation import Prompts
 from softkv.hf.rows import Lines, token_positions
 from softkv.methods.base import SoftPrompt
 from softkv.prefix import evaluating
-
-_FILLED = "_softkv_filled"  # attribute of a cache: its copies carry copies of it
 
 
 @dataclass
@@ -32,7 +31,6 @@ class Call:
         soft: the soft prompt; None in a run of the bare decoder.
         prompts: of a `generate`.
         soft_tokens: `[k, C]`, of a `generate` whose prompts hold soft tokens.
-        read: columns of the prompts that a `generate` has read.
         positions_given: whether position ids are the user's own.
     """
 
@@ -40,7 +38,6 @@ class Call:
     soft: SoftPrompt | None = None
     prompts: Prompts | None = None
     soft_tokens: Tensor | None = None
-    read: int = 0
     positions_given: bool = False
 
 
@@ -154,32 +151,33 @@ class DecoderHooks:
         B, T = tokens.shape[:2]
         prompt = prompts.ids if prompts.embeds is None else prompts.embeds
         assert prompt is not None
-        width, first = prompt.shape[1], call.read == 0
-        decoding = T == 1 and call.read >= width and cache is not None
-        call.read += T
-        if cache is not None and first and not past_length(cache):
-            leave(cache, Filled(prompts.columns, prompts.mask))
-        if ids is not None and prompts.soft_at is not None and not decoding:
+        width, filled = prompt.shape[1], Filled.of(cache)
+        if filled is None:
+            filled = Filled(prompts.columns, B, prompts.mask_for(B), unread=width)
+            if cache is not None:
+                filled.leave_with(cache)
+        unread, filled.unread = filled.unread, max(filled.unread - T, 0)
+        if ids is not None and prompts.soft_at is not None and unread:
             assert call.soft_tokens is not None
-            at = prompts.soft_at[:, past_length(cache) :][:, :T]
+            at = prompts.soft_at[:, -unread:][:, :T]
             at = F.pad(at, (0, T - at.shape[1]), value=-1).repeat_interleave(B // len(at), 0)
             ids = torch.where(at < 0, ids, -at - 1)
             kwargs["inputs_embeds"], kwargs["input_ids"] = self.embed(ids, call.soft_tokens), None
         if call.soft is None or not call.soft.encodes_rows:
             return call.context
-        filled = Filled(width) if cache is None else filled_of(cache, call.soft)
         rows = None
-        if not filled.rows:
+        if not filled.kv:
             if width > T:
                 raise ValueError(
                     f"encoder-mode P-tuning v2 reads whole prompts at once: expected {width} columns in the first "
                     f"forward of a cache, got {T} (leave prefill_chunk_size out)"
                 )
-            mask = prompts.mask if prompts.mask is not None else torch.ones(len(prompt), width, device=prompt.device)
-            mask = F.pad(mask, (0, T - width)).repeat_interleave(B // len(mask), 0)
-            lines = Lines.of((B, T), mask, None, mask.device)
+            mask = prompts.mask_for(B)
+            if mask is None:
+                mask = torch.ones(B, width, device=prompt.device)
+            lines = Lines.of((B, T), F.pad(mask, (0, T - width)), None, mask.device)
             rows = lines.prompts(lines.last)
-        return replace(call.context, encoder=self.encoder(call.soft, rows, filled.rows))
+        return replace(call.context, index=filled.order, encoder=self.encoder(call.soft, rows, filled.kv))
 
     def _enter_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Keyword pre-hook of an attention block in encoder mode: makes the block's K/V from what enters it. It runs
@@ -239,23 +237,3 @@ def _learned_positions(decoder: nn.Module) -> int | None:
         ):
             return module.num_embeddings - int(getattr(module, "offset", 0))
     return None
-
-
-def past_length(cache: Any) -> int:
-    return 0 if cache is None else int(cache.get_seq_length())
-
-
-def filled_of(cache: Any, soft: SoftPrompt) -> Filled:
-    """What was left with a cache that is gone on from."""
-    filled = getattr(cache, _FILLED, None)
-    if filled is None and (soft.placement == "after" or soft.encodes_rows):
-        raise ValueError(
-            f"{type(soft.config).__name__} needs a cache that this SoftModel has filled: got one with "
-            f"{past_length(cache)} tokens in it that were read without the soft prompt"
-        )
-    return filled or Filled(0)
-
-
-def leave(cache: Any, filled: Filled) -> None:
-    """Leaves with a cache what those that go on from it must know."""
-    setattr(cache, _FILLED, filled)

@@ -102,7 +102,7 @@ def attention(
     context = softkv_prefix if softkv_prefix is not None else SoftContext()
     layer = getattr(module, "layer_idx", 0)
     if context.capture is not None:
-        context.capture[layer] = Captured(module, key, value)
+        context.capture[layer] = Captured(module, key, value, sliding_window)
 
     device = query.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype

@@ -14,13 +14,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softkv.hf.context import Filled, SoftContext
+from softkv.hf.context import SoftContext
+from softkv.hf.filled import Filled, check_contiguous, past_length
 from softkv.hf.frozen import FrozenBase, Original
 from softkv.hf.generation import Prompts, lengthened, mask_of, pad_id
-from softkv.hf.hooks import Call, DecoderHooks, filled_of, leave, past_length
-from softkv.hf.rows import Insertion, Lines, packed_positions, rows_of
+from softkv.hf.hooks import Call, DecoderHooks
+from softkv.hf.rows import (
+    Insertion,
+    Lines,
+    in_order,
+    keep_in,
+    left_order,
+    packed_positions,
+    rows_of,
+    scattered,
+)
+from softkv.hf.shown import generating
 from softkv.methods.base import Method, SoftPrompt
 from softkv.prefix import Prefix
+
+_PAGED = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
+_NOT_PAGED = (
+    "continuous batching runs only attention that transformers names itself, which knows no prefix: use generate with "
+    "a padded batch"
+)
 
 
 def attach(
@@ -78,6 +95,7 @@ class SoftModel(nn.Module):
         self._hooks = DecoderHooks(model, backend)
         try:
             blocks = self._hooks.probe()
+            self._windowed = any(captured.window is not None for captured in blocks.values())
             self._original.silence_dropout([captured.block for captured in blocks.values()])
             frozen = FrozenBase(model, {layer: captured.key for layer, captured in blocks.items()}, tokenizer)
             self.base_shape = frozen.shape
@@ -99,6 +117,8 @@ class SoftModel(nn.Module):
         except AttributeError:
             if name == "base":
                 raise
+            if name in _PAGED:
+                raise AttributeError(f"SoftModel has no {name}: {_NOT_PAGED}") from None
             return getattr(self.base, name)
 
     def num_trainable(self) -> int:
@@ -211,6 +231,16 @@ class SoftModel(nn.Module):
             batch["use_cache"] = False  # a cache would only copy every K and V
 
         rows = rows_of((B, T), attention_mask, position_ids, kwargs.get("cu_seq_lens_q"), kwargs.get("max_length_q"))
+        columns, split_labels = None, labels  # where the columns given are, when they were moved
+        filling = self._windowed and not past and self._caches(batch)
+        if filling and attention_mask is not None and scattered(attention_mask):
+            # Windows of later tokens will count the columns of the cache: padding goes in front.
+            order = left_order(attention_mask)
+            columns = order.argsort(1)
+            for name in ("input_ids", "inputs_embeds", "attention_mask", "position_ids"):
+                batch[name] = None if batch[name] is None else in_order(batch[name], order)
+            input_ids, attention_mask, position_ids = batch["input_ids"], batch["attention_mask"], batch["position_ids"]
+            split_labels = None if labels is None else in_order(labels, order)  # the loss is of the columns given
         lines = Lines.of((B, T), attention_mask, rows, tokens.device)
         split = None  # where prompts end, in the forward that reads them
         if (self.soft.placement == "after" or self.soft.encodes_rows) and not past:
@@ -219,7 +249,7 @@ class SoftModel(nn.Module):
                     f"{type(self.method).__name__} must know where each row's prompt ends: give labels (-100 on the "
                     "prompt) or prompt_lengths"
                 )
-            split = lines.split(labels, prompt_lengths)
+            split = lines.split(split_labels, prompt_lengths)
         head_in_rows = self.soft.placement == "before" and not self.head_once and batch.get("use_cache") is False
         if head_in_rows:
             split = lines.first
@@ -236,7 +266,7 @@ class SoftModel(nn.Module):
             insertion = Insertion.into(lines, split, k)
             lines = insertion.lines
             batch["inputs_embeds"] = insertion.embeddings(batch["inputs_embeds"], soft_tokens)
-            batch["logits_to_keep"] = insertion.keep(logits_to_keep)
+            columns = insertion.logits_at if columns is None else insertion.logits_at.gather(1, columns)
             if attention_mask is not None:
                 batch["attention_mask"] = insertion.attention_mask(attention_mask)
             if rows is not None:
@@ -244,12 +274,15 @@ class SoftModel(nn.Module):
                 batch["position_ids"] = None
             elif position_ids is not None:
                 batch["position_ids"] = insertion.positions(position_ids.expand(B, T))
+        if columns is not None:
+            batch["logits_to_keep"] = keep_in(columns, lines.shape[1], logits_to_keep)
         if not past:
-            filled = Filled(T, batch["attention_mask"])
+            filled = Filled(T, B, batch["attention_mask"])
         else:
-            filled = filled_of(past_key_values, self.soft)
-            if attention_mask is not None:
-                batch["attention_mask"] = _mask_of_filled(attention_mask, filled, k, past + T)
+            filled = Filled.by(self.soft, past_key_values)
+            batch["attention_mask"] = mask = filled.mask_of(attention_mask, k, (B, past + T))
+            if self._windowed and mask is not None:
+                check_contiguous(mask, T)
             if position_ids is not None:
                 batch["position_ids"] = position_ids + k
         if rows is not None:
@@ -261,15 +294,16 @@ class SoftModel(nn.Module):
         context = replace(SoftContext(backend=self.backend) if head_in_rows else self._context(), rows=rows)
         if self.soft.encodes_rows:
             prompts = None if split is None else lines.prompts(split)
-            memory = filled.rows if past or self._caches(batch) else None
-            context = replace(context, encoder=self._hooks.encoder(self.soft, prompts, memory))
+            memory = filled.kv if past or self._caches(batch) else None
+            encoder = self._hooks.encoder(self.soft, prompts, memory)
+            context = replace(context, index=filled.order, encoder=encoder)
         return_dict = batch.pop("return_dict", None)
         with self._hooks.active(Call(context, self.soft, positions_given=position_ids is not None)):
             output = self.base(**_given(**batch), return_dict=True)
         if not past and output.get("past_key_values") is not None:
-            leave(output.past_key_values, filled)
-        if insertion is not None and output.get("hidden_states") is not None:
-            at = insertion.logits_at[:, :, None]
+            filled.leave_with(output.past_key_values)
+        if columns is not None and output.get("hidden_states") is not None:
+            at = columns[:, :, None]
             output["hidden_states"] = tuple(states.take_along_dim(at, 1) for states in output["hidden_states"])
         return output.to_tuple() if return_dict is False else output
 
@@ -311,12 +345,17 @@ class SoftModel(nn.Module):
         self._check_options(kwargs)
         if ids is None and inputs_embeds is None:
             raise ValueError("SoftModel.generate expects input_ids or inputs_embeds")
+        config = kwargs.get("generation_config") or self.base.generation_config
+        _check_ways(
+            {name: kwargs.get(name, getattr(config, name)) for name in ("cache_implementation", "token_healing")}
+        )
         inline, after = self.soft.placement == "inline", self.soft.placement == "after"
-        if after and past_length(kwargs.get("past_key_values")):
+        cache = kwargs.get("past_key_values")
+        past = past_length(cache)
+        if after and past:
             raise ValueError(
                 "PromptTuning puts its block after the prompt: generate expects an empty cache, got a filled one"
             )
-        config = kwargs.get("generation_config") or self.base.generation_config
         if ids is not None:
             self._check_ids(ids)
             if attention_mask is None:
@@ -324,16 +363,33 @@ class SoftModel(nn.Module):
         soft_tokens = self.soft.soft_tokens() if inline or after else None
         block = soft_tokens if after else None
         prompts = Prompts.prepare(
-            ids, inputs_embeds, attention_mask, block=block, inline=inline, pad=pad_id(kwargs, config)
+            ids, inputs_embeds, attention_mask, block=block, inline=inline, pad=pad_id(kwargs, config), past=past
         )
+        if past:
+            self._go_on(cache, prompts, past)
+        elif cache is not None:
+            Filled.forget(cache)
         options = lengthened(kwargs, config, 0 if block is None else len(block))
         if options.get("streamer") is not None:
             options["streamer"] = prompts.streamer(options["streamer"])
-        with self._hooks.active(Call(self._context(), self.soft, prompts, soft_tokens)):
+        call = Call(self._context(), self.soft, prompts, soft_tokens)
+        with self._hooks.active(call), generating(self, prompts.shown):
             output = self.base.generate(
                 **_given(inputs=prompts.ids, attention_mask=prompts.mask, inputs_embeds=prompts.embeds), **options
             )
         return prompts.with_given(output)
+
+    def _go_on(self, cache: Any, prompts: Prompts, past: int) -> None:
+        """Checks that prompts go on from what a cache holds."""
+        filled, mask = Filled.by(self.soft, cache), prompts.mask
+        tokens = prompts.ids if prompts.ids is not None else prompts.embeds
+        assert tokens is not None
+        filled.unread = (tokens if mask is None else mask).shape[1] - past
+        if mask is not None:
+            filled.check_same_rows(mask)
+            if self._windowed:
+                check_contiguous(mask, mask.shape[1] - past)
+        filled.leave_with(cache)
 
     # What the soft prompt gives, and what it takes --------------------------------------------------------------------
 
@@ -400,25 +456,23 @@ def _check_base(model: Any) -> None:
         raise ValueError(f"{type(model).__name__} uses chunked attention, which softkv attention does not offer")
 
 
+def _check_ways(options: dict[str, Any]) -> None:
+    """Refuses ways to generate that would leave the soft prompt out."""
+    if options["cache_implementation"] == "paged":
+        raise ValueError(f'SoftModel.generate has no cache_implementation="paged": {_NOT_PAGED}')
+    if options["token_healing"]:
+        raise ValueError(
+            "token_healing rewrites prompts inside generate, soft tokens too: heal them first, with "
+            "heal_tokens(input_ids, tokenizer), and leave it out here"
+        )
+
+
 def _check_reentrant(checkpointing: dict[str, Any]) -> None:
     if checkpointing.get("use_reentrant"):
         raise ValueError(
             "softkv needs non-reentrant gradient checkpointing: expected use_reentrant=False, got True (reentrant "
             "checkpoints can't carry the gradient of a prefix)"
         )
-
-
-def _mask_of_filled(mask: Tensor, filled: Filled, k: int, S: int) -> Tensor:
-    """The padding mask `[B, S]` of a filled cache with k soft tokens in it, from one `[B, S - k]` in the columns that
-    were given (or `[B, S]`, where they are counted)."""
-    given = filled.columns + (k if mask.shape[1] == S else 0)
-    if filled.mask is not None:
-        front = filled.mask.repeat_interleave(len(mask) // len(filled.mask), 0).to(mask.dtype)
-    elif k:
-        front = mask.new_ones(len(mask), filled.columns + k)
-    else:
-        return mask
-    return torch.cat([front, mask[:, given:]], 1)
 
 
 def _given(**arguments: Any) -> dict[str, Any]:

@@ -143,19 +143,6 @@ class Insertion:
         moved = flat[self.source.clamp(max=N - 1)] + torch.where(soft.cumsum(1) > 0, k, 0)
         return torch.where(soft, start[:, None] + self.source - N, moved)
 
-    def keep(self, logits_to_keep: int | Tensor) -> Tensor:
-        """`logits_to_keep` of the batch given, in columns of the new one."""
-        if isinstance(logits_to_keep, int):
-            return self.logits_at[:, -logits_to_keep:] if logits_to_keep else self.logits_at
-        if logits_to_keep.dtype == torch.bool:
-            new = torch.zeros(self.source.shape, dtype=torch.bool, device=self.source.device)
-            rows = torch.arange(len(new), device=new.device)[:, None].expand_as(self.logits_at)
-            new[rows[logits_to_keep], self.logits_at[logits_to_keep]] = True
-            return new
-        if logits_to_keep.dim() == 1:
-            return self.logits_at[:, logits_to_keep]
-        return self.logits_at.gather(1, logits_to_keep)
-
 
 def rows_of(
     shape: tuple[int, int],
@@ -189,8 +176,36 @@ def packed_positions(rows: PackedRows, tokens: int) -> Tensor:
     return (torch.arange(tokens, device=starts.device) - torch.repeat_interleave(starts, lengths))[None]
 
 
+def scattered(attention_mask: Tensor) -> bool:
+    """Whether some padding stands behind a real token of its row."""
+    return bool((attention_mask[:, :-1].bool() & ~attention_mask[:, 1:].bool()).any())
+
+
+def left_order(attention_mask: Tensor) -> Tensor:
+    """`[B, T]`: the columns of each row in an order that puts all padding in front."""
+    return attention_mask.bool().int().argsort(dim=1, stable=True)
+
+
 def left_padded(tokens: Tensor, attention_mask: Tensor) -> Tensor:
     """The same rows (ids `[B, T]` or embeddings `[B, T, C]`) with all padding in front."""
-    order = attention_mask.bool().int().argsort(dim=1, stable=True)
-    gather = order if tokens.dim() == 2 else order[:, :, None].expand_as(tokens)
-    return tokens.gather(1, gather)
+    return in_order(tokens, left_order(attention_mask))
+
+
+def in_order(tokens: Tensor, order: Tensor) -> Tensor:
+    """The columns `order` `[B, T]` of ids `[B, T]`, embeddings `[B, T, C]` or positions `[1, T]`."""
+    tokens = tokens.expand(len(order), *tokens.shape[1:])
+    return tokens.gather(1, order if tokens.dim() == 2 else order[:, :, None].expand_as(tokens))
+
+
+def keep_in(columns: Tensor, width: int, logits_to_keep: int | Tensor) -> Tensor:
+    """`logits_to_keep` of a batch given, where its columns have become `columns` `[B, T]` of one of `width` columns."""
+    if isinstance(logits_to_keep, int):
+        return columns[:, -logits_to_keep:] if logits_to_keep else columns
+    if logits_to_keep.dtype == torch.bool:
+        new = torch.zeros(len(columns), width, dtype=torch.bool, device=columns.device)
+        rows = torch.arange(len(new), device=new.device)[:, None].expand_as(columns)
+        new[rows[logits_to_keep], columns[logits_to_keep]] = True
+        return new
+    if logits_to_keep.dim() == 1:
+        return columns[:, logits_to_keep]
+    return columns.gather(1, logits_to_keep)

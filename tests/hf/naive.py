@@ -115,9 +115,9 @@ def close(got: Tensor, want: Tensor, tolerance: float = 1e-5) -> None:
 
 
 def recomputing(model: Any, soft: SoftPrompt, prompts: list[list[int]]) -> Any:
-    """The eager `model` made to answer `generate` from everything recomputed, row by row; no cache, no batch. Soft
-    tokens of a prompt look like its largest id."""
-    width = max(map(len, prompts))
+    """The eager `model` made to answer `generate` from everything recomputed, row by row; no cache, no batch. It is
+    to be given the real tokens of the prompts."""
+    width = max(sum(i >= 0 for i in prompt) for prompt in prompts)
 
     def forward(input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> CausalLMOutputWithPast:
         repeats = len(input_ids) // len(prompts)

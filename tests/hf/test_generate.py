@@ -107,9 +107,9 @@ SEARCHES: dict[str, tuple[int, dict[str, Any]]] = {  # sequences a row, options
 def test_searches(method: str) -> None:
     name = "Gemma2: softcap, alternating windows"
     prompts, model = prompts_of(method), attach(name, method).eval()
-    shown = [[max(prompt) if i < 0 else i for i in prompt] for prompt in prompts]
+    shown = [[i for i in prompt if i >= 0] for prompt in prompts]
     naive = recomputing(model_of(name), model.soft, prompts)
-    width = max(map(len, prompts))
+    width = max(map(len, shown))
     for search, (repeats, options) in SEARCHES.items():
         torch.manual_seed(3)
         plain = {key: value for key, value in options.items() if key != "cache_implementation"} | {"use_cache": False}
