@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-FOLDER = Path(__file__).resolve().parents[1] / "data" / "movie_snippets"
+_HERE = Path(__file__).resolve().parent
+_INSTALLED = _HERE / "movie_snippets_data"
+FOLDER = _INSTALLED if _INSTALLED.exists() else _HERE.parent / "data" / "movie_snippets"
 LABELS = ("positive", "negative")
 
 

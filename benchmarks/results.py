@@ -1,0 +1,31 @@
+"""Results on disk: one JSON file a benchmark, one record a case, each with the machine and the command that made it."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).resolve().parent / "results"
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(scratch, path)
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def merge(path: Path, records: dict[str, Any], order: list[str]) -> dict[str, Any]:
+    """Writes records into a file, in place of those of the same cases; the others stay, in the order of the cases."""
+    known = (read_json(path)["results"] if path.exists() else {}) | records
+    names = [name for name in order if name in known] + [name for name in known if name not in order]
+    content = {"results": {name: known[name] for name in names}}
+    write_json(path, content)
+    return content
