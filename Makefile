@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint compile-matrix mutants clean
+.PHONY: demo test bench lint compile-matrix mutants clean
 
 $(READY): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -19,6 +19,12 @@ demo: $(READY)
 
 test: $(READY) lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n $(WORKERS)
+
+# softkv beside what it replaces: tables, plots and runs/bench/report.html (under 25 minutes on 2 cores).
+bench: $(READY)
+	$(BIN)/softkv bench attention
+	$(BIN)/softkv bench generate --rounds 2
+	$(BIN)/softkv bench train --steps 1
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -21,10 +21,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import movie_snippets, smollm2
-from benchmarks.peft_peer import in_peft, without_soft_tokens
-from benchmarks.readme import percent
-from benchmarks.timing import machine, write_json
+from . import movie_snippets, smollm2
+from .machine import machine
+from .peft_peer import in_peft, without_soft_tokens
+from .readme import percent
+from .results import write_json
 
 OUTPUT = Path(__file__).resolve().parents[1] / "runs" / "demo"
 ANSWERS = tuple(f" {label}" for label in movie_snippets.LABELS)

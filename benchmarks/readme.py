@@ -1,22 +1,29 @@
-"""`python -m benchmarks.readme`: writes the measured tables of README.md from the committed results.
+"""`python -m benchmarks.readme`: writes the measured tables of README.md and docs/ from the committed results.
 
-Its figures come from nowhere else: a test compares.
+A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`; NAME is one of `TABLES`. Figures come from
+nowhere else: a test compares.
 """
 
 from __future__ import annotations
 
-import json
+import re
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .figures import geometric_means, of_peak
+from .results import FOLDER, read_json
+
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
-BEGIN, END = "<!-- results: begin -->\n", "<!-- results: end -->\n"
+KINDS = ("cold", "hot")
+HOW_DECODING = (
+    "Heads as SmolLM2-135M's, 128 cached tokens a row; single calls (cold) and calls in a row (hot), medians."
+)
+BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end of table -->\n)", re.DOTALL)
+Records = dict[str, Any]
 
 DEMO = """\
-## Measured
-
 `make demo`: SmolLM2-135M-Instruct, sentiment of film review snippets, {steps} steps of {batch} rows; accuracy on
 {test_rows} test rows with Wilson's 95 % interval; peak memory of a process each. PEFT ran the same job from its own
 start; it has no method with one K/V pair for all layers, and its prompts stand before the text. {device}.
@@ -26,46 +33,92 @@ start; it has no method with one K/V pair for all layers, and its prompts stand 
 {rows}
 """
 TRAIN = """\
-`python -m benchmarks.train`: a training step of 16 rows beside PEFT doing the same job, and beside the floor (the same
-packed tokens without a prefix, backward to the input embeddings). Interleaved, median of {steps} timed steps, ratios
-round by round, peak memory of a process each. {device}.
+`softkv bench train`: a training step of 16 rows beside PEFT doing the same job, and beside the floor (the same packed
+tokens without a prefix, backward to the input embeddings). Interleaved, median of {steps} timed steps, ratios round by
+round, peak memory of a process each. {device}.
 
 | case | softkv s / step | PEFT s / step | floor s / step | softkv is faster by | softkv GiB | PEFT GiB |
 |---|---:|---:|---:|---:|---:|---:|
 {rows}
 """
 ATTENTION = """\
-`python -m benchmarks.attention`: the op beside the fastest `scaled_dot_product_attention` over really concatenated keys
-and values; {mode}. {device}.
+`softkv bench attention`: {what}. {how}
+{device}.
 
-| B | H | G | T | P | D | softkv ms | concatenated ms | softkv is faster by |
-|---:|---:|---:|---:|---:|---:|---:|---:|---:|
+| {axes} | softkv ms | % of peak | cat ms | no prefix ms | softkv is faster by | softkv MiB | cat MiB |
+|{lines}---:|---:|---:|---:|---:|---:|---:|
 {rows}
 """
+DECODING = """\
+`softkv bench attention`: {what}.
+{how}
+{device}.
+
+| {axes} | softkv ms cold | hot | concatenated ms cold | hot | faster cold | hot | no prefix ms cold | hot |
+|{lines}---:|---:|---:|---:|---:|---:|---:|---:|
+{rows}
+"""
+GENERATE = """\
+`softkv bench generate`: 16 prompts of real text behind one prefix of P slots, 32 new tokens each, greedy; PEFT's prefix
+tuning holds the same values and gave the same tokens. Interleaved, median of {rounds} rounds, peak memory of a process
+each. {device}.
+
+| P | softkv tokens / s | PEFT tokens / s | no prefix tokens / s | softkv is faster than PEFT by | time, no prefix = 1 | softkv GiB | PEFT GiB |
+|---:|---:|---:|---:|---:|---:|---:|---:|
+{rows}
+"""  # noqa: E501
 
 
-def rendered(readme: str) -> str:
-    """The README with its tables made anew."""
-    before, rest = readme.split(BEGIN)
-    after = rest.split(END)[1]
-    return before + BEGIN + "\n".join([_demo(), _train(), *_attention()]) + END + after
+def rendered(text: str) -> str:
+    """A document with its tables made anew."""
+
+    def table(block: re.Match[str]) -> str:
+        if block[2] not in TABLES:
+            raise ValueError(f"no table is called {block[2]!r}: expected one of {', '.join(TABLES)}")
+        return block[1] + TABLES[block[2]]() + block[3]
+
+    return BLOCK.sub(table, text)
 
 
-def _read(name: str) -> dict[str, Any]:
-    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+def documents() -> list[Path]:
+    """README.md and the pages of docs/ that hold tables."""
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+    return [page for page in pages if BLOCK.search(page.read_text(encoding="utf-8"))]
 
 
-def _device(content: dict[str, Any]) -> str:
-    machine = content["machine"]
-    return f"{machine['cpu']}, {machine['cores']} cores, fp32, torch {machine['torch']}, {machine['date'][:10]}"
+def _records(name: str, keep: Callable[[Any], bool] = lambda record: True) -> Records:
+    results = read_json(FOLDER / f"{name}.json")["results"]
+    return {name: record for name, record in results.items() if keep(record)}
+
+
+def _devices(machines: list[dict[str, Any]], dtype: str) -> str:
+    """The machines in words, once each."""
+    words = [
+        f"{one.get('gpu') or one['cpu']}, {one['cores']} cores, {dtype}, torch {one['torch']}, {one['date'][:10]}"
+        for one in machines
+    ]
+    return "; ".join(dict.fromkeys(words))
+
+
+def _of_records(records: Records) -> str:
+    dtype = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+    return "; ".join(
+        dict.fromkeys(_devices([one["machine"]], dtype[one["settings"]["dtype"]]) for one in records.values())
+    )
 
 
 def _row(*cells: Any) -> str:
     return f"| {' | '.join(map(str, cells))} |"
 
 
+def percent(accuracy: dict[str, Any]) -> str:
+    """An accuracy with its interval."""
+    low, high = accuracy["interval"]
+    return f"{accuracy['value']:.3f} [{low:.2f}, {high:.2f}]"
+
+
 def _demo() -> str:
-    content = _read("demo")
+    content = read_json(FOLDER / "demo.json")
     rows = []
     for result in content["results"].values():
         peer = result.get("peft")
@@ -75,64 +128,125 @@ def _demo() -> str:
                 f"{result['parameters']:,}",
                 percent(result["before"]),
                 percent(result["after"]),
-                *_figures(result, "{:.2f}"),
-                *(_figures(peer, "{:.2f}") if peer else ("—", "—")),
+                *(f"{result[name]:.2f}" for name in ("seconds_a_step", "peak_gib")),
+                *(f"{peer[name]:.2f}" if peer else "—" for name in ("seconds_a_step", "peak_gib")),
             )
         )
-    return DEMO.format(rows="\n".join(rows), device=_device(content), **content["settings"])
-
-
-def _figures(result: dict[str, Any], form: str) -> tuple[str, str]:
-    return form.format(result["seconds_a_step"]), form.format(result["peak_gib"])
-
-
-def percent(accuracy: dict[str, Any]) -> str:
-    """An accuracy with its interval."""
-    low, high = accuracy["interval"]
-    return f"{accuracy['value']:.3f} [{low:.2f}, {high:.2f}]"
+    return DEMO.format(rows="\n".join(rows), device=_devices([content["machine"]], "fp32"), **content["settings"])
 
 
 def _train() -> str:
-    content = _read("train")
+    records = _records("train")
     rows = []
-    for result in content["results"].values():
-        seconds = {name: f"{statistics.median(times):.2f}" for name, times in result["seconds"].items()}
-        faster = result["speedup_of_softkv"].get("PEFT")
-        peaks = {name: f"{peak:.2f}" for name, peak in result["peak_gib"].items()}
+    for record in records.values():
+        seconds = {name: f"{statistics.median(times):.2f}" for name, times in record["seconds"].items()}
+        faster = record["speedup_of_softkv"].get("PEFT")
+        peaks = {name: f"{peak:.2f}" for name, peak in record["peak_gib"].items()}
         rows.append(
             _row(
-                result["case"]["title"],
+                record["case"]["title"],
                 *(seconds.get(name, "—") for name in ("softkv", "PEFT", "floor")),
                 f"{faster['median']:.1f}×" if faster else "—",
                 *(peaks.get(name, "—") for name in ("softkv", "PEFT")),
             )
         )
-    steps = min(result["steps"] for result in content["results"].values())
-    return TRAIN.format(rows="\n".join(rows), device=_device(content), steps=steps)
+    steps = min(record["steps"] for record in records.values())
+    return TRAIN.format(rows="\n".join(rows), device=_of_records(records), steps=steps)
 
 
-def _attention() -> list[str]:
-    content = _read("attention")
-    modes = {
-        "forward + backward": ("cat", "forward and backward to q, k, v and the shared prefix"),
-        "decoding": ("cat cached", "decoding one token, beside an already concatenated cache"),
-    }
-    tables = []
-    for mode, (rival, words) in modes.items():
-        rows = []
-        for result in content["results"]:
-            if result["mode"] == mode:
-                milliseconds = (result["ms"][name]["median"] for name in ("softkv", result["best"][rival]))
-                faster = result["speedup"][rival]["median"]
-                axes = (result["shape"][axis] for axis in "BHGTPD")
-                rows.append(_row(*axes, *(f"{ms:.2f}" for ms in milliseconds), f"{faster:.2f}×"))
-        tables.append(ATTENTION.format(rows="\n".join(rows), mode=words, device=_device(content)))
-    return tables
+def _generate() -> str:
+    records = _records("generate")
+    rows = []
+    for record in records.values():
+        case, faster = record["case"], record["speedup_of_softkv"]
+        tokens = case["rows"] * case["new_tokens"]
+        rates = {name: f"{tokens / statistics.median(times):.1f}" for name, times in record["seconds"].items()}
+        rows.append(
+            _row(
+                case["P"],
+                *(rates.get(name, "—") for name in ("softkv", "PEFT", "no prefix")),
+                f"{faster['PEFT']['median']:.2f}×" if "PEFT" in faster else "—",
+                f"{1 / faster['no prefix']['median']:.2f}",
+                *(f"{record['peak_gib'][name]:.2f}" if name in rates else "—" for name in ("softkv", "PEFT")),
+            )
+        )
+    rounds = min(record["rounds"] for record in records.values())
+    return GENERATE.format(rows="\n".join(rows), device=_of_records(records), rounds=rounds)
+
+
+def _axes(axes: str) -> dict[str, str]:
+    return {"axes": " | ".join(axes), "lines": "---:|" * len(axes)}
+
+
+def _attention(sweep: str, what: str, mode: str = "forward + backward", axes: str = "BHGTPD") -> str:
+    """One sweep in one mode beside concatenation, timed cold."""
+    records = _records("attention", lambda one: (one["case"]["sweep"], one["case"]["mode"]) == (sweep, mode))
+    rows = []
+    for record in records.values():
+        ours, theirs, floor = (record["providers"][name] for name in (record["ours"], "cat", "no prefix"))
+        rows.append(
+            _row(
+                *(record["case"]["shape"][axis] for axis in axes),
+                f"{ours['cold']['ms']['median']:.2f}",
+                f"{100 * of_peak(record, record['ours']):.0f}",
+                *(f"{one['cold']['ms']['median']:.2f}" for one in (theirs, floor)),
+                f"{theirs['cold']['speedup_of_ours']['median']:.2f}×",
+                *(f"{one['working_mib']:.0f}" for one in (ours, theirs)),
+            )
+        )
+    mean = geometric_means(records).get(mode)
+    how = "Single calls, median." + (f" Geometric mean {mean:.2f}×." if mean else "")
+    return ATTENTION.format(rows="\n".join(rows), what=what, how=how, device=_of_records(records), **_axes(axes))
+
+
+def _decoding(sweep: str, what: str, axes: str = "BP") -> str:
+    """One decoding sweep beside an already concatenated cache, cold and hot."""
+    records = _records("attention", lambda one: one["case"]["sweep"] == sweep)
+    rows = []
+    for record in records.values():
+        ours, cached, floor = (record["providers"][name] for name in (record["ours"], "cat cached", "no prefix"))
+
+        def times(one: dict[str, Any]) -> list[str]:
+            return [f"{one[kind]['ms']['median']:.2f}" for kind in KINDS]
+
+        rows.append(
+            _row(
+                *(record["case"]["shape"][axis] for axis in axes),
+                *times(ours),
+                *times(cached),
+                *(f"{cached[kind]['speedup_of_ours']['median']:.2f}×" for kind in KINDS),
+                *times(floor),
+            )
+        )
+    return DECODING.format(
+        rows="\n".join(rows), what=what, how=HOW_DECODING, device=_of_records(records), **_axes(axes)
+    )
+
+
+CAT = (
+    "forward and backward to q, k, v and the prefix, beside the fastest SDPA over\nreally concatenated keys and values"
+)
+CACHED = "one token a row, beside SDPA over a cache that already holds the prefix in every row"
+TABLES: dict[str, Callable[[], str]] = {
+    "demo": _demo,
+    "train": _train,
+    "generate": _generate,
+    "attention-training": lambda: _attention("training", f"training shapes; {CAT}"),
+    "attention-forward": lambda: _attention("training", "training shapes, forward alone", "forward"),
+    "attention-decoding": lambda: _decoding("decoding", CACHED),
+    "attention-prefix": lambda: _attention("prefix", f"growing P; {CAT}"),
+    "attention-batch": lambda: _attention("batch", f"growing B; {CAT}"),
+    "attention-tokens": lambda: _attention("tokens", f"growing T; {CAT}"),
+    "attention-bank": lambda: _attention("bank", f"a bank of A prefixes; {CAT}", axes="BHGTPDA"),
+    "attention-decoding-prefix": lambda: _decoding("decoding-prefix", f"growing P; {CACHED}"),
+    "attention-decoding-batch": lambda: _decoding("decoding-batch", f"growing B; {CACHED}"),
+    "attention-decoding-bank": lambda: _decoding("decoding-bank", f"a bank of A prefixes; {CACHED}", axes="BPA"),
+}
 
 
 def main() -> None:
-    path = ROOT / "README.md"
-    path.write_text(rendered(path.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in documents():
+        page.write_text(rendered(page.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""The measuring instrument: every provider runs once a round, so that a slow moment of the machine hits all of them. The
-order is drawn anew each round: who runs before leaves its caches and its heap behind.
+"""The measuring instrument: every provider runs once a round, so that a slow moment of the machine hits all of them.
+The order is drawn anew each round: who runs before leaves its caches and its heap behind.
 
 A sample is `cold`, a single call with the other providers' calls before it, or `hot`, the mean of several calls in a
 row. Ratios are taken round by round.

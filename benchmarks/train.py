@@ -1,37 +1,30 @@
-"""`python -m benchmarks.train`: a training step on SmolLM2-135M-Instruct, beside PEFT and beside the floor.
+"""A training step beside PEFT and beside the floor.
 
-16 movie snippets a step, fp32, AdamW. Providers:
+Movie snippets on SmolLM2-135M-Instruct, AdamW. Providers:
 
   softkv        packed rows, head computed once, logits only where a label is
   - packing     the same with padded rows; and so on for each idea alone
   PEFT          the same job: same rows, same initial values where the method is the same, padded as PEFT needs
   floor         the same packed tokens without a prefix, backward to the input embeddings
-
-Every provider is a process of its own (so its peak memory is its own), and all step in turn, so that a slow moment of
-the machine hits all of them; ratios are taken round by round.
 """
 
 from __future__ import annotations
 
-import multiprocessing
-import resource
 import statistics
+import sys
 import time
-from dataclasses import asdict, dataclass, field
-from multiprocessing.connection import Connection
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
-import typer
-from rich.console import Console
-from rich.table import Table
+from . import movie_snippets
+from .machine import machine
+from .model_jobs import ModelJob, ModelSettings
+from .peft_peer import in_peft, rows_of_matrices, without_soft_tokens
+from .processes import take_turns
+from .timing import summary
 
-from benchmarks import movie_snippets, smollm2
-from benchmarks.peft_peer import in_peft, without_soft_tokens
-from benchmarks.timing import Spread, machine, speedup, write_json
-
-RESULTS = Path(__file__).resolve().parent / "results" / "train.json"
-BATCH, SEED = 16, 0
 TEMPLATE = "[text]\nSentiment: [Y]"
 P_TUNING_TEMPLATE = "[text]\n[P1][P2][P3][P4][P5][P6] Sentiment: [P7][P8] [Y]"
 IDEAS = {"- packing": "packing", "- head once": "head_once", "- label logits": "label_logits"}
@@ -48,14 +41,20 @@ class Case:
     ideas: tuple[str, ...] = ("- packing", "- label logits")
     same_start: bool = True
     template: dict[str, str] = field(default_factory=lambda: {"template": TEMPLATE})
+    rows: int = 16  # a step
+    grows: bool = False  # one of those that differ in P only
 
     @property
     def providers(self) -> list[str]:
         return ["softkv", *self.ideas, *(["PEFT"] if self.peft else []), "floor"]
 
 
-CASES = {
-    "v2-64": Case("P-tuning v2, P=64", "PTuningV2", {"length": 64}, "PREFIX_TUNING"),
+def _of_length(P: int, ideas: tuple[str, ...] = ()) -> Case:
+    return Case(f"P-tuning v2, P={P}", "PTuningV2", {"length": P}, "PREFIX_TUNING", ideas, grows=True)
+
+
+CPU = {
+    "v2-64": _of_length(64, ("- packing", "- label logits")),
     "before-100": Case(
         'Prompt-tuning "before", P=100',
         "PromptTuning",
@@ -63,7 +62,9 @@ CASES = {
         "PROMPT_TUNING",
         ("- packing", "- head once", "- label logits"),
     ),
-    "v2-2048": Case("P-tuning v2, P=2048", "PTuningV2", {"length": 2048}, "PREFIX_TUNING"),
+    "v2-512": _of_length(512),
+    "v2-2048": _of_length(2048, ("- packing", "- label logits")),
+    "v2-4096": _of_length(4096),
     "prefix-64": Case("Prefix-tuning, P=64", "PrefixTuning", {"length": 64}),
     "after-20": Case('Prompt-tuning "after", k=20', "PromptTuning", {"length": 20, "init": "random"}),
     "p-tuning": Case(
@@ -71,19 +72,27 @@ CASES = {
     ),
     "encoder-16": Case('P-tuning v2, encoder="lstm", n=16', "PTuningV2", {"length": 16, "encoder": "lstm"}),
 }
+CUDA = {name: replace(case, rows=128) for name, case in CPU.items()}
+QUICK = {
+    name: replace(CPU[name], settings=CPU[name].settings | {"length": 3}, rows=4) for name in ("v2-64", "before-100")
+}
 
 
-class Job:
-    """One provider's training step; `step(i)` trains on batch i and gives its loss."""
+def cases(device: str, quick: bool) -> dict[str, Case]:
+    return QUICK if quick else {"cpu": CPU, "cuda": CUDA}[device]
 
-    def __init__(self, case: Case, provider: str) -> None:
+
+class Job(ModelJob):
+    """One provider's training step; `step(i)` trains on batch i and gives its loss and the tokens in the batch."""
+
+    def __init__(self, case: Case, provider: str, settings: ModelSettings) -> None:
         import torch
         from transformers import DataCollatorForSeq2Seq
 
         import softkv
 
-        torch.manual_seed(SEED)
-        model, tokenizer = smollm2.load()
+        super().__init__(settings)
+        model, tokenizer = self.load()
         tokenizer.padding_side = "right"
         off = IDEAS.get(provider)
         method = getattr(softkv, case.method)(**case.settings, **case.template)
@@ -103,7 +112,7 @@ class Job:
             self.model.set_attn_implementation("softkv")
         trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trainable, lr=1e-3) if provider != "floor" else None
-        self.rows = movie_snippets.read("train")
+        self.rows, self.rows_a_step = movie_snippets.read("train"), case.rows
 
     @staticmethod
     def _in_peft(case: Case, soft_model: Any) -> Any:
@@ -114,8 +123,7 @@ class Job:
         wrapped = in_peft(model, str(case.peft), length, encoder_size=128)
         with torch.no_grad():
             if case.peft == "PREFIX_TUNING":
-                matrices = torch.stack([soft.k, soft.v], 1)  # [L, 2, 1, G, P, D]
-                start = matrices.flatten(0, 2).permute(2, 0, 1, 3).flatten(1)  # [P, L·2·G·D], K before V in each layer
+                start = rows_of_matrices(soft.k, soft.v)
             elif case.peft == "PROMPT_TUNING":
                 start = soft.embeddings
             if case.same_start:
@@ -123,23 +131,24 @@ class Job:
         return wrapped
 
     def batch(self, number: int) -> dict[str, Any]:
-        first = number * BATCH % (len(self.rows) - BATCH)
-        examples = [self.encode(row) for row in self.rows[first : first + BATCH]]
+        first = number * self.rows_a_step % (len(self.rows) - self.rows_a_step)
+        examples = [self.encode(row) for row in self.rows[first : first + self.rows_a_step]]
         if self.drop_soft_ids:
             examples = [without_soft_tokens(example) for example in examples]
-        return dict(self.collate(examples))
+        return self.on_device(dict(self.collate(examples)))
 
-    def step(self, number: int) -> tuple[float, float, int]:
-        """Seconds, loss, and tokens in the batch."""
+    def step(self, number: int) -> tuple[float, tuple[float, int]]:
         batch = self.batch(number)
         tokens = batch["input_ids"].numel()
+        self.wait()
         start = time.perf_counter()
         loss = self.loss(batch)
         loss.backward()
         if self.optimizer is not None:
             self.optimizer.step()
             self.optimizer.zero_grad()
-        return time.perf_counter() - start, loss.item(), tokens
+        self.wait()
+        return time.perf_counter() - start, (loss.item(), tokens)
 
     def _full_loss(self, batch: dict[str, Any]) -> Any:
         return self.model(**batch).loss
@@ -165,131 +174,35 @@ class Job:
         return F.cross_entropy(logits, targets[keep])
 
 
-def worker(case: Case, provider: str, pipe: Connection) -> None:
-    """Steps when told to; answers with seconds and loss, at last with its peak memory."""
-    job = Job(case, provider)
-    pipe.send("ready")
-    while (number := pipe.recv()) is not None:
-        pipe.send(job.step(number))
-    pipe.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+def run(
+    chosen: dict[str, Case], steps: int, settings: ModelSettings, command: str, progress: Callable[[int], None]
+) -> Iterator[tuple[str, Any]]:
+    """(name, record) of each case."""
+    about = {"machine": machine(settings.device), "command": command, "settings": asdict(settings)}
+    for name, case in chosen.items():
+        yield name, measure(case, steps, settings, progress) | about
 
 
-def measure(case: Case, steps: int, console: Console) -> dict[str, Any]:
+def measure(case: Case, steps: int, settings: ModelSettings, progress: Callable[[int], None]) -> dict[str, Any]:
     """Seconds and losses a step, peak memory, of every provider of a case."""
-    context = multiprocessing.get_context("spawn")
-    pipes: dict[str, Connection] = {}
-    processes = []
-    for provider in case.providers:
-        pipes[provider], theirs = context.Pipe()
-        process = context.Process(target=worker, args=(case, provider, theirs), daemon=True)
-        process.start()
-        theirs.close()
-        processes.append(process)
-    for pipe in pipes.values():
-        pipe.recv()
-    seconds: dict[str, list[float]] = {provider: [] for provider in pipes}
-    losses: dict[str, list[float]] = {provider: [] for provider in pipes}
-    tokens: list[int] = []
-    for number in range(steps + 1):
-        for provider, pipe in pipes.items():
-            pipe.send(number)
-            took, loss, count = pipe.recv()
-            losses[provider].append(loss)
-            if provider == "softkv":  # packed: no padding among them
-                tokens.append(count)
-            if number:  # the first step warms up
-                seconds[provider].append(took)
-        console.print(f"  round {number} of {steps}", end="\r")
-    peaks = {}
-    for provider, pipe in pipes.items():
-        pipe.send(None)
-        peaks[provider] = pipe.recv()
-    for process in processes:
-        process.join()
+    makers = {provider: partial(Job, case, provider, settings) for provider in case.providers}
+    turns = take_turns(makers, steps, progress=progress)
+    if "softkv" in turns.absent:
+        raise RuntimeError(f"softkv failed at {case.title}: {turns.absent['softkv']}")
+    ratios = summary(turns.seconds, "softkv")
     return {
         "case": {key: value for key, value in asdict(case).items() if key != "ideas"},
         "steps": steps,
-        "useful_tokens_a_step": statistics.fmean(tokens[1:]),
-        "seconds": seconds,
-        "first_loss": {provider: values[0] for provider, values in losses.items()},
-        "peak_gib": peaks,
-        "speedup_of_softkv": {
-            provider: asdict(speedup(seconds, "softkv", provider)) for provider in pipes if provider != "softkv"
-        },
+        "useful_tokens_a_step": statistics.fmean(count for _, count in turns.answers["softkv"][1:]),  # packed
+        "seconds": turns.seconds,
+        "first_loss": {provider: answers[0][0] for provider, answers in turns.answers.items()},
+        "peak_gib": turns.peak_gib,
+        "speedup_of_softkv": {name: of["speedup_of_ours"] for name, of in ratios.items() if name != "softkv"},
+        "absent": turns.absent,
     }
 
 
-def report(result: dict[str, Any]) -> Table:
-    table = Table(title=result["case"]["title"])
-    for column in (
-        "provider",
-        "s / step [80%]",
-        "rows / s",
-        "tokens / s",
-        "peak GiB",
-        "first loss",
-        "softkv is faster by",
-    ):
-        table.add_column(column, justify="left" if column == "provider" else "right")
-    for provider, sample in result["seconds"].items():
-        spread = Spread.of(sample)
-        ratio = result["speedup_of_softkv"].get(provider)
-        table.add_row(
-            provider,
-            f"{spread.median:.2f} [{spread.low:.2f}, {spread.high:.2f}]",
-            f"{BATCH / spread.median:.2f}",
-            f"{result['useful_tokens_a_step'] / spread.median:.0f}",
-            f"{result['peak_gib'][provider]:.2f}",
-            f"{result['first_loss'][provider]:.4f}",
-            "" if ratio is None else f"{ratio['median']:.2f}x",
-        )
-    return table
-
-
-def draw(results: dict[str, Any], path: Path) -> None:
-    """Seconds a step of softkv, PEFT and the floor, a bar each."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 0.9 + 0.8 * len(results)), layout="constrained")
-    axes = figure.add_subplot(xlabel="seconds a step of 16 rows", xscale="log")
-    colours = {"softkv": "#e8963e", "PEFT": "#4f83cc", "floor": "#c9d1d9"}
-    for row, result in enumerate(results.values()):
-        shown = [provider for provider in colours if provider in result["seconds"]]
-        for place, provider in enumerate(shown):
-            median = statistics.median(result["seconds"][provider])
-            y = row + 0.27 * (place - (len(shown) - 1) / 2)
-            axes.barh(y, median, height=0.25, color=colours[provider], label=provider if row == 0 else None)
-            axes.annotate(f" {median:.2f}", (median, y), va="center", fontsize=8)
-    axes.set_yticks(range(len(results)), [result["case"]["title"] for result in results.values()])
-    axes.invert_yaxis()
-    axes.margins(x=0.12)
-    axes.legend(frameon=False, loc="lower right")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)
-
-
-def main(
-    cases: list[str] = typer.Option(list(CASES), "--case", help="Which cases to run."),
-    steps: int = typer.Option(5, help="Timed steps of each provider."),
-    output: Path = typer.Option(RESULTS, help="Where the JSON goes; the plot lies beside it."),
-) -> None:
-    """Measure and print; write JSON and a plot."""
-    console = Console(width=max(Console().width, 110))
-    results = {}
-    for name in cases:
-        results[name] = measure(CASES[name], steps, console)
-        console.print(report(results[name]))
-        write_json(
-            output, {"machine": machine() | _versions(), "command": "python -m benchmarks.train", "results": results}
-        )
-    draw(results, output.with_suffix(".png"))
-
-
-def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {name: version(name) for name in ("transformers", "peft", "softkv")}
-
-
 if __name__ == "__main__":
-    typer.run(main)
+    from softkv.bench import app
+
+    app(["train", *sys.argv[1:]])

@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from softkv import baking_command
+from softkv import baking_command, bench
 from softkv.console import err, fail, friendly, out
 from softkv.data import Columns, Row, read_rows
 from softkv.loading import load_adapter, load_base, read_adapter
@@ -30,6 +30,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(profile, name="profile")
+app.add_typer(bench.app, name="bench")
 
 
 class MethodName(str, Enum):

@@ -1,8 +1,18 @@
-"""README says what the committed results say."""
+"""README and docs say what the committed results say."""
 
-from benchmarks.readme import ROOT, rendered
+from pathlib import Path
+
+import pytest
+
+from benchmarks.readme import ROOT, documents, rendered
 
 
-def test_figures_come_from_committed_results():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert rendered(readme) == readme, "run `python -m benchmarks.readme`"
+@pytest.mark.parametrize("page", documents(), ids=lambda page: str(page.relative_to(ROOT)))
+def test_figures_come_from_committed_results(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert rendered(text) == text, "run `python -m benchmarks.readme`"
+
+
+def test_an_unknown_table_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no table is called 'speed'"):
+        rendered("<!-- table: speed -->\n<!-- end of table -->\n")

@@ -1,0 +1,167 @@
+"""Plots to be read at a glance: log axes, each line named where it ends, the floor dashed."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from .shapes import CPU, CUDA, QUICK
+
+Records = dict[str, Any]
+Lines = dict[str, list[tuple[float, float]]]  # by provider: points (x, y)
+
+OURS, NAIVE, PEER, FLOOR = "#d9691e", "#2f6db5", "#4d9a6a", "#8b949e"
+COLOURS = {"cat": NAIVE, "cat cached": "#7a5ab5", "PEFT": NAIVE, "no prefix": FLOOR, "floor": FLOOR}
+FLOORS = ("no prefix", "floor")
+AXES = {"P": "prefix slots (P)", "B": "rows (B)", "T": "tokens a row (T)", "A": "prefixes in the bank (A)"}
+_LABEL_GAP = 0.055  # of the height of the axes
+
+
+def draw(name: str, records: Records, folder: Path) -> list[Path]:
+    """The plots of one benchmark's records; those it has too few cases for are left out."""
+    figures = PLOTS[name](records)
+    for title, figure in figures.items():
+        figure.savefig(folder / f"{title}.png", dpi=110)
+    return [folder / f"{title}.png" for title in figures]
+
+
+def _attention(records: Records) -> dict[str, Figure]:
+    figures = {}
+    for sweep in dict.fromkeys(record["case"]["sweep"] for record in records.values()):
+        chosen = [record for record in records.values() if record["case"]["sweep"] == sweep]
+        known = next(sweeps[sweep] for sweeps in (CPU, CUDA, QUICK) if sweep in sweeps)
+        if known.axis is None:
+            for mode in dict.fromkeys(record["case"]["mode"] for record in chosen):
+                rows = {_axes_of(one): _times(one) for one in chosen if one["case"]["mode"] == mode}
+                figures[f"attention-{sweep}-{mode.replace(' + ', '-')}"] = bars(rows, f"ms, {mode}")
+        elif len(chosen) > 1:
+            panels = {"ms": _lines(chosen, known.axis, _times), "working MiB": _lines(chosen, known.axis, _memory)}
+            figures[f"attention-{sweep}"] = growth(known.title, AXES[known.axis], panels)
+    return figures
+
+
+def _train(records: Records) -> dict[str, Figure]:
+    shown = ("softkv", "PEFT", "floor")
+    medians = {
+        one["case"]["title"]: {name: statistics.median(s) for name, s in one["seconds"].items() if name in shown}
+        for one in records.values()
+    }
+    figures = {"train": bars(medians, f"seconds a step of {_only('rows', records)} rows")}
+    growing = [one for one in records.values() if one["case"]["grows"]]
+    if len(growing) > 1:
+        panels = _seconds_and_memory(growing, shown, lambda one: one["case"]["settings"]["length"])
+        figures["train-prefix"] = growth("P-tuning v2 as the prefix grows", AXES["P"], panels)
+    return figures
+
+
+def _generate(records: Records) -> dict[str, Figure]:
+    if len(records) < 2:
+        return {}
+    shown = ("softkv", "PEFT", "no prefix")
+    panels = _seconds_and_memory(list(records.values()), shown, lambda one: one["case"]["P"])
+    title = f"{_only('new_tokens', records)} tokens for each of {_only('rows', records)} prompts"
+    return {"generate": growth(title, AXES["P"], panels)}
+
+
+PLOTS: dict[str, Callable[[Records], dict[str, Figure]]] = {
+    "attention": _attention,
+    "train": _train,
+    "generate": _generate,
+}
+
+
+def growth(title: str, xlabel: str, panels: dict[str, Lines]) -> Figure:
+    """A panel a quantity, each with a line a provider."""
+    figure = Figure(figsize=(4.8 * len(panels), 3.8), layout="constrained")
+    figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
+    for axes, (quantity, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        axes.set(xscale="log", yscale="log", xlabel=xlabel, title=quantity)
+        sizes = sorted({x for points in lines.values() for x, _ in points})
+        axes.set_xticks(sizes, [f"{size:g}" for size in sizes], rotation=45 if len(sizes) > 6 else 0)
+        axes.minorticks_off()
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        for provider, points in lines.items():
+            x, y = zip(*sorted(points), strict=True)
+            style = "--" if provider in FLOORS else "-"
+            axes.plot(x, y, style, color=_colour(provider), marker="o", markersize=3.5, linewidth=2)
+        axes.set_xlim(right=sizes[-1] * (sizes[-1] / sizes[0]) ** 0.38)
+        _name_lines(axes, lines)
+    return figure
+
+
+def _name_lines(axes: Axes, lines: Lines) -> None:
+    """Each line's name beside its last point, moved up where names would lie on each other."""
+    low, high = axes.get_ylim()
+    taken = -1.0
+    for provider, points in sorted(lines.items(), key=lambda item: max(item[1])[1]):
+        x, y = max(points)
+        place = math.log(y / low) / math.log(high / low)
+        taken = max(place, taken + _LABEL_GAP)
+        axes.annotate(
+            f"  {provider}", (x, low * (high / low) ** taken), color=_colour(provider), va="center", fontsize=9
+        )
+
+
+def bars(rows: dict[str, dict[str, float]], xlabel: str) -> Figure:
+    """A group of bars a row, a bar a provider, its figure beside it."""
+    providers = list(dict.fromkeys(name for row in rows.values() for name in row))
+    height = 0.8 / max(1, len(providers))
+    figure = Figure(figsize=(8, 0.9 + 0.24 * len(providers) * len(rows)), layout="constrained")
+    axes = figure.add_subplot(xlabel=xlabel, xscale="log")
+    for number, row in enumerate(rows.values()):
+        for place, (provider, value) in enumerate(row.items()):
+            y = number + height * (place - (len(row) - 1) / 2)
+            axes.barh(y, value, height=0.92 * height, color=_colour(provider))
+            axes.annotate(f" {value:.3g}  {provider}", (value, y), va="center", fontsize=8)
+    axes.set_yticks(range(len(rows)), list(rows))
+    axes.invert_yaxis()
+    axes.margins(x=0.25, y=0.02)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _colour(provider: str) -> str:
+    return OURS if provider.startswith("softkv") else COLOURS.get(provider, PEER)
+
+
+def _axes_of(record: Any) -> str:
+    shape = record["case"]["shape"]
+    return " ".join(f"{axis}{shape[axis]}" for axis in "BHGTPD")
+
+
+def _times(record: Any) -> dict[str, float]:
+    return {name: one["cold"]["ms"]["median"] for name, one in record["providers"].items()}
+
+
+def _memory(record: Any) -> dict[str, float]:
+    return {name: one["working_mib"] for name, one in record["providers"].items() if one["working_mib"]}
+
+
+def _lines(records: list[Any], axis: str, values: Callable[[Any], dict[str, float]]) -> Lines:
+    lines: Lines = {}
+    for record in records:
+        for provider, value in values(record).items():
+            lines.setdefault(provider, []).append((record["case"]["shape"][axis], value))
+    return lines
+
+
+def _seconds_and_memory(records: list[Any], shown: tuple[str, ...], size: Callable[[Any], float]) -> dict[str, Lines]:
+    seconds: Lines = {}
+    memory: Lines = {}
+    for record in records:
+        for name in shown:
+            if name in record["seconds"]:
+                seconds.setdefault(name, []).append((size(record), statistics.median(record["seconds"][name])))
+                memory.setdefault(name, []).append((size(record), record["peak_gib"][name]))
+    return {"seconds": seconds, "peak GiB of the process": memory}
+
+
+def _only(key: str, records: Records) -> str:
+    return " or ".join(dict.fromkeys(str(record["case"][key]) for record in records.values()))

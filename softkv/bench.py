@@ -1,0 +1,165 @@
+"""`softkv bench`: softkv measured beside what it replaces, on this machine. The benchmarks are `softkv.benchmarks`."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Callable, Iterable
+from enum import Enum
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from softkv.console import err, fail, friendly, out
+
+if TYPE_CHECKING:
+    from softkv.benchmarks.tables import Grid
+
+app = typer.Typer(
+    help="Measure softkv beside what it replaces, on this machine.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+class Device(str, Enum):
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+Output = Annotated[
+    Path, typer.Option("--output", "-o", help="Folder of the results; cases measured before stay, others are added.")
+]
+Cases = Annotated[list[str] | None, typer.Option("--case", help="Cases to run, by name; * stands for anything.")]
+OnlyList = Annotated[bool, typer.Option("--list", help="Print the names of the cases.")]
+OnDevice = Annotated[Device, typer.Option(help="cuda selects the large sweep.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Tiny sizes: shows that it works, says nothing about speed.")]
+FOLDER = Path("runs/bench")
+
+
+@app.command()
+@friendly
+def attention(
+    case: Cases = None,
+    device: OnDevice = Device.CPU,
+    seconds: Annotated[float | None, typer.Option(min=0.0, help="Time for each case's samples.")] = None,
+    output: Output = FOLDER,
+    quick: Quick = False,
+    only_list: OnlyList = False,
+) -> None:
+    """The op: time, memory, part of the machine's peak, and how they grow."""
+    from dataclasses import replace
+
+    from softkv.benchmarks import attention as benchmark
+    from softkv.benchmarks import figures
+    from softkv.benchmarks.shapes import cases
+
+    known = {one.name: one for one in cases(benchmark.sweeps(device.value, quick))}
+    chosen = [known[name] for name in _chosen(list(known), case, only_list)]
+    settings = benchmark.Settings.of(device.value, quick)
+    if seconds is not None:
+        settings = replace(settings, seconds=seconds)
+    records = benchmark.run(chosen, settings, _command(), quick)
+    results = _collect("attention", records, output, list(known))
+    for mode, mean in figures.geometric_means(results).items():
+        out.print(f"geometric mean over the training shapes, {mode}: {mean:.2f}× cat")
+
+
+@app.command()
+@friendly
+def train(
+    case: Cases = None,
+    device: OnDevice = Device.CPU,
+    steps: Annotated[int, typer.Option(min=1, help="Timed steps of each provider.")] = 3,
+    output: Output = FOLDER,
+    quick: Quick = False,
+    only_list: OnlyList = False,
+) -> None:
+    """A training step on SmolLM2-135M-Instruct, beside PEFT and beside the floor."""
+    from softkv.benchmarks import train as benchmark
+    from softkv.benchmarks.model_jobs import ModelSettings
+
+    known = benchmark.cases(device.value, quick)
+    chosen = {name: known[name] for name in _chosen(list(known), case, only_list)}
+    settings = ModelSettings.of(device.value, quick)
+    records = benchmark.run(chosen, steps, settings, _command(), _progress(steps))
+    _collect("train", records, output, list(known))
+
+
+@app.command()
+@friendly
+def generate(
+    case: Cases = None,
+    device: OnDevice = Device.CPU,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds of each provider.")] = 3,
+    output: Output = FOLDER,
+    quick: Quick = False,
+    only_list: OnlyList = False,
+) -> None:
+    """Generating behind a long shared prefix on SmolLM2-135M-Instruct, beside PEFT and beside no prefix."""
+    from softkv.benchmarks import generate as benchmark
+    from softkv.benchmarks.model_jobs import ModelSettings
+
+    known = benchmark.cases(device.value, quick)
+    chosen = {name: known[name] for name in _chosen(list(known), case, only_list)}
+    settings = ModelSettings.of(device.value, quick)
+    records = benchmark.run(chosen, rounds, settings, _command(), _progress(rounds))
+    _collect("generate", records, output, list(known))
+
+
+@app.command()
+@friendly
+def report(output: Output = FOLDER) -> None:
+    """Make the plots and report.html of the results in a folder anew."""
+    from softkv.benchmarks import report
+
+    out.print(f"report: {report.write(output)}")
+
+
+def _collect(name: str, records: Iterable[tuple[str, Any]], folder: Path, known: list[str]) -> dict[str, Any]:
+    """Prints each record as it comes and adds it to the benchmark's file; at last the report."""
+    from softkv.benchmarks import report
+    from softkv.benchmarks.results import merge
+    from softkv.benchmarks.tables import GRIDS
+
+    wide, results = Console(width=max(out.width, 118), highlight=False), {}
+    for case, record in records:
+        results[case] = record
+        merge(folder / f"{name}.json", {case: record}, known)
+        _print(wide, GRIDS[name](case, record))
+    out.print(f"report: {report.write(folder)}")
+    return results
+
+
+def _print(console: Console, grid: Grid) -> None:
+    table = Table(*(escape(column) for column in grid.columns[:1]), title=escape(grid.title), title_justify="left")
+    for column in grid.columns[1:]:
+        table.add_column(escape(column), justify="right")
+    for row in grid.rows:
+        table.add_row(*map(escape, row))
+    console.print(table, *map(escape, grid.notes), sep="\n")
+
+
+def _progress(rounds: int) -> Callable[[int], None]:
+    return lambda number: err.print(f"  round {number} of {rounds}", end="\r")
+
+
+def _chosen(known: list[str], patterns: list[str] | None, only_list: bool) -> list[str]:
+    names = [name for name in known if not patterns or any(fnmatch(name, pattern) for pattern in patterns)]
+    if not names:
+        fail(f"no case is called {', '.join(patterns or [])}: softkv bench ... --list names them")
+    if only_list:
+        out.print("\n".join(names))
+        raise typer.Exit()
+    return names
+
+
+def _command() -> str:
+    return shlex.join(["softkv", *sys.argv[1:]])

@@ -1,0 +1,291 @@
+"""The benchmarks measure what they say: instrument, work, providers against the oracle, merging, and quick runs."""
+
+import itertools
+import json
+import time
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from benchmarks import attention, providers, results, timing
+from benchmarks.processes import take_turns
+from benchmarks.providers import PROVIDERS, Problem, Provider, Unavailable
+from benchmarks.shapes import QUICK, Shape, cases
+from benchmarks.timing import CudaClock, HostClock, Spread, interleaved, speedup
+from softkv.cli import app
+
+SHAPES = {
+    "grouped heads": Shape(2, 4, 2, 5, 3, 8),
+    "a bank": Shape(3, 2, 2, 4, 3, 8, A=2),
+    "one token": Shape(2, 4, 2, 1, 3, 8, S=6),
+}
+OF_CPU = ("softkv torch", "cat", "no prefix")
+
+
+# The instrument ------------------------------------------------------------------------------------------------------
+
+
+class Watch:
+    """A clock on which call number n of a provider takes as long as it says."""
+
+    def prepared(self, run: Any) -> Any:
+        return run
+
+    def seconds(self, run: Any, calls: int) -> float:
+        return sum(run() for _ in range(calls)) / calls
+
+
+def test_every_provider_has_one_sample_a_round_in_an_order_drawn_anew() -> None:
+    order: list[str] = []
+    runs = {name: (lambda name=name: order.append(name) or 0.001) for name in "abc"}
+    times = interleaved(runs, 0, at_least=8, at_most=8, hot=False, clock=Watch())
+    assert [len(sample) for sample in times.values()] == [8, 8, 8]
+    rounds = ["".join(order[-24:][i : i + 3]) for i in range(0, 24, 3)]
+    assert all(sorted(one) == ["a", "b", "c"] for one in rounds)
+    assert len({one[0] for one in rounds}) == 3
+
+
+def test_hot_samples_average_calls_and_cold_ones_are_single() -> None:
+    for hot, calls in ((True, 2 + 20), (False, 1 + 1)):  # one call warms up, one tells how many a hot sample takes
+        count = itertools.count(1)
+        interleaved({"a": lambda: next(count) and 0.0001}, 0, at_least=1, at_most=1, hot=hot, clock=Watch())  # noqa: B023
+        assert next(count) - 1 == calls
+
+
+def test_ratios_are_taken_within_rounds() -> None:
+    times = {"ours": [1.0, 10.0, 2.0], "theirs": [2.0, 20.0, 4.0]}
+    assert speedup(times, "ours", "theirs") == Spread(2.0, 2.0, 2.0)
+
+
+def test_host_clock_gives_seconds_a_call() -> None:
+    assert 0.002 <= HostClock().seconds(lambda: time.sleep(0.002), 3) < 0.5
+
+
+def test_cuda_clock_replays_a_captured_graph_between_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+
+    class Graph:
+        def replay(self) -> None:
+            log.append("replay")
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            log.append("event")
+
+        def synchronize(self) -> None:
+            log.append("wait")
+
+        def elapsed_time(self, end: "Event") -> float:
+            return 6.0  # ms
+
+    @contextmanager
+    def capture(graph: Graph) -> Any:
+        log.append("capture")
+        yield
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    stand_in = SimpleNamespace(
+        Stream=lambda: stream,
+        current_stream=lambda: stream,
+        stream=lambda s: nullcontext(),
+        CUDAGraph=Graph,
+        graph=capture,
+        Event=Event,
+    )
+    monkeypatch.setattr(torch, "cuda", stand_in)
+    monkeypatch.setattr(torch, "empty", lambda *sizes, **options: SimpleNamespace(zero_=lambda: log.append("flush")))
+    clock = CudaClock()
+    replay = clock.prepared(lambda: log.append("run"))
+    assert log == ["run"] * timing._CALLS_ON_STREAM + ["capture", "run"]
+    log.clear()
+    assert clock.seconds(replay, 3) == pytest.approx(0.002)
+    assert log == ["flush", "event", "replay", "replay", "replay", "event", "wait"]
+
+
+# What is measured ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_useful_work_counts_visible_pairs_and_operands(shape: Shape) -> None:
+    problem = Problem.random(shape, "forward")
+    pairs = shape.B * shape.H * int(problem.seen().sum())
+    assert shape.gflop("forward") == pytest.approx(pairs * 2 * 2 * shape.D * 1e-9)
+    assert shape.gflop("forward + backward") == pytest.approx(pairs * 7 * 2 * shape.D * 1e-9)
+    numbers = sum(x.numel() for x in problem.leaves) + problem.q.numel()  # operands and out
+    assert shape.mbyte("forward", 4) == pytest.approx(4e-6 * numbers)
+    again = numbers + problem.q.numel()  # all of that once more, and grad_out
+    gradients = sum(x.numel() for x in problem.leaves)
+    assert shape.mbyte("forward + backward", 4) == pytest.approx(4e-6 * (numbers + again + gradients))
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [(name, mode) for name in ("grouped heads", "a bank") for mode in ("forward", "forward + backward")]
+    + [("one token", "decoding")],
+)
+def test_every_variant_gives_what_the_oracle_gives(name: str, mode: Any) -> None:
+    shape = SHAPES[name]
+    problem = Problem.random(shape, mode, dtype=torch.float64)
+    direction = torch.randn_like(problem.q)
+    checked = set()
+    for name, provider in PROVIDERS.items():
+        wanted = attention.oracle(problem, direction, provider.prefix)
+        leaves = problem.leaves if provider.prefix else problem.leaves[:3]
+        for variant in provider.variants.values() if mode in provider.modes and name != "flex" else ():
+            try:
+                step = problem.step(variant(problem), direction, leaves)
+            except Unavailable:
+                continue
+            assert attention.largest_error(step(), wanted) < 1e-9, name
+            checked.add(name)
+    assert checked == {*OF_CPU, *(["cat cached"] if mode == "decoding" else [])}
+
+
+def test_a_provider_that_is_wrong_or_fails_is_listed_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unmasked(problem: Problem) -> Callable[[], Any]:
+        return lambda: providers.sdpa(problem.q, *problem.joined(), enable_gqa=True)
+
+    def broken(problem: Problem) -> Callable[[], Any]:
+        raise OSError("no such kernel\nat line 3")
+
+    few = {
+        "softkv torch": PROVIDERS["softkv torch"],
+        "unmasked": Provider({"": unmasked}),
+        "broken": Provider({"": broken}),
+    }
+    monkeypatch.setattr(attention, "PROVIDERS", few)
+    problem = Problem.random(SHAPES["grouped heads"], "forward")
+    ready, absent = attention.prepare(problem, torch.randn_like(problem.q), 1e-4, HostClock())
+    assert list(ready) == ["softkv torch"]
+    assert "differs from the oracle" in absent["unmasked"]
+    assert absent["broken"] == "OSError: no such kernel"
+
+    monkeypatch.setattr(attention, "PROVIDERS", few | {"softkv torch": Provider({"": unmasked})})
+    with pytest.raises(RuntimeError, match="softkv failed"):
+        attention.prepare(problem, torch.randn_like(problem.q), 1e-4, HostClock())
+
+
+def test_names_of_cases_are_unique() -> None:
+    for device in ("cpu", "cuda"):
+        names = [case.name for case in cases(attention.sweeps(device, quick=False))]
+        assert len(names) == len(set(names)) > 30
+
+
+# Processes and files -------------------------------------------------------------------------------------------------
+
+
+class Sleeper:
+    def __init__(self, answer: Any) -> None:
+        if answer == "unmade":
+            raise MemoryError("too large")
+        self.answer = answer
+
+    def step(self, number: int) -> tuple[float, Any]:
+        if self.answer == "fails":
+            raise ValueError(f"step {number}")
+        return 0.5 + number, self.answer
+
+    def peak_gib(self) -> float | None:
+        return 2.0 if self.answer == "right" else None
+
+
+def test_processes_take_turns_and_failures_are_reasons() -> None:
+    from functools import partial
+
+    makers = {name: partial(Sleeper, name) for name in ("right", "fails", "unmade", "unwanted")}
+    turns = take_turns(makers, 2, accept=lambda first: {name: "refused" for name in first if name == "unwanted"})
+    assert turns.seconds == {"right": [1.5, 2.5]}
+    assert turns.answers["right"] == ["right"] * 3
+    assert turns.peak_gib == {"right": 2.0}
+    assert turns.absent == {"fails": "ValueError: step 0", "unmade": "MemoryError: too large", "unwanted": "refused"}
+
+
+def test_records_merge_by_case_in_the_order_of_cases(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    results.merge(path, {"c": 1, "gone": 5}, ["a", "b", "c"])
+    results.merge(path, {"a": 2}, ["a", "b", "c"])
+    results.merge(path, {"c": 3}, ["a", "b", "c"])
+    assert list(json.loads(path.read_text())["results"].items()) == [("a", 2), ("c", 3), ("gone", 5)]
+    assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
+
+
+# The command ---------------------------------------------------------------------------------------------------------
+
+
+def bench(*arguments: Any, code: int = 0) -> str:
+    result = CliRunner().invoke(app, ["bench", *map(str, arguments)])
+    assert result.exit_code == code, (result.output, result.exception)
+    return result.output
+
+
+def test_bench_attention_writes_records_plots_and_a_report(tmp_path: Path) -> None:
+    printed = bench("attention", "--quick", "--case", "prefix/*", "--case", "bank/*A1", "-o", tmp_path)
+    assert "softkv is faster by" in printed.replace("\n", " ")
+    assert "needs a GPU" in printed
+    records = json.loads((tmp_path / "attention.json").read_text())["results"]
+    assert [name.split("-", 4)[-1] for name in records] == ["P2-D16-A1", "P8-D16-A1", "P5-D16-A1"]
+    for record in records.values():
+        assert set(record["providers"]) == set(OF_CPU)
+        assert set(record["absent"]) == {"softkv triton", "softkv flash", "flex", "flash-attn cat"}
+        assert {"machine", "command", "settings", "peak"} <= record.keys()
+        assert record["machine"]["torch"] == torch.__version__
+        ours = record["providers"]["softkv torch"]
+        assert ours["error"] < 1e-4
+        assert ours["cold"]["ms"]["median"] > 0
+        assert ours["working_mib"] >= 0
+    report = (tmp_path / "report.html").read_text()
+    assert report.count("data:image/png;base64,") == 1  # the sweep of two cases
+    assert (tmp_path / "attention-prefix.png").exists()
+    assert "prefix/" in report
+
+
+def test_bench_train_and_generate_on_a_tiny_model(tmp_path: Path) -> None:
+    bench("train", "--quick", "--case", "v2-64", "--steps", 1, "-o", tmp_path)
+    bench("generate", "--quick", "--rounds", 1, "-o", tmp_path)
+    trained = json.loads((tmp_path / "train.json").read_text())["results"]["v2-64"]
+    losses = trained["first_loss"]
+    assert trained["absent"] == {}
+    assert losses["PEFT"] == pytest.approx(losses["softkv"], abs=1e-3)
+    assert losses["floor"] != pytest.approx(losses["softkv"], abs=1e-3)
+    generated = json.loads((tmp_path / "generate.json").read_text())["results"]["P5"]
+    assert generated["absent"] == {}  # PEFT's tokens are softkv's
+    assert set(generated["seconds"]) == {"softkv", "PEFT", "no prefix"}
+    assert all(len(sample) == 1 for sample in generated["seconds"].values())
+    assert all(peak > 0 for peak in generated["peak_gib"].values())
+
+
+def test_an_unknown_case_is_an_error_and_cases_are_listed() -> None:
+    assert "no case is called nothing" in bench("attention", "--case", "nothing", code=2)
+    assert "P1024" in bench("generate", "--list").split()
+
+
+def test_tokens_that_differ_keep_peft_from_being_timed() -> None:
+    from benchmarks.generate import same_tokens
+
+    assert same_tokens({"softkv": [[1, 2], [3, 4]], "PEFT": [[1, 2], [3, 5]], "no prefix": [[0, 0]]}) == {
+        "PEFT": "its tokens differ from softkv's in 1 of 2 rows"
+    }
+    assert same_tokens({"softkv": [[1]], "PEFT": [[1]]}) == {}
+
+
+def test_memory_of_a_call_is_what_it_makes() -> None:
+    from benchmarks.memory import working_mib
+
+    case = replace(cases(QUICK)[0], shape=Shape(4, 8, 8, 256, 64, 64), mode="forward")
+    made = case.shape.B * case.shape.H * case.shape.T * case.shape.D * 4 / 2**20
+    ours = working_mib(case, "softkv torch", "", "cpu", "float32")
+    joined = working_mib(case, "cat", "bool mask, grouped heads", "cpu", "float32")
+    assert ours is not None
+    assert joined is not None
+    assert made * 0.9 <= ours
+    assert joined - made > 2 * case.shape.B * 8 * (256 + 64) * 64 * 4 / 2**20 * 0.9  # keys and values once more
