@@ -45,9 +45,9 @@ class Watch:
 def test_every_provider_has_one_sample_a_round_in_an_order_drawn_anew() -> None:
     order: list[str] = []
     runs = {name: (lambda name=name: order.append(name) or 0.001) for name in "abc"}
-    times = interleaved(runs, 0, at_least=8, at_most=8, hot=False, clock=Watch())
-    assert [len(sample) for sample in times.values()] == [8, 8, 8]
-    rounds = ["".join(order[-24:][i : i + 3]) for i in range(0, 24, 3)]
+    times = interleaved(runs, 0, at_least=20, at_most=20, hot=False, clock=Watch())
+    assert [len(sample) for sample in times.values()] == [20, 20, 20]
+    rounds = ["".join(order[-60:][i : i + 3]) for i in range(0, 60, 3)]
     assert all(sorted(one) == ["a", "b", "c"] for one in rounds)
     assert len({one[0] for one in rounds}) == 3
 
