@@ -362,11 +362,17 @@ def run(out: Path, rows_a_process: int, *launcher: str) -> dict[str, Any]:
     return json.loads(out.read_text())
 
 
-def test_two_processes_learn_as_one(tmp_path: Path) -> None:
-    """torchrun with gloo: the same global batch, the same losses and weights, for every method."""
-    two = run(
-        tmp_path / "two.json", 2, sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"
-    )
+LAUNCHERS = {
+    "torchrun": ("torch.distributed.run", "--nproc-per-node=2", "--standalone"),
+    # Its --cpu starts one process, or asks for MPI; with ACCELERATE_USE_CPU the other launcher's processes meet on gloo.
+    "accelerate launch": ("accelerate.commands.launch", "--multi_gpu", "--num_processes=2"),
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_processes_learn_as_one(launcher: str, tmp_path: Path) -> None:
+    """On gloo: the same global batch, the same losses and weights, for every method."""
+    two = run(tmp_path / "two.json", 2, sys.executable, "-m", *LAUNCHERS[launcher])
     for method in METHODS:
         one = trainer(method, tmp_path, max_steps=3)
         one.train()
