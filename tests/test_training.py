@@ -364,7 +364,7 @@ def run(out: Path, rows_a_process: int, *launcher: str) -> dict[str, Any]:
 
 LAUNCHERS = {
     "torchrun": ("torch.distributed.run", "--nproc-per-node=2", "--standalone"),
-    # Its --cpu starts one process, or asks for MPI; with ACCELERATE_USE_CPU the other launcher's processes meet on gloo.
+    # Its --cpu starts one process or asks for MPI; with ACCELERATE_USE_CPU the other launcher's meet on gloo.
     "accelerate launch": ("accelerate.commands.launch", "--multi_gpu", "--num_processes=2"),
 }
 
