@@ -17,6 +17,7 @@ from softkv.console import err, fail, friendly, out
 from softkv.data import Columns, Row, read_rows
 from softkv.loading import load_adapter, load_base, read_adapter
 from softkv.profiling.commands import app as profile
+from softkv.profiling.commands import plan
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import
     from softkv.hf import SoftModel
@@ -31,6 +32,7 @@ app = typer.Typer(
 )
 app.add_typer(profile, name="profile")
 app.add_typer(bench.app, name="bench")
+app.command(epilog="Example:\n\n    softkv plan --model llama-3.1-405b --length 128 --batch 64 --devices 16")(plan)
 
 
 class MethodName(str, Enum):

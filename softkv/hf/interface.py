@@ -105,7 +105,8 @@ def attention(
         context.capture[layer] = Captured(module, key, value, sliding_window)
 
     device = query.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
+    autocasts = device != "meta" and torch.is_autocast_enabled(device)  # torch knows no autocast there, and raises
+    dtype = torch.get_autocast_dtype(device) if autocasts else query.dtype
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     options: dict[str, Any] = {
         "scale": scaling,

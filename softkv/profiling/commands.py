@@ -130,3 +130,95 @@ def _mixes(rows: list[dict[str, Any]]) -> Table:
             counts = str(loop["warps"]), str(loop["instructions"])
             table.add_row(row["kernel"], row["target"], name, *counts, mix, opcodes)
     return table
+
+
+class PlanMethod(str, Enum):
+    P_TUNING_V2 = "p-tuning-v2"
+    PREFIX_TUNING = "prefix-tuning"
+    PROMPT_TUNING = "prompt-tuning"
+    P_TUNING = "p-tuning"
+
+
+@friendly
+def plan(
+    model: Annotated[
+        str,
+        typer.Option("--model", "-m", help="Folder with a config.json, id on the Hub, or a preset: llama-3.1-405b…"),
+    ],
+    method: Annotated[PlanMethod, typer.Option(help="prompt-tuning stands before the rows.")] = PlanMethod.P_TUNING_V2,
+    length: Annotated[int, typer.Option("--length", "-P", min=1, help="Slots, or soft tokens.")] = 64,
+    batch: Annotated[int, typer.Option("--batch", "-B", min=1, help="Rows of a step, over all devices.")] = 16,
+    tokens: Annotated[int, typer.Option("--tokens", "-T", min=1, help="Of a row, prompt and answer.")] = 1024,
+    answer: Annotated[int, typer.Option(min=1, help="Tokens of a row that have a label.")] = 32,
+    dtype: Annotated[str, typer.Option(help="Of the frozen base: bfloat16, float16 or float32.")] = "bfloat16",
+    devices: Annotated[int, typer.Option(min=1, help="Rows and frozen weights are split evenly over them.")] = 1,
+    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Run each layer again in backward.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """What a training step would take, from a model's config alone: bytes and FLOPs, beside the concatenating way."""
+    import torch
+
+    from softkv.profiling import plan as planning
+
+    if dtype not in ("bfloat16", "float16", "float32"):
+        fail(f"--dtype expects bfloat16, float16 or float32, got {dtype!r}")
+    with err.status(f"running the step of {escape(model)} without values…"):
+        job = planning.Job(
+            planning.config_of(model),
+            method.value,
+            length,
+            batch,
+            tokens,
+            answer,
+            getattr(torch, dtype),
+            devices,
+            checkpointing,
+        )
+        content = planning.report(job, planning.plan(job))
+    if as_json:
+        print(json.dumps(content, indent=1))
+        return
+    _show_plan(model, content)
+
+
+PLAN_ROWS = {
+    "parameters": "frozen base",
+    "trainable": "trained values, gradients, Adam",
+    "prefix": "prefix K/V",
+    "activations": "activations",
+    "workspace": "workspace",
+    "total": "training step",
+    "kv_cache": "K/V cache when generating",
+    "forward_flops": "forward",
+    "backward_flops": "backward",
+    "attention_flops": "of both, attention",
+}
+
+
+def _show_plan(model: str, content: dict[str, Any]) -> None:
+    settings = content["settings"]
+    title = (
+        f"{model}, {settings['method']} P={settings['length']}, B={settings['batch']} T={settings['tokens']}, "
+        f"{settings['dtype']}, a step on each of {settings['devices']}"
+    )
+    softkv, other = content["costs"]["softkv"], content["costs"].get("concatenating")
+    table = Table("", "softkv", "concatenating", "", title=escape(title), title_justify="left")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for key, label in PLAN_ROWS.items():
+        size = _flops if key.endswith("flops") else _bytes
+        ratio = f"{other[key] / softkv[key]:.2f}×" if other and softkv[key] else ""
+        style = "bold" if key == "total" else None
+        table.add_row(label, size(softkv[key]), size(other[key]) if other else "not possible", ratio, style=style)
+    out.print(table)
+    out.print("Counted on the meta device, not measured; what an allocator rounds up and a driver keeps comes on top.")
+
+
+def _bytes(count: int) -> str:
+    unit = next((i for i in range(4) if count < 1024 ** (i + 1) * 0.9995), 4)
+    return f"{count / 1024**unit:.{min(unit, 2)}f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[unit]}"
+
+
+def _flops(count: int) -> str:
+    unit = next((i for i in range(1, 6) if count < 1000 ** (i + 1) * 0.9995), 5)
+    return f"{count / 1000**unit:.2f} {('', 'k', 'M', 'G', 'T', 'P')[unit]}FLOP"
