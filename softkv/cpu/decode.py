@@ -12,6 +12,7 @@ from torch import Tensor
 
 from softkv.cpu import piece
 
+_HIDDEN = 1e30
 _LEFT_TO_PLANS = ("prefix_index", "prefix_lengths", "key_lengths", "window", "sinks", "softcap")
 
 
@@ -35,12 +36,10 @@ def forward(
     B, H, _, D = q.shape
     G = k.shape[1]
     mask = None
-    if key_mask is not None:
-        mask = torch.zeros(key_mask.shape, dtype=q.dtype).masked_fill_(~key_mask, float("-inf"))[:, None, None]
+    if key_mask is not None:  # finite: a row of which nothing is seen has an lse that any slot outweighs, not NaN
+        mask = key_mask[:, None, None].to(q.dtype).sub_(1).mul_(_HIDDEN)
     rows = q.reshape(B, G, -1, D)
     out, lse = piece.flash(rows, k, v, 0.0, False, attn_mask=mask, scale=scale)  # [B, G, R, D]
-    if key_mask is not None:
-        lse.masked_fill_(~key_mask.any(-1)[:, None, None], float("-inf"))
     whole = rows.transpose(0, 1).reshape(1, G, -1, D)
     prefix_out, prefix_lse = piece.flash(whole, prefix_k, prefix_v, 0.0, False, scale=scale)  # [1, G, B·R, D]
     prefix_lse = prefix_lse.view(G, B, -1).transpose(0, 1)
