@@ -21,6 +21,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from softkv import ranges
+
 ENGINES = {"torch": "softkv.cpu", "triton": "softkv.kernels", "flash": "softkv.flash"}
 _loaded: dict[str, ModuleType] = {}
 
@@ -114,6 +116,7 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(*tensors, *output)
     ctx.inputs = [None if isinstance(x, Tensor) else x for x in inputs]
     ctx.set_materialize_grads(False)
+    ctx.range = ranges.current()
 
 
 def _derive(ctx, grad_out, grad_lse):
@@ -123,7 +126,8 @@ def _derive(ctx, grad_out, grad_lse):
     needs = [*wanted[:5], wanted[13]]
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    grads = _attention_backward_op(rows_of_memory(grad_out), grad_lse, out, lse, *inputs, needs)
+    with ranges.backward_of(ctx.range):
+        grads = _attention_backward_op(rows_of_memory(grad_out), grad_lse, out, lse, *inputs, needs)
     dq, dk, dv, dprefix_k, dprefix_v, dsinks = (g if n else None for g, n in zip(grads, needs, strict=True))
     return dq, dk, dv, dprefix_k, dprefix_v, *[None] * 8, dsinks, *[None] * 6
 

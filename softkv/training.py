@@ -24,6 +24,7 @@ from softkv import checkpoint
 from softkv.batches import PackingCollator, TokenBatches
 from softkv.hf.model import SoftModel
 from softkv.label_logits import label_logits, next_labels, with_prompt_lengths
+from softkv.ranges import named
 
 
 class Trainer(transformers.Trainer):
@@ -139,9 +140,10 @@ class Trainer(transformers.Trainer):
             targets = next_labels(inputs.pop("labels")).flatten()
             outputs = model(**inputs, use_cache=False)
             logits = outputs.logits.flatten(0, 1)
-        total = F.cross_entropy(
-            logits.float(), targets, reduction="sum", label_smoothing=self.args.label_smoothing_factor
-        )
+        with named("loss"):
+            total = F.cross_entropy(
+                logits.float(), targets, reduction="sum", label_smoothing=self.args.label_smoothing_factor
+            )
         count = (targets >= 0).sum()
         if not model.training:
             self._evaluated += torch.stack([total.detach(), count]).to(self._evaluated)

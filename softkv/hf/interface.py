@@ -16,6 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from softkv.attention import prefix_attention, prefix_attention_varlen
 from softkv.hf.context import Captured, PackedRows, SoftContext
+from softkv.ranges import named
 
 NAME = "softkv"
 
@@ -120,22 +121,24 @@ def attention(
     if softkv_prefix is None and attention_mask is None:
         rows = _rows_of_line(query, key, position_ids, cu_seq_lens_q, max_length_q)
     if rows is not None:
-        out = prefix_attention_varlen(
-            query[0].transpose(0, 1),
-            key[0].transpose(0, 1),
-            value[0].transpose(0, 1),
-            rows.cu_seqlens,
-            rows.cu_seqlens,
-            rows.longest,
-            rows.longest,
-            **context.of_layer(layer, len(rows.cu_seqlens) - 1, dtype),
-            **options,
-        )
+        with named("attention, layer", layer):
+            out = prefix_attention_varlen(
+                query[0].transpose(0, 1),
+                key[0].transpose(0, 1),
+                value[0].transpose(0, 1),
+                rows.cu_seqlens,
+                rows.cu_seqlens,
+                rows.longest,
+                rows.longest,
+                **context.of_layer(layer, len(rows.cu_seqlens) - 1, dtype),
+                **options,
+            )
         return cast(Tensor, out).unsqueeze(0), None
 
     key_mask, key_lengths = _decode_key_state(attention_mask, len(query))
     prefix = context.of_layer(layer, len(query), dtype)
-    out = prefix_attention(query, key, value, key_mask=key_mask, key_lengths=key_lengths, **prefix, **options)
+    with named("attention, layer", layer):
+        out = prefix_attention(query, key, value, key_mask=key_mask, key_lengths=key_lengths, **prefix, **options)
     return cast(Tensor, out).transpose(1, 2), None
 
 

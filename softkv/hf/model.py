@@ -32,6 +32,7 @@ from softkv.hf.rows import (
 from softkv.hf.shown import generating
 from softkv.methods.base import Method, SoftPrompt
 from softkv.prefix import Prefix
+from softkv.ranges import named
 
 _PAGED = ("generate_batch", "init_continuous_batching", "continuous_batching_context_manager")
 _NOT_PAGED = (
@@ -395,10 +396,11 @@ class SoftModel(nn.Module):
 
     def _context(self) -> SoftContext:
         """The prefix of a forward pass: learned, or the K/V of soft tokens that stand before the input."""
-        prefix = self._head_prefix() if self.soft.placement == "before" else self.soft.prefix()
-        if prefix is None:
-            return SoftContext(backend=self.backend)
-        prefix = prefix.to(dtype=self.base.dtype)
+        with named("prefix"):
+            prefix = self._head_prefix() if self.soft.placement == "before" else self.soft.prefix()
+            if prefix is None:
+                return SoftContext(backend=self.backend)
+            prefix = prefix.to(dtype=self.base.dtype)
         layers = dict(zip(self._hooks.layers, prefix.layers(len(self._hooks.layers)), strict=True))
         return SoftContext(layers, prefix.lengths, window_covers=prefix.window_covers, backend=self.backend)
 
@@ -412,7 +414,8 @@ class SoftModel(nn.Module):
         soft_tokens = self.soft.soft_tokens()
         assert soft_tokens is not None
         dtype = self.base.dtype
-        blocks = self._hooks.capture(inputs_embeds=soft_tokens[None].to(dtype)).values()
+        with named("head once"):
+            blocks = self._hooks.capture(inputs_embeds=soft_tokens[None].to(dtype)).values()
         prefix = Prefix.from_layers(
             [block.key.to(dtype) for block in blocks], [block.value.to(dtype) for block in blocks]
         )

@@ -132,11 +132,80 @@ def _mixes(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
-class PlanMethod(str, Enum):
+class MethodName(str, Enum):
     P_TUNING_V2 = "p-tuning-v2"
     PREFIX_TUNING = "prefix-tuning"
     PROMPT_TUNING = "prompt-tuning"
     P_TUNING = "p-tuning"
+
+
+class What(str, Enum):
+    TRAIN = "train"
+    GENERATE = "generate"
+
+
+@app.command(
+    epilog="Example:\n\n    softkv profile trace --model HuggingFaceTB/SmolLM2-135M-Instruct --output runs/trace"
+)
+@friendly
+def trace(
+    model: Annotated[str, typer.Option("--model", "-m", help="Folder or Hugging Face Hub id of the base.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of trace.json and memory.png.")],
+    what: Annotated[What, typer.Option(help="Training steps, or one generation.")] = What.TRAIN,
+    method: Annotated[MethodName, typer.Option(help="prompt-tuning stands before the rows.")] = MethodName.P_TUNING_V2,
+    length: Annotated[int, typer.Option("--length", "-P", min=1, help="Slots, or soft tokens.")] = 64,
+    batch: Annotated[int, typer.Option("--batch", "-B", min=1, help="Rows of random tokens.")] = 8,
+    tokens: Annotated[int, typer.Option("--tokens", "-T", min=2, help="Of a row.")] = 256,
+    answer: Annotated[int, typer.Option(min=1, help="Tokens of a row that have a label.")] = 16,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps in the profile, after one that is not.")] = 2,
+    new_tokens: Annotated[int, typer.Option(min=1, help="To generate.")] = 16,
+    top: Annotated[int, typer.Option(min=1, help="Operations in the table.")] = 15,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda…; the accelerator, if there is one.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Trace real training steps or a generation: named ranges, top operations, a Chrome trace, memory over time."""
+    if answer >= tokens:
+        fail(f"--answer expects fewer than --tokens {tokens}, got {answer}")
+
+    import softkv
+    from softkv.loading import load_base, on_device
+    from softkv.methods import PTuning
+    from softkv.profiling import trace as tracing
+
+    marks = "".join(f"[P{i}]" for i in range(1, length + 1))
+    methods: dict[str, Any] = {
+        "p-tuning-v2": lambda: softkv.PTuningV2(length=length),
+        "prefix-tuning": lambda: softkv.PrefixTuning(length=length),
+        "prompt-tuning": lambda: softkv.PromptTuning(length=length, position="before", init="random"),
+        "p-tuning": lambda: PTuning(template=f"{marks} [X] [Y]"),
+    }
+    base, _ = load_base(model, dtype)
+    soft_model = softkv.attach(on_device(base, device), methods[method.value]())
+    data = tracing.rows(soft_model, batch, tokens, answer)
+    if method is MethodName.P_TUNING:  # its soft tokens stand in the rows
+        for row in data:
+            row["input_ids"][:0], row["labels"][:0] = range(-1, -length - 1, -1), [-100] * length
+    with err.status("running…"):
+        if what is What.TRAIN:
+            found = tracing.train(soft_model, data, batch, steps)
+        else:
+            found = tracing.generate(soft_model, data, new_tokens)
+        content = tracing.write(found, output, soft_model.device.type)
+    if as_json:
+        print(json.dumps(content, indent=1))
+        return
+    on_accelerator = content["device"] != "cpu"
+    time, own = ("device", "own_device") if on_accelerator else ("host", "own_host")
+    for title, lines, key in (("Ranges", content["ranges"], time), ("Operations", content["operations"][:top], own)):
+        table = Table("", "calls", "ms", "ms without what is inside", title=title, title_justify="left")
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for line in sorted(lines, key=lambda line: -line[key]):
+            table.add_row(escape(line["name"]), str(line["calls"]), f"{line[time]:.2f}", f"{line[own]:.2f}")
+        out.print(table)
+    out.print(f"peak above the start: {_bytes(content['peak_bytes'])}")
+    out.print(f"trace: {output / 'trace.json'} (ui.perfetto.dev)\nmemory: {output / 'memory.png'}", soft_wrap=True)
 
 
 @friendly
@@ -145,7 +214,7 @@ def plan(
         str,
         typer.Option("--model", "-m", help="Folder with a config.json, id on the Hub, or a preset: llama-3.1-405b…"),
     ],
-    method: Annotated[PlanMethod, typer.Option(help="prompt-tuning stands before the rows.")] = PlanMethod.P_TUNING_V2,
+    method: Annotated[MethodName, typer.Option(help="prompt-tuning stands before the rows.")] = MethodName.P_TUNING_V2,
     length: Annotated[int, typer.Option("--length", "-P", min=1, help="Slots, or soft tokens.")] = 64,
     batch: Annotated[int, typer.Option("--batch", "-B", min=1, help="Rows of a step, over all devices.")] = 16,
     tokens: Annotated[int, typer.Option("--tokens", "-T", min=1, help="Of a row, prompt and answer.")] = 1024,

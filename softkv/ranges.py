@@ -1,0 +1,42 @@
+"""Named ranges in torch's profiles: prefix, attention of each layer and its backward, the head run once, loss.
+
+Without a profiler, and while compiling, a range is one look at a flag.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from torch.profiler import record_function
+
+_NOTHING = nullcontext()
+_open = threading.local()
+
+
+def named(name: str, number: int | None = None) -> AbstractContextManager[None]:
+    """The range `softkv: name number` of a profile."""
+    if torch.compiler.is_compiling() or not torch.autograd._profiler_enabled():
+        return _NOTHING
+    return _recorded(name if number is None else f"{name} {number}")
+
+
+@contextmanager
+def _recorded(name: str) -> Iterator[None]:
+    outer, _open.name = current(), name
+    try:
+        with record_function(f"softkv: {name}"):
+            yield
+    finally:
+        _open.name = outer
+
+
+def current() -> str | None:
+    """The name of the innermost open range, which a backward takes up again."""
+    return getattr(_open, "name", None)
+
+
+def backward_of(name: str | None) -> AbstractContextManager[None]:
+    return _NOTHING if name is None else named(f"backward of {name}")
