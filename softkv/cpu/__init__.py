@@ -96,6 +96,7 @@ def backward(
                 dk.add_keys(p, parts[1])
             if dv is not None:
                 dv.add_keys(p, parts[2])
+            del parts  # or they would stay alive beside the next ones
     of_tokens, of_prefix = sums[:2], sums[2:] or [None, None]
     return (
         None if dq is None else call.unline(dq.result(), q),
