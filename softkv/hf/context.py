@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from softkv.hf.prefill import Unpadded
 
 LayerKV = tuple[Tensor, Tensor]
 
@@ -78,6 +81,7 @@ class SoftContext:
         index: `[B]`, the prefix of each row (-1: none), or None.
         window_covers: whether sliding windows count the slots.
         rows: the packed rows of a batch of one line, or None.
+        unpadded: the padding left out of them, to be put back.
         encoder: makes K, V per row inside each attention block (encoder-mode P-tuning v2).
         capture: collects what reaches each attention block, by layer.
     """
@@ -87,6 +91,7 @@ class SoftContext:
     index: Tensor | None = None
     window_covers: bool = False
     rows: PackedRows | None = None
+    unpadded: Unpadded | None = None
     encoder: RowEncoder | None = None
     backend: str | None = None
     capture: dict[int, Captured] | None = None

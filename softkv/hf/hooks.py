@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from softkv.hf.context import Captured, LayerKV, RowEncoder, RowPrompts, SoftContext
 from softkv.hf.filled import Filled
 from softkv.hf.generation import Prompts
+from softkv.hf.prefill import Unpadded
 from softkv.hf.rows import Lines, token_positions
 from softkv.methods.base import SoftPrompt
 from softkv.prefix import evaluating
@@ -65,7 +66,10 @@ class DecoderHooks:
         self.blocks: dict[int, nn.Module] = {}
         self.calls = _Calls()
         self._table = _learned_positions(self.decoder)
-        self._handles = [self.decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True)]
+        self._handles = [
+            self.decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True),
+            self.decoder.register_forward_hook(self._leave_decoder, with_kwargs=True),
+        ]
 
     @property
     def decoder(self) -> nn.Module:
@@ -75,6 +79,11 @@ class DecoderHooks:
     def layers(self) -> list[int]:
         """The `layer_idx` of every attention module."""
         return list(self.blocks)
+
+    @property
+    def _all_attention(self) -> bool:
+        """Whether only attention looks at other tokens: states and convolutions would run from row to row."""
+        return len(self.blocks) == self.base.config.get_text_config().num_hidden_layers
 
     def hook_blocks(self) -> None:
         """Has encoders read what enters the attention modules."""
@@ -141,8 +150,25 @@ class DecoderHooks:
             context = self._enter_generation(call, call.prompts, kwargs)
         if context.capture is None:
             kwargs["position_ids"] = self._positions(call, context, kwargs)
+            if call.prompts is not None and context.encoder is None and self._all_attention:
+                context = self._without_padding(context, kwargs)
         kwargs["softkv_prefix"] = context
         return (), kwargs
+
+    def _without_padding(self, context: SoftContext, kwargs: dict[str, Any]) -> SoftContext:
+        """Padded prompts in one line, where that can be undone."""
+        unpadded = Unpadded.of(kwargs)
+        if unpadded is None:
+            return context
+        unpadded.pack(kwargs)
+        return replace(context, rows=unpadded.rows(), unpadded=unpadded)
+
+    def _leave_decoder(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Forward hook of the decoder: what was packed on the way in gets its padding back."""
+        context = kwargs.get("softkv_prefix")
+        if not isinstance(context, SoftContext) or context.unpadded is None:
+            return None
+        return context.unpadded.unpack(output, kwargs.get("past_key_values"))
 
     def _enter_generation(self, call: Call, prompts: Prompts, kwargs: dict[str, Any]) -> SoftContext:
         """A forward inside `generate`: soft embeddings where the prompt has them, and the encoder of its rows."""
