@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from .shapes import CPU, CUDA, QUICK
 
@@ -39,7 +41,8 @@ def _attention(records: Records) -> dict[str, Figure]:
         if known.axis is None:
             for mode in dict.fromkeys(record["case"]["mode"] for record in chosen):
                 rows = {_axes_of(one): _times(one) for one in chosen if one["case"]["mode"] == mode}
-                figures[f"attention-{sweep}-{mode.replace(' + ', '-')}"] = bars(rows, f"ms, {mode}")
+                title = f"attention-{sweep}" + (f"-{mode.replace(' + ', '-')}" if len(known.modes) > 1 else "")
+                figures[title] = bars(rows, f"ms, {mode}")
         elif len(chosen) > 1:
             panels = {"ms": _lines(chosen, known.axis, _times), "working MiB": _lines(chosen, known.axis, _memory)}
             figures[f"attention-{sweep}"] = growth(known.title, AXES[known.axis], panels)
@@ -83,8 +86,9 @@ def growth(title: str, xlabel: str, panels: dict[str, Lines]) -> Figure:
     for axes, (quantity, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         axes.set(xscale="log", yscale="log", xlabel=xlabel, title=quantity)
         sizes = sorted({x for points in lines.values() for x, _ in points})
-        axes.set_xticks(sizes, [f"{size:g}" for size in sizes], rotation=45 if len(sizes) > 6 else 0)
-        axes.minorticks_off()
+        axes.set_xticks(sizes, [f"{size:g}" for size in sizes], rotation=45 if len(sizes) > 5 else 0)
+        axes.xaxis.set_minor_locator(NullLocator())
+        _plain_numbers(axes.yaxis)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         for provider, points in lines.items():
@@ -94,6 +98,13 @@ def growth(title: str, xlabel: str, panels: dict[str, Lines]) -> Figure:
         axes.set_xlim(right=sizes[-1] * (sizes[-1] / sizes[0]) ** 0.38)
         _name_lines(axes, lines)
     return figure
+
+
+def _plain_numbers(axis: Axis) -> None:
+    """1, 2, 5, 10, ... on a log axis."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:g}"))
+    axis.set_minor_locator(NullLocator())
 
 
 def _name_lines(axes: Axes, lines: Lines) -> None:
@@ -120,6 +131,7 @@ def bars(rows: dict[str, dict[str, float]], xlabel: str) -> Figure:
             y = number + height * (place - (len(row) - 1) / 2)
             axes.barh(y, value, height=0.92 * height, color=_colour(provider))
             axes.annotate(f" {value:.3g}  {provider}", (value, y), va="center", fontsize=8)
+    _plain_numbers(axes.xaxis)
     axes.set_yticks(range(len(rows)), list(rows))
     axes.invert_yaxis()
     axes.margins(x=0.25, y=0.02)
