@@ -171,8 +171,15 @@ def assemble(
     Raises:
         ValueError: when config, tensors and model don't fit together. Nothing is attached then.
     """
+    return SoftModel(model, saved(model, config, tensors, encoder=encoder), backend=backend).eval()
+
+
+def saved(
+    model: Any, config: dict[str, Any], tensors: dict[str, Tensor], *, encoder: nn.Module | None = None
+) -> Method:
+    """What builds a soft prompt that was read or made, for a model of the same base."""
     _check_type(config["base"], model)
-    return SoftModel(model, _Saved(_method(config, encoder), config, tensors), backend=backend).eval()
+    return _Saved(_method(config, encoder), config, tensors)
 
 
 def restore(model: SoftModel, directory: str | os.PathLike[str]) -> None:

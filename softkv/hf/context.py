@@ -57,10 +57,9 @@ class RowEncoder:
     encode: Callable[[int, Tensor, Tensor], LayerKV]
     prompts: RowPrompts | None
     memory: dict[int, LayerKV] | None  # filled at prefill, read when decoding
-    slots: int  # n
 
     def __call__(self, layer: int, hidden: Tensor) -> LayerKV:
-        """K, V `[R, G, n, D]` of block `layer` from its input `[B, T, C]`."""
+        """K, V `[A, G, P, D]` of block `layer` from its input `[B, T, C]`."""
         if self.memory is not None and layer in self.memory:
             return self.memory[layer]
         assert self.prompts is not None
@@ -73,13 +72,14 @@ class RowEncoder:
 
 @dataclass(frozen=True)
 class SoftContext:
-    """The prefix of a forward pass and where its rows lie.
+    """The prefixes of a forward pass and where its rows lie.
 
     Attributes:
         layers: K, V `[A, G, P, D]` of every attention block, by its `layer_idx`, or None.
         lengths: `[A]`, slots of each prefix that exist, or None.
         index: `[B]`, the prefix of each row (-1: none), or None.
-        window_covers: whether sliding windows count the slots.
+        window_covers: whether sliding windows count the slots: of all prefixes, or of each, `[A]` (with an index).
+        slots: P of each row: one number, or `[B]`.
         rows: the packed rows of a batch of one line, or None.
         unpadded: the padding left out of them, to be put back.
         encoder: makes K, V per row inside each attention block (encoder-mode P-tuning v2).
@@ -89,7 +89,8 @@ class SoftContext:
     layers: dict[int, LayerKV] | None = None
     lengths: Tensor | None = None
     index: Tensor | None = None
-    window_covers: bool = False
+    window_covers: bool | Tensor = False
+    slots: int | Tensor = 0
     rows: PackedRows | None = None
     unpadded: Unpadded | None = None
     encoder: RowEncoder | None = None
@@ -97,7 +98,7 @@ class SoftContext:
     capture: dict[int, Captured] | None = None
 
     def of_layer(self, layer: int, rows: int, dtype: torch.dtype) -> dict[str, Any]:
-        """The prefix keywords of the attention op for one block and `rows` rows."""
+        """The prefix keywords of the attention op for one block and `rows` rows, but for `window_covers_prefix`."""
         if self.layers is None:
             return {}
         k, v = self.layers[layer]
@@ -106,7 +107,6 @@ class SoftContext:
             "prefix_v": v.to(dtype),
             "prefix_lengths": self.lengths,
             "prefix_index": self.index_of(rows),
-            "window_covers_prefix": self.window_covers,
         }
 
     def index_of(self, rows: int) -> Tensor | None:
@@ -118,19 +118,12 @@ class SoftContext:
             if len(k) in (1, rows):
                 return None
             index = torch.arange(len(k), device=k.device)
-        return index.repeat_interleave(rows // len(index), output_size=rows)
+        return _repeated(index, rows)
 
     def slots_of(self, rows: int) -> int | Tensor:
         """P of each of `rows` rows: an int, or `[rows]`."""
-        if self.encoder is not None:
-            return self.encoder.slots
-        if self.layers is None:
-            return 0
-        k = next(iter(self.layers.values()))[0]
-        if self.lengths is None and self.index is None:
-            return k.shape[2]
-        lengths = self.lengths if self.lengths is not None else torch.full(k.shape[:1], k.shape[2], device=k.device)
-        index = self.index_of(rows)
-        if index is None:
-            return lengths.expand(rows)
-        return torch.where(index >= 0, lengths[index.clamp(min=0)], 0)
+        return self.slots if isinstance(self.slots, int) else _repeated(self.slots, rows)
+
+
+def _repeated(of_rows: Tensor, rows: int) -> Tensor:
+    return of_rows if len(of_rows) == rows else of_rows.repeat_interleave(rows // len(of_rows), output_size=rows)

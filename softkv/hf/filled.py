@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from softkv.hf.adapters import Names, SoftRows
 from softkv.hf.context import LayerKV
-from softkv.methods.base import SoftPrompt
 
 _ATTRIBUTE = "_softkv_filled"
 
@@ -27,14 +27,16 @@ class Filled:
     Attributes:
         columns: T of the batch that filled the cache, in which masks of later forwards count.
         rows: B of it.
+        adapters: the adapter of each of these rows, or the one of all of them.
         mask: `[B, T + k]`, the real tokens among the columns that the cache holds, soft tokens included.
-        kv: encoder mode, the K/V `[B, G, n, D]` of each block.
+        kv: encoder mode, the K/V `[A, G, P, D]` of each block.
         order: which row of that batch each row of the cache is, or None while they are the same.
         unread: columns of its prompts that a `generate` has still to read.
     """
 
     columns: int
     rows: int
+    adapters: Names = ()
     mask: Tensor | None = None
     kv: dict[int, LayerKV] = field(default_factory=dict)
     order: Tensor | None = None
@@ -52,12 +54,12 @@ class Filled:
             setattr(cache, name, MethodType(_following(name), cache))
 
     @classmethod
-    def by(cls, soft: SoftPrompt, cache: Any) -> Filled:
-        """What was left with a cache that a soft prompt goes on from."""
+    def by(cls, soft: SoftRows, cache: Any) -> Filled:
+        """What was left with a cache that rows with soft prompts go on from."""
         filled = cls.of(cache)
-        if filled is None and (soft.placement == "after" or soft.encodes_rows):
+        if filled is None and soft.reading_prompts:
             raise ValueError(
-                f"{type(soft.config).__name__} needs a cache that this SoftModel has filled: got one with "
+                f"{soft.reading_prompts} needs a cache that this SoftModel has filled: got one with "
                 f"{past_length(cache)} tokens in it that were read without the soft prompt"
             )
         return filled or cls(0, 0)
@@ -67,6 +69,13 @@ class Filled:
         """Takes from an emptied cache what was left with it."""
         for name in (_ATTRIBUTE, *_FOLLOWED):
             cache.__dict__.pop(name, None)
+
+    @property
+    def order_of_adapters(self) -> list[int] | None:
+        """Which of `adapters` each row of the cache has, or None while they are in their order."""
+        if self.order is None:
+            return None
+        return (self.order // (self.rows // len(self.adapters))).tolist()
 
     def check_same_rows(self, mask: Tensor) -> None:
         """Refuses a mask `[B, T]` of whole rows that puts what the cache holds into other columns."""

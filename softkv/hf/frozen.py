@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any
 
@@ -35,6 +36,12 @@ class FrozenBase:
         config = model.config.get_text_config()
         self.shape = BaseShape(len(blocks), kv_heads, head_dim, config.hidden_size, width, rows)
 
+    def with_tokenizer(self, tokenizer: Any) -> FrozenBase:
+        """The same model with another tokenizer."""
+        other = copy.copy(self)
+        other.tokenizer = tokenizer
+        return other
+
     @torch.no_grad()
     def embed(self, ids: Tensor) -> Tensor:
         return self.model.get_input_embeddings()(ids.to(self.model.device))
@@ -44,9 +51,7 @@ class FrozenBase:
 
     def tokenize(self, text: str, special: bool = False) -> list[int]:
         if self.tokenizer is None:
-            raise ValueError(
-                "an init from a text needs the tokenizer: softkv.attach(model, method, tokenizer=tokenizer)"
-            )
+            raise ValueError("an init from a text needs the tokenizer: give tokenizer=... with the method")
         return self.tokenizer(text, add_special_tokens=special)["input_ids"]
 
 

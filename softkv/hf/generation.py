@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from softkv.hf.adapters import RowTokens
 from softkv.hf.rows import left_padded, scattered
 from softkv.hf.shown import RealTokens
 
@@ -46,8 +46,7 @@ class Prompts:
         embeds: Tensor | None,
         mask: Tensor | None,
         *,
-        block: Tensor | None,
-        inline: bool,
+        soft: RowTokens | None,
         pad: int,
         past: int,
     ) -> Prompts:
@@ -55,32 +54,33 @@ class Prompts:
 
         Args:
             ids, embeds, mask: `[B, T]`, `[B, T, C]` and `[B, T]` as they were given, padding on either side.
-            block: soft tokens `[k, C]` to put after every prompt.
-            inline: whether negative ids are soft tokens.
+            soft: the soft tokens at negative ids, and those to put after every prompt.
             pad: the id that stands for soft tokens in what is returned.
             past: tokens that a cache holds already; they stay in their columns.
         """
-        moving = mask is not None and not past and scattered(mask)
         tokens = ids if ids is not None else embeds
         assert tokens is not None
         columns = tokens.shape[1]
         given = ids if ids is None else ids.masked_fill(ids < 0, pad)
+        soft_at = None
+        if soft is not None and (soft.longest or (ids is not None and bool((ids < 0).any()))):
+            behind = soft.blocks(tokens.device)
+            if mask is None and soft.ragged:
+                mask = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
+            if mask is not None:
+                mask = torch.cat([mask, (behind >= 0).to(mask.dtype)], 1)
+            if ids is not None:
+                soft_at = torch.cat([(-soft.in_table(ids) - 1).clamp(min=-1), behind], 1)
+                # To an assistant model a soft token looks like a token that the row holds anyway.
+                stand_in = ids.amax(1, keepdim=True).clamp(min=0)
+                ids = torch.cat([torch.where(ids < 0, stand_in, ids), stand_in.expand(behind.shape)], 1)
+            if embeds is not None:
+                embeds = torch.cat([embeds, soft.table.to(embeds.dtype)[behind.clamp(min=0)]], 1)
+        moving = mask is not None and not past and scattered(mask)
         if moving:
             assert mask is not None
-            ids, embeds = (x if x is None else left_padded(x, mask) for x in (ids, embeds))
+            ids, embeds, soft_at = (x if x is None else left_padded(x, mask) for x in (ids, embeds, soft_at))
             mask = left_padded(mask, mask)
-        k = 0 if block is None else len(block)
-        soft_at = None
-        if ids is not None and (k or (inline and bool((ids < 0).any()))):
-            soft_at = F.pad((-ids - 1).clamp(min=-1), (0, k))
-            soft_at[:, ids.shape[1] :] = torch.arange(k, device=ids.device)
-            # To an assistant model a soft token looks like a token that the row holds anyway.
-            stand_in = ids.amax(1, keepdim=True).clamp(min=0)
-            ids = torch.cat([torch.where(ids < 0, stand_in, ids), stand_in.expand(-1, k)], 1)
-        if embeds is not None and block is not None:
-            embeds = torch.cat([embeds, block.to(embeds.dtype).expand(len(embeds), -1, -1)], 1)
-        if mask is not None:
-            mask = F.pad(mask, (0, k), value=1)
         shown = None if ids is None or soft_at is None else RealTokens.of(ids, mask, soft_at, pad)
         return cls(given, columns, ids, embeds, mask, soft_at, shown, moving or soft_at is not None)
 

@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from softkv.hf.adapters import SoftRows
 from softkv.hf.context import Captured, LayerKV, RowEncoder, RowPrompts, SoftContext
 from softkv.hf.filled import Filled
 from softkv.hf.generation import Prompts
 from softkv.hf.prefill import Unpadded
 from softkv.hf.rows import Lines, token_positions
-from softkv.methods.base import SoftPrompt
 from softkv.prefix import evaluating
 
 
@@ -29,14 +29,14 @@ class Call:
 
     Attributes:
         context: what goes to the attention blocks.
-        soft: the soft prompt; None in a run of the bare decoder.
+        soft: the soft prompts of its rows; None in a run of the bare decoder.
         prompts: of a `generate`.
-        soft_tokens: `[k, C]`, of a `generate` whose prompts hold soft tokens.
+        soft_tokens: `[K, C]`, of a `generate` whose prompts hold soft tokens.
         positions_given: whether position ids are the user's own.
     """
 
     context: SoftContext
-    soft: SoftPrompt | None = None
+    soft: SoftRows | None = None
     prompts: Prompts | None = None
     soft_tokens: Tensor | None = None
     positions_given: bool = False
@@ -65,6 +65,7 @@ class DecoderHooks:
         self.base, self.backend = base, backend
         self.blocks: dict[int, nn.Module] = {}
         self.calls = _Calls()
+        self._reads_blocks = False
         self._table = _learned_positions(self.decoder)
         self._handles = [
             self.decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True),
@@ -87,6 +88,9 @@ class DecoderHooks:
 
     def hook_blocks(self) -> None:
         """Has encoders read what enters the attention modules."""
+        if self._reads_blocks:
+            return
+        self._reads_blocks = True
         self._handles += [
             block.register_forward_pre_hook(self._enter_block, with_kwargs=True) for block in self.blocks.values()
         ]
@@ -177,9 +181,10 @@ class DecoderHooks:
         B, T = tokens.shape[:2]
         prompt = prompts.ids if prompts.embeds is None else prompts.embeds
         assert prompt is not None
+        assert call.soft is not None
         width, filled = prompt.shape[1], Filled.of(cache)
         if filled is None:
-            filled = Filled(prompts.columns, B, prompts.mask_for(B), unread=width)
+            filled = Filled(prompts.columns, B, call.soft.names, prompts.mask_for(B), unread=width)
             if cache is not None:
                 filled.leave_with(cache)
         unread, filled.unread = filled.unread, max(filled.unread - T, 0)
@@ -189,7 +194,7 @@ class DecoderHooks:
             at = F.pad(at, (0, T - at.shape[1]), value=-1).repeat_interleave(B // len(at), 0)
             ids = torch.where(at < 0, ids, -at - 1)
             kwargs["inputs_embeds"], kwargs["input_ids"] = self.embed(ids, call.soft_tokens), None
-        if call.soft is None or not call.soft.encodes_rows:
+        if not call.soft.encodes:
             return call.context
         rows = None
         if not filled.kv:
@@ -203,7 +208,7 @@ class DecoderHooks:
                 mask = torch.ones(B, width, device=prompt.device)
             lines = Lines.of((B, T), F.pad(mask, (0, T - width)), None, mask.device)
             rows = lines.prompts(lines.last)
-        return replace(call.context, index=filled.order, encoder=self.encoder(call.soft, rows, filled.kv))
+        return self.encoding(call.context, call.soft, rows, filled.kv, filled.order)
 
     def _enter_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Keyword pre-hook of an attention block in encoder mode: makes the block's K/V from what enters it. It runs
@@ -215,13 +220,26 @@ class DecoderHooks:
         layer: int = block.layer_idx  # type: ignore[assignment]
         return args, kwargs | {"softkv_prefix": replace(context, layers={layer: context.encoder(layer, hidden)})}
 
-    def encoder(self, soft: SoftPrompt, prompts: RowPrompts | None, memory: dict[int, LayerKV] | None) -> RowEncoder:
-        """What makes the K/V of each block from the prompts that enter it."""
+    def encoding(
+        self,
+        context: SoftContext,
+        soft: SoftRows,
+        prompts: RowPrompts | None,
+        memory: dict[int, LayerKV] | None,
+        order: Tensor | None,
+    ) -> SoftContext:
+        """The context with what makes K and V of each block from the prompts that enter it.
+
+        Args:
+            order: which of the prompts each row has, where every row has one of its own.
+        """
+        banks = context.layers or {}
 
         def encode(layer: int, hidden: Tensor, lengths: Tensor) -> LayerKV:
-            return soft.row_prefix(self.layers.index(layer), hidden, lengths)
+            return soft.encode(banks.get(layer), self.layers.index(layer), hidden, lengths)
 
-        return RowEncoder(encode, prompts, memory, soft.config.length)  # type: ignore[attr-defined]
+        index = order if context.index is None else context.index
+        return replace(context, index=index, encoder=RowEncoder(encode, prompts, memory))
 
     def _positions(self, call: Call, context: SoftContext, kwargs: dict[str, Any]) -> Tensor:
         """Position ids of a forward: each row counts from its first real token, behind its prefix."""

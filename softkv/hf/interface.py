@@ -7,6 +7,8 @@ a soft prompt.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -121,25 +123,45 @@ def attention(
     if softkv_prefix is None and attention_mask is None:
         rows = _rows_of_line(query, key, position_ids, cu_seq_lens_q, max_length_q)
     if rows is not None:
+        attend: Callable[..., Any] = partial(
+            prefix_attention_varlen,
+            query[0].transpose(0, 1),
+            key[0].transpose(0, 1),
+            value[0].transpose(0, 1),
+            rows.cu_seqlens,
+            rows.cu_seqlens,
+            rows.longest,
+            rows.longest,
+            **options,
+        )
         with named("attention, layer", layer):
-            out = prefix_attention_varlen(
-                query[0].transpose(0, 1),
-                key[0].transpose(0, 1),
-                value[0].transpose(0, 1),
-                rows.cu_seqlens,
-                rows.cu_seqlens,
-                rows.longest,
-                rows.longest,
-                **context.of_layer(layer, len(rows.cu_seqlens) - 1, dtype),
-                **options,
-            )
-        return cast(Tensor, out).unsqueeze(0), None
+            out = _attend(attend, context, layer, len(rows.cu_seqlens) - 1, dtype, sliding_window)
+        return out.unsqueeze(0), None
 
     key_mask, key_lengths = _decode_key_state(attention_mask, len(query))
-    prefix = context.of_layer(layer, len(query), dtype)
+    attend = partial(prefix_attention, query, key, value, key_mask=key_mask, key_lengths=key_lengths, **options)
     with named("attention, layer", layer):
-        out = prefix_attention(query, key, value, key_mask=key_mask, key_lengths=key_lengths, **prefix, **options)
-    return cast(Tensor, out).transpose(1, 2), None
+        out = _attend(attend, context, layer, len(query), dtype, sliding_window)
+    return out.transpose(1, 2), None
+
+
+def _attend(
+    attend: Callable[..., Any], context: SoftContext, layer: int, rows: int, dtype: torch.dtype, window: int | None
+) -> Tensor:
+    """Attention of one block with the context's prefixes. Where windows count the slots of some and not of others, it
+    runs once for either kind."""
+    prefix, covers = context.of_layer(layer, rows, dtype), context.window_covers
+    if window is None:
+        return cast(Tensor, attend(**prefix))
+    if not isinstance(covers, Tensor):
+        return cast(Tensor, attend(**prefix, window_covers_prefix=covers))
+    index = prefix.pop("prefix_index")
+    covered = (index >= 0) & covers[index.clamp(min=0)]
+    counting = attend(**prefix, prefix_index=index.masked_fill(~covered, -1), window_covers_prefix=True)
+    others = attend(**prefix, prefix_index=index.masked_fill(covered, -1), window_covers_prefix=False)
+    if context.rows is not None:
+        covered = covered.repeat_interleave(context.rows.cu_seqlens.diff(), output_size=len(others))
+    return torch.where(covered.view(-1, *[1] * (others.dim() - 1)), counting, others)
 
 
 def _rows_of_line(

@@ -6,14 +6,17 @@ move the positions behind it. `generate` is the base's own, entered through the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from softkv.hf.adapters import SoftRows, check_known
 from softkv.hf.context import SoftContext
 from softkv.hf.filled import Filled, check_contiguous, past_length
 from softkv.hf.frozen import FrozenBase, Original
@@ -30,7 +33,8 @@ from softkv.hf.rows import (
     scattered,
 )
 from softkv.hf.shown import generating
-from softkv.methods.base import Method, SoftPrompt
+from softkv.methods.base import BaseShape, Method, SoftPrompt
+from softkv.methods.p_tuning_v2 import matrices_of
 from softkv.prefix import Prefix
 from softkv.ranges import named
 
@@ -39,6 +43,8 @@ _NOT_PAGED = (
     "continuous batching runs only attention that transformers names itself, which knows no prefix: use generate with "
     "a padded batch"
 )
+
+FIRST = "default"  # the name of the adapter that a model is attached with
 
 
 def attach(
@@ -65,13 +71,13 @@ def attach(
 
 
 class SoftModel(nn.Module):
-    """A frozen causal LM with a soft prompt. Made by `softkv.attach`; anything it lacks is asked of the base.
+    """A frozen causal LM with a soft prompt, or several. Made by `softkv.attach`; anything it lacks is asked of the
+    base.
 
     Attributes:
         base: the frozen model.
-        soft: the learned parameters (`SoftPrompt`).
-        method: the config that built them.
-        base_shape: the sizes of the base that decide the shapes of learned parameters.
+        adapters: the learned parameters (`SoftPrompt`) of each adapter by its name; that of `attach` is "default".
+        active_adapter: the name of the adapter that calls without `adapter_names` use.
     """
 
     _keys_to_ignore_on_save = None
@@ -91,24 +97,92 @@ class SoftModel(nn.Module):
         self.backend = backend
         self.head_once = head_once
         self._enabled = True
-        self._head: tuple[Any, Prefix] | None = None
+        self.adapters = nn.ModuleDict()
+        self.active_adapter = FIRST
+        self._heads: dict[str, tuple[Any, Prefix]] = {}  # remembered while parameters stay
+        self._bank: tuple[Any, SoftContext] | None = None
         self._original: Original | None = Original.freeze(model)
         self._hooks = DecoderHooks(model, backend)
         try:
             blocks = self._hooks.probe()
             self._windowed = any(captured.window is not None for captured in blocks.values())
             self._original.silence_dropout([captured.block for captured in blocks.values()])
-            frozen = FrozenBase(model, {layer: captured.key for layer, captured in blocks.items()}, tokenizer)
-            self.base_shape = frozen.shape
-            self.soft: SoftPrompt = method.build(frozen).to(model.device)
+            self._frozen = FrozenBase(model, {layer: captured.key for layer, captured in blocks.items()}, tokenizer)
+            self.training = model.training
+            self.add_adapter(FIRST, method)
         except BaseException:
             self.detach()
             raise
-        self.method = self.soft.config  # its length is known now
-        if self.soft.encodes_rows:
+
+    # Adapters --------------------------------------------------------------------------------------------------------
+
+    @property
+    def soft(self) -> SoftPrompt:
+        """The learned parameters of the active adapter."""
+        return cast(SoftPrompt, self.adapters[self.active_adapter])
+
+    @property
+    def method(self) -> Method:
+        """The config that built the active adapter, with its length resolved."""
+        return self.soft.config
+
+    @property
+    def base_shape(self) -> BaseShape:
+        """The sizes of the base that decide the shapes of learned parameters."""
+        return self._frozen.shape
+
+    def add_adapter(
+        self, name: str, adapter: Method | Prefix | str | os.PathLike[str], *, tokenizer: Any = None
+    ) -> None:
+        """Adds a soft prompt beside those that are there. The active one stays active.
+
+        Args:
+            name: a new name, of letters, digits, spaces, "_" and "-".
+            adapter: a method, which is built; the folder of a saved adapter (or what else `softkv.load` finds one by);
+                or a prefix of one row, `[L or 1, 1, G, P, D]`, which is learned on as `PTuningV2`.
+            tokenizer: of the base, for an init from a text; None takes that of `attach`.
+
+        Raises:
+            ValueError: when the name is taken or none, or the adapter does not fit the base. Nothing is added then.
+            FileNotFoundError: when the folder holds no adapter.
+        """
+        if name in self.adapters:
+            raise ValueError(f"this model already has an adapter {name!r}: delete it first, or choose another name")
+        if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w -]*", name) or hasattr(self.adapters, name):
+            raise ValueError(
+                'the name of an adapter expects letters, digits, spaces, "_" and "-", and must be no attribute of '
+                f"nn.ModuleDict, got {name!r}"
+            )
+        frozen = self._frozen if tokenizer is None else self._frozen.with_tokenizer(tokenizer)
+        if isinstance(adapter, Prefix):
+            soft: SoftPrompt = matrices_of(adapter, frozen.shape)
+        elif isinstance(adapter, Method):
+            soft = adapter.build(frozen)
+        else:
+            from softkv import checkpoint
+
+            soft = checkpoint.saved(self.base, *checkpoint.read(checkpoint.local(adapter))).build(frozen)
+        if soft.encodes_rows:
             self._hooks.hook_blocks()
-        self.training = model.training
-        self.soft.train(model.training)
+        self.adapters[name] = soft.to(self.base.device).train(self.training)
+
+    def set_adapter(self, name: str) -> None:
+        """Makes an adapter the active one: that of calls without `adapter_names`."""
+        check_known(name, self.adapters)
+        self.active_adapter = name
+
+    def delete_adapter(self, name: str) -> None:
+        """Takes an adapter away.
+
+        Raises:
+            ValueError: when it is the active one, or there is none of that name.
+        """
+        check_known(name, self.adapters)
+        if name == self.active_adapter:
+            raise ValueError(f"adapter {name!r} is the active one: set_adapter(...) another before it is deleted")
+        del self.adapters[name]
+        self._heads.pop(name, None)
+        self._bank = None  # it may hold what is gone
 
     # What Trainer, pipeline and users ask of a model -----------------------------------------------------------------
 
@@ -189,6 +263,7 @@ class SoftModel(nn.Module):
         labels: Tensor | None = None,
         prompt_lengths: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
+        adapter_names: Sequence[str | None] | None = None,
         **kwargs: Any,
     ) -> Any:
         """The base's forward with the soft prompt in place.
@@ -200,13 +275,16 @@ class SoftModel(nn.Module):
             labels: `[B, T]`, -100 where a token is not an answer; they also tell where a row's prompt ends.
             prompt_lengths: `[B]` tokens of each row's prompt, where there are no labels.
             logits_to_keep: as in transformers, in columns of the batch given.
+            adapter_names: the adapter of each row, packed ones too; None among them is the bare model. Without it, all
+                rows have the active one, or those that filled the cache.
 
         Returns:
             The base's output. Logits are `[B, T, V]`: `logits[:, t]` predicts token t + 1, whatever was inserted.
 
         Raises:
-            ValueError: when training needs the end of the prompts and neither labels nor prompt_lengths are given;
-                on `output_attentions`; on positions past a learned position table.
+            ValueError: when adapter_names don't fit the rows or the cache; when training needs the end of the prompts
+                and neither labels nor prompt_lengths are given; on `output_attentions`; on positions past a learned
+                position table.
         """
         batch = {
             "input_ids": input_ids,
@@ -220,6 +298,7 @@ class SoftModel(nn.Module):
         if isinstance(logits_to_keep, Tensor) or logits_to_keep:
             batch["logits_to_keep"] = logits_to_keep
         if not self._enabled:
+            _check_no_names(adapter_names)
             return self.base(**_given(**batch))
         self._check_options(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
@@ -243,30 +322,32 @@ class SoftModel(nn.Module):
             input_ids, attention_mask, position_ids = batch["input_ids"], batch["attention_mask"], batch["position_ids"]
             split_labels = None if labels is None else in_order(labels, order)  # the loss is of the columns given
         lines = Lines.of((B, T), attention_mask, rows, tokens.device)
+        soft = self._soft_rows(adapter_names, len(lines.first), past_key_values)
         split = None  # where prompts end, in the forward that reads them
-        if (self.soft.placement == "after" or self.soft.encodes_rows) and not past:
+        if soft.reading_prompts and not past:
             if self.training and labels is None and prompt_lengths is None:
                 raise ValueError(
-                    f"{type(self.method).__name__} must know where each row's prompt ends: give labels (-100 on the "
-                    "prompt) or prompt_lengths"
+                    f"{soft.reading_prompts} must know where each row's prompt ends: give labels (-100 on the prompt) "
+                    "or prompt_lengths"
                 )
             split = lines.split(split_labels, prompt_lengths)
-        head_in_rows = self.soft.placement == "before" and not self.head_once and batch.get("use_cache") is False
-        if head_in_rows:
-            split = lines.first
-        block = self.soft.placement == "after" or head_in_rows
-        soft_tokens = self.soft.soft_tokens() if block or self.soft.placement == "inline" else None
-        k = len(soft_tokens) if soft_tokens is not None and block else 0
+        heads = not self.head_once and not past and batch.get("use_cache") is False
+        in_rows = soft.tokens(len(lines.first), heads=heads)
+        k = in_rows.longest if in_rows is not None else 0
         if input_ids is not None:
-            self._check_ids(input_ids)
-            if soft_tokens is not None:
-                batch["inputs_embeds"], batch["input_ids"] = self._hooks.embed(input_ids, soft_tokens), None
+            self._check_ids(input_ids, soft, lines)
+            if in_rows is not None:
+                ids = in_rows.in_table(input_ids, lines.line_of_token.view(B, T))
+                batch["inputs_embeds"], batch["input_ids"] = self._hooks.embed(ids, in_rows.table), None
 
-        insertion = None
-        if soft_tokens is not None and block and split is not None:
-            insertion = Insertion.into(lines, split, k)
+        if in_rows is not None and k and not past:
+            insertion = Insertion.into(lines, in_rows.place(lines.first, split), in_rows.first, in_rows.block)
+            if split is not None:
+                split = split - lines.first + insertion.lines.first
             lines = insertion.lines
-            batch["inputs_embeds"] = insertion.embeddings(batch["inputs_embeds"], soft_tokens)
+            if in_rows.ragged and rows is None and attention_mask is None:  # shorter blocks leave padding
+                attention_mask = torch.ones(B, T, dtype=torch.long, device=tokens.device)
+            batch["inputs_embeds"] = insertion.embeddings(batch["inputs_embeds"], in_rows.table)
             columns = insertion.logits_at if columns is None else insertion.logits_at.gather(1, columns)
             if attention_mask is not None:
                 batch["attention_mask"] = insertion.attention_mask(attention_mask)
@@ -278,28 +359,27 @@ class SoftModel(nn.Module):
         if columns is not None:
             batch["logits_to_keep"] = keep_in(columns, lines.shape[1], logits_to_keep)
         if not past:
-            filled = Filled(T, B, batch["attention_mask"])
+            filled = Filled(T, B, soft.names, batch["attention_mask"])
         else:
-            filled = Filled.by(self.soft, past_key_values)
+            filled = Filled.by(soft, past_key_values)
             batch["attention_mask"] = mask = filled.mask_of(attention_mask, k, (B, past + T))
             if self._windowed and mask is not None:
                 check_contiguous(mask, T)
-            if position_ids is not None:
-                batch["position_ids"] = position_ids + k
+            if position_ids is not None and in_rows is not None:
+                batch["position_ids"] = position_ids + torch.tensor(in_rows.block, device=tokens.device)[:, None]
         if rows is not None:
             for key in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"):
                 batch.pop(key, None)
             if batch["position_ids"] is None:
                 batch["position_ids"] = packed_positions(rows, lines.shape[1])
 
-        context = replace(SoftContext(backend=self.backend) if head_in_rows else self._context(), rows=rows)
-        if self.soft.encodes_rows:
+        context = replace(self._context(soft, heads=heads), rows=rows)
+        if soft.encodes:
             prompts = None if split is None else lines.prompts(split)
             memory = filled.kv if past or self._caches(batch) else None
-            encoder = self._hooks.encoder(self.soft, prompts, memory)
-            context = replace(context, index=filled.order, encoder=encoder)
+            context = self._hooks.encoding(context, soft, prompts, memory, filled.order)
         return_dict = batch.pop("return_dict", None)
-        with self._hooks.active(Call(context, self.soft, positions_given=position_ids is not None)):
+        with self._hooks.active(Call(context, soft, positions_given=position_ids is not None)):
             output = self.base(**_given(**batch), return_dict=True)
         if not past and output.get("past_key_values") is not None:
             filled.leave_with(output.past_key_values)
@@ -326,6 +406,7 @@ class SoftModel(nn.Module):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        adapter_names: Sequence[str | None] | None = None,
         **kwargs: Any,
     ) -> Any:
         """The base's `generate` with the soft prompt in place; every row is a whole prompt.
@@ -333,6 +414,7 @@ class SoftModel(nn.Module):
         Args:
             inputs / input_ids: int64 `[B, T]`; negative ids are a template's soft tokens. Or `inputs_embeds`.
             attention_mask: `[B, T]`, padding on either side.
+            adapter_names: the adapter of each row, as in `forward`.
             **kwargs: whatever the base's `generate` takes.
 
         Returns:
@@ -340,6 +422,7 @@ class SoftModel(nn.Module):
         """
         ids = inputs if input_ids is None else input_ids
         if not self._enabled:
+            _check_no_names(adapter_names)
             return self.base.generate(
                 **_given(inputs=ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds), **kwargs
             )
@@ -350,39 +433,42 @@ class SoftModel(nn.Module):
         _check_ways(
             {name: kwargs.get(name, getattr(config, name)) for name in ("cache_implementation", "token_healing")}
         )
-        inline, after = self.soft.placement == "inline", self.soft.placement == "after"
+        prompt = ids if ids is not None else inputs_embeds
+        assert prompt is not None
         cache = kwargs.get("past_key_values")
         past = past_length(cache)
-        if after and past:
+        soft = self._soft_rows(adapter_names, len(prompt), cache)
+        in_rows = soft.tokens(len(prompt), heads=False)
+        k = in_rows.longest if in_rows is not None else 0
+        if k and past:
             raise ValueError(
                 "PromptTuning puts its block after the prompt: generate expects an empty cache, got a filled one"
             )
         if ids is not None:
-            self._check_ids(ids)
+            self._check_ids(ids, soft, Lines.of((len(ids), ids.shape[1]), None, None, ids.device))
             if attention_mask is None:
                 attention_mask = mask_of(ids, kwargs, config)
-        soft_tokens = self.soft.soft_tokens() if inline or after else None
-        block = soft_tokens if after else None
         prompts = Prompts.prepare(
-            ids, inputs_embeds, attention_mask, block=block, inline=inline, pad=pad_id(kwargs, config), past=past
+            ids, inputs_embeds, attention_mask, soft=in_rows, pad=pad_id(kwargs, config), past=past
         )
         if past:
-            self._go_on(cache, prompts, past)
+            self._go_on(Filled.by(soft, cache), cache, prompts, past)
         elif cache is not None:
             Filled.forget(cache)
-        options = lengthened(kwargs, config, 0 if block is None else len(block))
+        options = lengthened(kwargs, config, k)
         if options.get("streamer") is not None:
             options["streamer"] = prompts.streamer(options["streamer"])
-        call = Call(self._context(), self.soft, prompts, soft_tokens)
+        table = None if in_rows is None else in_rows.table
+        call = Call(self._context(soft, heads=False), soft, prompts, table)
         with self._hooks.active(call), generating(self, prompts.shown):
             output = self.base.generate(
                 **_given(inputs=prompts.ids, attention_mask=prompts.mask, inputs_embeds=prompts.embeds), **options
             )
         return prompts.with_given(output)
 
-    def _go_on(self, cache: Any, prompts: Prompts, past: int) -> None:
+    def _go_on(self, filled: Filled, cache: Any, prompts: Prompts, past: int) -> None:
         """Checks that prompts go on from what a cache holds."""
-        filled, mask = Filled.by(self.soft, cache), prompts.mask
+        mask = prompts.mask
         tokens = prompts.ids if prompts.ids is not None else prompts.embeds
         assert tokens is not None
         filled.unread = (tokens if mask is None else mask).shape[1] - past
@@ -394,24 +480,51 @@ class SoftModel(nn.Module):
 
     # What the soft prompt gives, and what it takes --------------------------------------------------------------------
 
-    def _context(self) -> SoftContext:
-        """The prefix of a forward pass: learned, or the K/V of soft tokens that stand before the input."""
-        with named("prefix"):
-            prefix = self._head_prefix() if self.soft.placement == "before" else self.soft.prefix()
-            if prefix is None:
-                return SoftContext(backend=self.backend)
-            prefix = prefix.to(dtype=self.base.dtype)
-        layers = dict(zip(self._hooks.layers, prefix.layers(len(self._hooks.layers)), strict=True))
-        return SoftContext(layers, prefix.lengths, window_covers=prefix.window_covers, backend=self.backend)
+    def _soft_rows(self, names: Sequence[str | None] | None, rows: int, cache: Any) -> SoftRows:
+        """The soft prompts of `rows` rows: those named, else those that the cache gone on from was filled with, else
+        the active one."""
+        filled = Filled.of(cache) if past_length(cache) else None
+        left = None
+        if filled is not None and filled.adapters:
+            left = SoftRows.of(filled.adapters, self.adapters, filled.order_of_adapters)
+        if names is not None:
+            if isinstance(names, str) or not all(name is None or isinstance(name, str) for name in names):
+                raise TypeError(f"adapter_names expects a list of names (None: the bare model), got {names!r}")
+            if len(names) != rows:
+                raise ValueError(f"adapter_names expects a name for each of the {rows} rows, got {len(names)}")
+            read = list(names) if left is None else left.names_of(rows)
+            if read != list(names):
+                raise ValueError(f"the cache was filled with the adapters {read}, got others: {list(names)}")
+        return left or SoftRows.of(names or (self.active_adapter,), self.adapters)
 
-    def _head_prefix(self) -> Prefix:
+    def _context(self, soft: SoftRows, *, heads: bool) -> SoftContext:
+        """The prefixes of a forward pass: learned, or the K/V of soft tokens that stand before the input (unless these
+        are put into the rows as `heads`)."""
+        remember = len(soft.names) > 1 and not torch.is_grad_enabled() and not self.training
+        state = (soft.names, soft.order, heads, [each.version() for each in soft.softs.values()]) if remember else None
+        if remember and self._bank is not None and self._bank[0] == state:
+            return self._bank[1]
+        prefixes = {}
+        with named("prefix"):
+            for name, each in soft.softs.items():
+                before = each.placement == "before"
+                prefix = each.prefix() if not before else None if heads else self._head_prefix(name, each)
+                if prefix is not None:
+                    prefixes[name] = prefix.to(dtype=self.base.dtype)
+            context = soft.context(prefixes, self._hooks.layers, self.base.device)
+        context = replace(context, backend=self.backend)
+        if remember:
+            self._bank = state, context
+        return context
+
+    def _head_prefix(self, name: str, soft: SoftPrompt) -> Prefix:
         """The K/V of the soft tokens that stand before every row: in a causal decoder they don't depend on the rows,
         so they are run once, at batch 1, with gradients."""
-        frozen = not torch.is_grad_enabled() and not self.training
-        state = tuple((id(parameter), parameter._version) for parameter in self.soft.parameters())
-        if frozen and self._head is not None and self._head[0] == state:
-            return self._head[1]
-        soft_tokens = self.soft.soft_tokens()
+        remember = not torch.is_grad_enabled() and not self.training
+        state = soft.version()
+        if remember and name in self._heads and self._heads[name][0] == state:
+            return self._heads[name][1]
+        soft_tokens = soft.soft_tokens()
         assert soft_tokens is not None
         dtype = self.base.dtype
         with named("head once"):
@@ -419,22 +532,29 @@ class SoftModel(nn.Module):
         prefix = Prefix.from_layers(
             [block.key.to(dtype) for block in blocks], [block.value.to(dtype) for block in blocks]
         )
-        self._head = (state, prefix) if frozen else None
+        self._heads.pop(name, None)
+        if remember:
+            self._heads[name] = state, prefix
         return prefix
 
     def _apply(self, *args: Any, **kwargs: Any) -> SoftModel:
-        self._head = None
+        self._heads, self._bank = {}, None
         return super()._apply(*args, **kwargs)
 
-    def _check_ids(self, ids: Tensor) -> None:
-        if torch.compiler.is_compiling() or ids.device.type != "cpu" or not ids.numel():
+    def _check_ids(self, ids: Tensor, soft: SoftRows, lines: Lines) -> None:
+        if torch.compiler.is_compiling() or ids.device.type != "cpu" or not bool((ids < 0).any()):
             return
-        placed = int(self.method.length) if self.soft.placement == "inline" else 0  # type: ignore[attr-defined]
-        lowest = int(ids.min())
-        if lowest < -placed:
+        placed = {name: int(each.config.length) for name, each in soft.softs.items() if each.placement == "inline"}  # type: ignore[attr-defined]
+        of_token = torch.tensor(soft.of_rows(len(lines.first), placed, 0))[lines.line_of_token].view_as(ids)
+        wrong = (ids < -of_token).flatten()
+        if bool(wrong.any()):
+            at = int(wrong.int().argmax())
+            row = int(lines.line_of_token[at])
+            kinds = {name: type(each.config).__name__ for name, each in soft.softs.items()}
             raise ValueError(
-                f"input_ids hold the soft token id {lowest}, but {type(self.method).__name__} places {placed} soft "
-                "tokens by id"
+                f"input_ids hold the soft token id {int(ids.flatten()[at])} in row {row}, but "
+                f"{soft.of_rows(len(lines.first), kinds, 'the bare model')[row]} places {int(of_token.flatten()[at])} "
+                "soft tokens by id"
             )
 
     def _check_options(self, kwargs: dict[str, Any]) -> None:
@@ -468,6 +588,11 @@ def _check_ways(options: dict[str, Any]) -> None:
             "token_healing rewrites prompts inside generate, soft tokens too: heal them first, with "
             "heal_tokens(input_ids, tokenizer), and leave it out here"
         )
+
+
+def _check_no_names(names: Any) -> None:
+    if names is not None:
+        raise ValueError("a disabled SoftModel answers as the bare model: leave adapter_names out")
 
 
 def _check_reentrant(checkpointing: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from softkv.hf.context import PackedRows, RowPrompts
@@ -81,14 +82,16 @@ class Lines:
 
 @dataclass(frozen=True)
 class Insertion:
-    """k soft tokens put into every row of a batch, and the way back.
+    """A block of soft tokens put into every row of a batch, and the way back. In a padded batch, a row with a shorter
+    block than others gets padding in front.
 
     Attributes:
-        source: `[B, T']`, for each new column the flat token it comes from, or `B·T + j` for soft token j.
+        source: `[B, T']`, for each new column the flat token it comes from, `B·T + j` for soft token j, -1 for padding.
         logits_at: `[B, T]`, for each column given, the new column whose logits belong to it: its own, but the
             block's last for the column before the block.
         before: `[R]`, the flat token before each row's block; the first token of a row without a prompt.
         empty: `[R]`, whether the row has no prompt.
+        first: `[R]`, the soft token that begins each row's block.
         lines: the rows of the new batch.
     """
 
@@ -96,33 +99,37 @@ class Insertion:
     logits_at: Tensor
     before: Tensor
     empty: Tensor
+    first: Tensor
     lines: Lines
 
     @classmethod
-    def into(cls, lines: Lines, split: Tensor, k: int) -> Insertion:
+    def into(cls, lines: Lines, split: Tensor, first: list[int], block: list[int]) -> Insertion:
+        """`block[r]` soft tokens, from number `first[r]` on, put before flat token `split[r]` of each row r."""
         B, T = lines.shape
         N, R, device = B * T, len(lines.first), split.device
-        number, order, block = (torch.arange(size, device=device) for size in (N, R, k))
+        K = max(block)
+        k, begin = (torch.tensor(x, device=device) for x in (block, first))  # [R]
+        number, order = torch.arange(N, device=device), torch.arange(R, device=device)
         line = lines.line_of_token
-        moved = number + k * (line + (number >= split[line]))  # flat, in the new batch
-        source = torch.empty(N + R * k, dtype=torch.long, device=device)
+        ends = k.cumsum(0)
+        shift = ends - k if lines.packed else K * (order + 1) - k  # of each row's first token
+        moved = number + shift[line] + k[line] * (number >= split[line])  # flat, in the new batch
+        source = torch.full((N + (sum(block) if lines.packed else R * K),), -1, device=device)
         source[moved] = number
-        source[(split + k * order)[:, None] + block] = N + block
+        soft = torch.arange(sum(block), device=device)
+        row = order.repeat_interleave(k, output_size=len(soft))
+        soft = soft - (ends - k)[row]  # within its block
+        source[(split + shift)[row] + soft] = N + begin[row] + soft
         # The column before the block carries the block's last logits.
-        logits_at = moved + torch.where((number == split[line] - 1) & (number >= lines.first[line]), k, 0)
-        shape = (1, N + R * k) if lines.packed else (B, T + k)
+        logits_at = moved + torch.where((number == split[line] - 1) & (number >= lines.first[line]), k[line], 0)
+        shape = (1, len(source)) if lines.packed else (B, T + K)
         if not lines.packed:
-            logits_at = logits_at - (T + k) * line
-        new = Lines(
-            lines.bounds + k * torch.arange(R + 1, device=device),
-            lines.first + k * order,
-            lines.last + k * (order + 1),
-            shape,
-            lines.packed,
-        )
+            logits_at = logits_at - (T + K) * line
+        bounds = lines.bounds + (F.pad(ends, (1, 0)) if lines.packed else K * torch.arange(R + 1, device=device))
+        new = Lines(bounds, lines.first + shift, lines.last + shift + k, shape, lines.packed)
         empty = split == lines.first
         before = torch.where(empty, split, split - 1).clamp(max=N - 1)
-        return cls(source.view(shape), logits_at.view(B, T), before, empty, new)
+        return cls(source.view(shape), logits_at.view(B, T), before, empty, begin, new)
 
     def embeddings(self, embeds: Tensor, soft: Tensor) -> Tensor:
         """`[B, T', C]` from the batch's embeddings `[B, T, C]` and the soft tokens `[k, C]`."""
@@ -130,17 +137,17 @@ class Insertion:
 
     def attention_mask(self, mask: Tensor) -> Tensor:
         """The padding mask `[B, T']` from that of the batch given: soft tokens are real."""
-        kept = mask.flatten()[self.source.clamp(max=mask.numel() - 1)]
-        return kept.masked_fill(self.source >= mask.numel(), 1)
+        kept = mask.flatten()[self.source.clamp(0, mask.numel() - 1)]
+        return kept.masked_fill(self.source >= mask.numel(), 1).masked_fill(self.source < 0, 0)
 
     def positions(self, position_ids: Tensor) -> Tensor:
         """Position ids `[B, T']` of a padded batch from those given: the block follows its prompt, the answer the
         block."""
         flat = position_ids.flatten()
-        N, k = len(flat), self.source.shape[1] - position_ids.shape[1]
+        N = len(flat)
         soft = self.source >= N
-        start = flat[self.before] + torch.where(self.empty, 0, 1)
-        moved = flat[self.source.clamp(max=N - 1)] + torch.where(soft.cumsum(1) > 0, k, 0)
+        start = flat[self.before] + torch.where(self.empty, 0, 1) - self.first
+        moved = flat[self.source.clamp(0, N - 1)] + soft.cumsum(1)
         return torch.where(soft, start[:, None] + self.source - N, moved)
 
 

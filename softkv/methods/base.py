@@ -118,6 +118,11 @@ class SoftPrompt(nn.Module):
         `lengths[r]` (the rest is padding and must not matter), in their dtype."""
         raise NotImplementedError(f"{type(self).__name__} does not encode rows")
 
+    def version(self) -> tuple[Any, ...]:
+        """Another one after every change of a parameter."""
+        # An optimizer's updates show in the version counters.
+        return tuple((id(each), 0 if each.is_inference() else each._version) for each in self.parameters())
+
     def folded(self) -> SoftPrompt:
         """What is worth keeping after training: reparametrisations computed once, their networks left out."""
         return self
@@ -154,7 +159,7 @@ class Computed(SoftPrompt):
 
     def __init__(self, config: Method) -> None:
         super().__init__(config)
-        self._remembered: tuple[tuple[int, ...], Tensor] | None = None
+        self._remembered: tuple[tuple[Any, ...], Tensor] | None = None
 
     def compute(self) -> Tensor:
         """Run the network, in fp32."""
@@ -162,14 +167,12 @@ class Computed(SoftPrompt):
 
     def computed(self) -> Tensor:
         """What `compute` gives, remembered where no gradient is asked for."""
-        parameters = list(self.parameters())
-        with torch.autocast(parameters[0].device.type, enabled=False):
+        with torch.autocast(next(self.parameters()).device.type, enabled=False):
             if self.training or torch.is_grad_enabled():
                 return self.compute()
-            # An optimizer's updates show in the version counters.
-            versions = tuple(0 if parameter.is_inference() else parameter._version for parameter in parameters)
-            if self._remembered is None or self._remembered[0] != versions:
-                self._remembered = versions, self.compute()
+            version = self.version()
+            if self._remembered is None or self._remembered[0] != version:
+                self._remembered = version, self.compute()
             return self._remembered[1]
 
     def train(self, mode: bool = True) -> Computed:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import nn
 
 from softkv.methods import initial
-from softkv.methods.base import FrozenModel, Method, SoftMatrices, SoftPrompt
+from softkv.methods.base import BaseShape, FrozenModel, Method, SoftMatrices, SoftPrompt, check_uniform
 from softkv.methods.encoders import HEADS, build_rows
 from softkv.methods.matrices import (
     INIT_STD,
@@ -20,6 +20,7 @@ from softkv.methods.matrices import (
     initial_matrices,
 )
 from softkv.methods.template import begin_ids, check_no_soft_tokens
+from softkv.prefix import Prefix
 
 ENCODER_SIZE = 256
 
@@ -148,3 +149,23 @@ class PTuningV2(Method):
             )
         size, std = self.encoder_size or ENCODER_SIZE, self.init_std or INIT_STD
         return build_rows(self, encoder, base.shape, slots=self.length, size=size, shared=self.share_encoder, std=std)
+
+
+def matrices_of(prefix: Prefix, shape: BaseShape) -> SoftMatrices:
+    """The K and V of a prefix as learned matrices of `PTuningV2`.
+
+    Raises:
+        ValueError: when it does not fit a model of this shape, or is not one prefix.
+    """
+    check_uniform(shape)
+    sizes = (prefix.k.shape[0], *prefix.k.shape[1:3], prefix.k.shape[4])
+    if sizes not in {(layers, 1, shape.kv_heads, shape.head_dim) for layers in (1, shape.layers)}:
+        raise ValueError(
+            f"the prefix does not fit this model: expected [{shape.layers} or 1, 1, {shape.kv_heads}, P, "
+            f"{shape.head_dim}], got {list(prefix.k.shape)}"
+        )
+    if prefix.lengths is not None:
+        raise ValueError("one prefix has no slots that don't exist: expected lengths=None")
+    k, v = (x.detach().expand(shape.layers, -1, -1, -1, -1).clone() for x in (prefix.k, prefix.v))
+    covers = prefix.window_covers
+    return SoftMatrices(PTuningV2(length=prefix.length, window_covers=covers), k, v, window_covers=covers)

@@ -209,6 +209,6 @@ def test_a_prefix_of_each_row(name: str, covers: bool) -> None:
     beams = model.generate(**batch, max_new_tokens=3, num_beams=2, num_return_sequences=2)
     for r, row in enumerate(rows):
         one = softkv.attach(model_of(name), Bank(window_covers=covers))
-        one.soft = OneOf(model.soft, r)
+        one.adapters["default"] = OneOf(model.soft, r)
         alone = one.generate(torch.tensor([row.ids]), max_new_tokens=3, num_beams=2, num_return_sequences=2)
         assert torch.equal(beams[2 * r : 2 * r + 2, -3:], alone[:, -3:])

@@ -1,0 +1,260 @@
+"""Rows with different soft prompts in one batch: what each row has, and what all of them give the batch together, one
+table of soft tokens and one bank of prefixes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from softkv.hf.context import LayerKV, SoftContext
+from softkv.methods.base import SoftPrompt
+from softkv.prefix import Prefix
+
+Names = tuple[str | None, ...]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class SoftRows:
+    """Which soft prompt each row of a batch has.
+
+    Attributes:
+        names: the adapter of each row, None for the bare model; one name alone is that of all rows.
+        softs: the soft prompts named, in the order of their first rows.
+        order: which of `names` each row has, where a cache's rows were reordered or selected.
+    """
+
+    names: Names
+    softs: dict[str, SoftPrompt]
+    order: tuple[int, ...] | None = None
+
+    @classmethod
+    def of(cls, names: Sequence[str | None], adapters: nn.ModuleDict, order: Sequence[int] | None = None) -> SoftRows:
+        """The soft prompts of these names.
+
+        Raises:
+            ValueError: for a name that is none of `adapters`.
+        """
+        different = dict.fromkeys(names)
+        for name in different:
+            if name is not None:
+                check_known(name, adapters)
+        softs = {name: cast(SoftPrompt, adapters[name]) for name in different if name is not None}
+        if len(different) == 1:
+            return cls(tuple(different), softs)
+        return cls(tuple(names), softs, None if order is None else tuple(order))
+
+    @property
+    def alone(self) -> SoftPrompt | None:
+        """The soft prompt of every row, where all have the same one."""
+        return next(iter(self.softs.values())) if len(self.names) == 1 and self.softs else None
+
+    @property
+    def encodes(self) -> bool:
+        """Whether K and V of some rows are made inside the attention blocks."""
+        return any(soft.encodes_rows for soft in self.softs.values())
+
+    @property
+    def reading_prompts(self) -> str:
+        """The methods that must know where a row's prompt ends; "" where none must."""
+        softs = (soft for soft in self.softs.values() if soft.placement == "after" or soft.encodes_rows)
+        return " and ".join(dict.fromkeys(type(soft.config).__name__ for soft in softs))
+
+    def of_rows(self, rows: int, values: Mapping[str, T], default: T) -> list[T]:
+        """The value of each of `rows` rows, by the name of its adapter. Beams and returned sequences of one row follow
+        each other."""
+        found = self._ordered([default if name is None else values.get(name, default) for name in self.names])
+        return [value for value in found for _ in range(rows // len(found))]
+
+    def names_of(self, rows: int) -> list[str | None]:
+        """The adapter of each of `rows` rows."""
+        return self.of_rows(rows, {name: name for name in self.softs}, None)
+
+    def _ordered(self, of_names: list[T]) -> list[T]:
+        return of_names if self.order is None else [of_names[at] for at in self.order]
+
+    def tokens(self, rows: int, *, heads: bool) -> RowTokens | None:
+        """The soft tokens that `rows` rows hold, or None where there are none.
+
+        Args:
+            heads: whether those that stand before a row are put into it.
+        """
+        table: list[Tensor] = []
+        first, block = {}, {}
+        for name, soft in self.softs.items():
+            tokens = soft.soft_tokens() if soft.placement != "before" or heads else None
+            if tokens is not None:
+                first[name] = sum(map(len, table))
+                block[name] = 0 if soft.placement == "inline" else len(tokens)
+                table.append(tokens)
+        if not table:
+            return None
+        head = {name: soft.placement == "before" for name, soft in self.softs.items()}
+        return RowTokens(
+            table[0] if len(table) == 1 else torch.cat(table),
+            self.of_rows(rows, first, 0),
+            self.of_rows(rows, block, 0),
+            self.of_rows(rows, head, False),
+        )
+
+    @property
+    def encoded(self) -> dict[str, list[int]]:
+        """The rows of each encoder, where rows have different soft prompts."""
+        return {
+            encoder: [row for row, name in enumerate(self.names) if name == encoder]
+            for encoder, soft in self.softs.items()
+            if soft.encodes_rows
+        }
+
+    def context(self, prefixes: Mapping[str, Prefix], layers: Sequence[int], device: torch.device) -> SoftContext:
+        """The bank of prefixes that the rows read; rows that an encoder reads will find theirs behind these.
+
+        Args:
+            prefixes: of those soft prompts that have one.
+            layers: the `layer_idx` of each attention block.
+            device: of the model.
+
+        Raises:
+            ValueError: for a soft prompt that holds several prefixes, among others.
+        """
+        if self.alone is not None:
+            if self.encodes:
+                return SoftContext(slots=_slots(self.alone))
+            if not prefixes:
+                return SoftContext()
+            (prefix,) = prefixes.values()
+            shared = prefix.length if prefix.lengths is None else prefix.lengths
+            return SoftContext(_by_layer(prefix, layers), prefix.lengths, None, prefix.window_covers, shared)
+
+        number: dict[str, int] = {}
+        lengths: list[int] = []
+        covers: list[bool] = []
+        for name, prefix in prefixes.items():
+            if prefix.count != 1 or prefix.lengths is not None:
+                raise ValueError(
+                    f"adapter {name!r} holds {prefix.count} prefixes, expected one where rows have different adapters"
+                )
+            number[name] = len(lengths)
+            lengths.append(prefix.length)
+            covers.append(prefix.window_covers)
+        index = [-1 if name is None else number.get(name, -1) for name in self.names]
+        for name, rows in self.encoded.items():
+            for row in rows:
+                index[row] = len(lengths)
+                lengths.append(_slots(self.softs[name]))
+                covers.append(False)
+        if not lengths:
+            return SoftContext()
+
+        index = self._ordered(index)
+        slots = [0 if at < 0 else lengths[at] for at in index]
+        alike = len(set(covers)) == 1
+        # One prefix for each row, in their order, is what the op takes without an index.
+        in_order = alike and not self.encodes and index == list(range(len(lengths)))
+        return SoftContext(
+            _by_layer(bank(list(prefixes.values())), layers) if prefixes else None,
+            None if len(set(lengths)) == 1 else torch.tensor(lengths, device=device),
+            None if in_order else torch.tensor(index, device=device),
+            covers[0] if alike else torch.tensor(covers, device=device),
+            slots[0] if len(set(slots)) == 1 else torch.tensor(slots, device=device),
+        )
+
+    def encode(self, bank: LayerKV | None, block: int, hidden: Tensor, lengths: Tensor) -> LayerKV:
+        """K and V `[A, G, P, D]` of one attention block: its bank, and behind it what encoders make of their rows.
+
+        Args:
+            bank: of the rows that no encoder reads.
+            block: the number of the attention block.
+            hidden: `[B, M, C]`, the prompts that enter it. The first of the rows made of one prompt is read.
+            lengths: `[B]`.
+        """
+        if self.alone is not None:
+            return self.alone.row_prefix(block, hidden, lengths)
+        parts, repeats = [] if bank is None else [bank], len(hidden) // len(self.names)
+        for name, rows in self.encoded.items():
+            at = torch.tensor(rows, device=hidden.device) * repeats
+            parts.append(self.softs[name].row_prefix(block, hidden[at], lengths[at]))
+        keys, values = zip(*parts, strict=True)
+        return _end_to_end(keys), _end_to_end(values)
+
+
+@dataclass(frozen=True)
+class RowTokens:
+    """The soft tokens that the rows of a batch hold.
+
+    Attributes:
+        table: `[K, C]`, those of all its soft prompts.
+        first: for each row, where its own begin in the table.
+        block: for each row, how many stand together in it (0: none, or a template's, which are placed one by one).
+        heads: for each row, whether its block stands before it and not after its prompt.
+    """
+
+    table: Tensor
+    first: list[int]
+    block: list[int]
+    heads: list[bool]
+
+    @property
+    def longest(self) -> int:
+        """Columns that the blocks take in a padded batch."""
+        return max(self.block)
+
+    @property
+    def ragged(self) -> bool:
+        return min(self.block) < self.longest
+
+    def place(self, first: Tensor, split: Tensor | None) -> Tensor:
+        """`[R]`: the flat token that each row's block stands before: its first, or the one behind its prompt."""
+        return first if split is None else torch.where(torch.tensor(self.heads, device=first.device), first, split)
+
+    def blocks(self, device: torch.device) -> Tensor:
+        """`[R, longest]`: which of the table's stand in each row's block; -1 past its end."""
+        first, block = (torch.tensor(x, device=device)[:, None] for x in (self.first, self.block))
+        at = torch.arange(self.longest, device=device)
+        return torch.where(at < block, first + at, -1)
+
+    def in_table(self, ids: Tensor, lines: Tensor | None = None) -> Tensor:
+        """Ids `[B, T]` whose negative ones, -i for a row's i-th soft token, count in the table.
+
+        Args:
+            lines: `[B, T]`, the row of each token; the line it stands in, if None.
+        """
+        if not any(self.first):
+            return ids
+        first = torch.tensor(self.first, device=ids.device)
+        return torch.where(ids < 0, ids - (first[:, None] if lines is None else first[lines]), ids)
+
+
+def bank(prefixes: Sequence[Prefix]) -> Prefix:
+    """Prefixes of any lengths end to end in one; what lies past the length of each is 0."""
+    layers = max(prefix.k.shape[0] for prefix in prefixes)
+    k = [prefix.k.expand(layers, -1, -1, -1, -1) for prefix in prefixes]
+    v = [prefix.v.expand(layers, -1, -1, -1, -1) for prefix in prefixes]
+    return Prefix(_end_to_end(k), _end_to_end(v))
+
+
+def check_known(name: str, adapters: nn.ModuleDict) -> None:
+    """Raise unless there is an adapter of this name."""
+    if name not in adapters:
+        raise ValueError(f"this model has no adapter {name!r}: expected one of {', '.join(map(repr, adapters))}")
+
+
+def _end_to_end(of: Sequence[Tensor]) -> Tensor:
+    """`[..., A, G, P, D]` of different A and P in one."""
+    if len(of) == 1:
+        return of[0]
+    longest = max(x.shape[-2] for x in of)
+    return torch.cat([F.pad(x, (0, 0, 0, longest - x.shape[-2])) if x.shape[-2] < longest else x for x in of], -4)
+
+
+def _by_layer(prefix: Prefix, layers: Sequence[int]) -> dict[int, LayerKV]:
+    return dict(zip(layers, prefix.layers(len(layers)), strict=True))
+
+
+def _slots(encoder: SoftPrompt) -> int:
+    return int(encoder.config.length)  # type: ignore[attr-defined]
