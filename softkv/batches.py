@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Sampler
 from transformers import DataCollatorWithFlattening
@@ -18,14 +17,15 @@ class PackingCollator(DataCollatorWithFlattening):
     """Puts rows end to end in one line, without padding: `input_ids`, `labels`, `position_ids` `[1, N]` and the
     cumulative lengths. Each row attends to the prefix and to itself.
 
-    A row's `prompt_lengths` (an int), where it has one, says where its prompt ends when that is not its first label.
+    Beside its ids and labels a row may have `prompt_lengths` (an int: where its prompt ends when that is not its first
+    label) and `adapter_names` (a name, or None: its adapter).
     """
 
     def __init__(self) -> None:
         super().__init__(return_flash_attn_kwargs=True)
 
     def __call__(self, features: list[dict[str, Any]], *args: Any, **kwargs: Any) -> dict[str, Any]:
-        return super().__call__(features, *args, **kwargs) | _prompt_lengths(features)
+        return super().__call__(features, *args, **kwargs) | _of_each_row(features)
 
 
 class PaddingCollator:
@@ -37,13 +37,16 @@ class PaddingCollator:
             "input_ids": pad_sequence(ids, batch_first=True),
             "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
             "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED),
-        } | _prompt_lengths(features)
+        } | _of_each_row(features)
 
 
-def _prompt_lengths(features: list[dict[str, Any]]) -> dict[str, Tensor]:
-    if "prompt_lengths" not in features[0]:
-        return {}
-    return {"prompt_lengths": torch.tensor([int(row["prompt_lengths"]) for row in features])}
+def _of_each_row(features: list[dict[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    if "prompt_lengths" in features[0]:
+        found["prompt_lengths"] = torch.tensor([int(row["prompt_lengths"]) for row in features])
+    if "adapter_names" in features[0]:
+        found["adapter_names"] = [row["adapter_names"] for row in features]
+    return found
 
 
 def whole_row_labels(example: dict[str, Any]) -> dict[str, Any]:

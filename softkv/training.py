@@ -32,7 +32,8 @@ class Trainer(transformers.Trainer):
 
     - rows are packed, unless another `data_collator` is given (`PaddingCollator`, transformers' own: the same loss);
     - logits are computed only where they predict a label;
-    - checkpoints hold what is learned, not the base; `resume_from_checkpoint=True` takes the last one that is whole;
+    - checkpoints hold what all adapters have learned, not the base; `resume_from_checkpoint=True` takes the last one
+      that is whole;
     - the evaluation loss is the mean over all labels (where several processes evaluate, accelerate repeats rows until
       all have as many, and those count again);
     - the learning curve is drawn to `learning_curve.png` in the output directory at the end.
@@ -45,7 +46,8 @@ class Trainer(transformers.Trainer):
             `per_device_train_batch_size` rows.
         label_logits_only: whether to skip the logits that no label looks at.
         **kwargs: as in `transformers.Trainer`. A data set's rows hold `input_ids` and `labels`, as `method.encode`
-            gives them, and `prompt_lengths` where a prompt doesn't end at the first label.
+            gives them, `prompt_lengths` where a prompt doesn't end at the first label, and `adapter_names` (a row's one
+            name) where rows train different adapters.
 
     Raises:
         TypeError: when the model is no `SoftModel`.
@@ -67,7 +69,8 @@ class Trainer(transformers.Trainer):
         if max_tokens is not None and max_tokens < 1:
             raise ValueError(f"max_tokens expects at least 1, got {max_tokens}")
         if args is not None and args.ddp_find_unused_parameters is None:
-            args.ddp_find_unused_parameters = False  # whatever a method learns, it uses
+            # Whatever a method learns, it uses; a batch may not name every adapter.
+            args.ddp_find_unused_parameters = model is not None and len(model.adapters) > 1
         self.max_tokens, self.label_logits_only = max_tokens, label_logits_only
         self._logits_wanted = False
         self._evaluated = torch.zeros(2, dtype=torch.float64)  # sum of the losses and number of labels
@@ -153,7 +156,8 @@ class Trainer(transformers.Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _check_prompt_lengths(self, inputs: dict[str, Any]) -> None:
-        if inputs.get("prompt_lengths") is None or not self.accelerator.unwrap_model(self.model).soft.encodes_rows:
+        adapters = self.accelerator.unwrap_model(self.model).adapters
+        if inputs.get("prompt_lengths") is None or not any(soft.encodes_rows for soft in adapters.values()):
             return
         ends = with_prompt_lengths(inputs | {"prompt_lengths": None})["prompt_lengths"]
         if bool((inputs["prompt_lengths"] > ends).any()):
@@ -211,13 +215,17 @@ class Trainer(transformers.Trainer):
         if not self.args.should_save:
             return
         directory = Path(output_dir if output_dir is not None else self.args.output_dir)
-        checkpoint.save(self.accelerator.unwrap_model(self.model), directory, folded=False)
+        soft_model = self.accelerator.unwrap_model(self.model)
+        for name, folder in _folders(soft_model, directory).items():
+            soft_model.save_pretrained(folder, adapter_name=name, folded=False)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(directory)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         soft_model = self.accelerator.unwrap_model(model if model is not None else self.model)
-        checkpoint.restore(soft_model, resume_from_checkpoint)
+        for name, folder in _folders(soft_model, Path(resume_from_checkpoint)).items():
+            with soft_model.using(name):
+                checkpoint.restore(soft_model, folder)
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
@@ -228,6 +236,12 @@ class Trainer(transformers.Trainer):
             if self.is_world_process_zero():
                 shutil.copy(Path(checkpoint_folder) / name, Path(self.args.output_dir) / name)
         super()._push_from_checkpoint(checkpoint_folder)
+
+
+def _folders(model: SoftModel, checkpoint_folder: Path) -> dict[str, Path]:
+    """Where a checkpoint holds each adapter: the active one in itself, the others below."""
+    others = {name: checkpoint_folder / "adapters" / name for name in model.adapters}
+    return others | {model.active_adapter: checkpoint_folder}
 
 
 def last_checkpoint(output_dir: str | os.PathLike[str]) -> Path | None:

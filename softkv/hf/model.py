@@ -171,6 +171,16 @@ class SoftModel(nn.Module):
         check_known(name, self.adapters)
         self.active_adapter = name
 
+    @contextmanager
+    def using(self, name: str) -> Iterator[SoftModel]:
+        """Within this context an adapter is the active one."""
+        active = self.active_adapter
+        self.set_adapter(name)
+        try:
+            yield self
+        finally:
+            self.active_adapter = active
+
     def delete_adapter(self, name: str) -> None:
         """Takes an adapter away.
 
@@ -239,11 +249,13 @@ class SoftModel(nn.Module):
             self._original = None
         return self.base
 
-    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
-        """Writes `softkv_config.json` and `softkv.safetensors`: what is learned, not the base."""
+    def save_pretrained(self, save_directory: Any, *, adapter_name: str | None = None, **kwargs: Any) -> None:
+        """Writes `softkv_config.json` and `softkv.safetensors`: what an adapter has learned, not the base. Without a
+        name, the active one is saved."""
         from softkv.checkpoint import save
 
-        save(self, save_directory, **kwargs)
+        with self.using(self.active_adapter if adapter_name is None else adapter_name):
+            save(self, save_directory, **kwargs)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """Saves what is learned to a repository on the Hugging Face Hub (`softkv.checkpoint.push`)."""

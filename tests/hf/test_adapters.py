@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -248,6 +249,42 @@ def test_from_a_folder_a_text_and_a_prefix(tmp_path: Any) -> None:
     close(got[0], trained.eval()(ids).logits[0])
     in_context = torch.cat([torch.tensor([[1, 7, 8, 9]]).expand(3, -1), ids], 1)
     close(got[1:], model_of("Llama")(in_context).logits[1:, 4:])
+
+
+def test_save_one_of_several(tmp_path: Any) -> None:
+    model = model_with("Llama", {"one": METHODS["p-tuning v2"], "two": METHODS["prompt-tuning before"]})
+    model.save_pretrained(tmp_path / "two", adapter_name="two")
+    assert model.active_adapter == "default"
+    model.add_adapter("again", tmp_path / "two")
+    assert torch.equal(model.adapters["again"].embeddings, model.adapters["two"].embeddings)
+
+
+def test_training_keeps_every_adapter(tmp_path: Any) -> None:
+    adapters = {"one": METHODS["p-tuning v2"], "two": METHODS["prompt-tuning after"]}
+    rows = [
+        {"input_ids": [5, 6, 7 + r, 8], "labels": [-100, -100, 7 + r, 8], "adapter_names": ("one", "two")[r % 2]}
+        for r in range(8)
+    ]
+
+    def trained(**options: Any) -> dict[str, Tensor]:
+        arguments = transformers.TrainingArguments(
+            str(tmp_path / "run"),
+            max_steps=4,
+            per_device_train_batch_size=2,
+            learning_rate=1e-2,
+            save_steps=2,
+            report_to=[],
+            disable_tqdm=True,
+        )
+        model = model_with("Llama", adapters)
+        softkv.Trainer(model, arguments, train_dataset=rows).train(**options)
+        return {name: value.clone() for name, value in model.adapters.state_dict().items()}
+
+    before, whole = model_with("Llama", adapters).adapters.state_dict(), trained()
+    moved = {name.split(".")[0] for name, value in whole.items() if not torch.equal(value, before[name])}
+    assert moved == {"one", "two"}
+    resumed = trained(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert all(torch.equal(value, whole[name]) for name, value in resumed.items())
 
 
 def test_clear_errors(tmp_path: Any) -> None:
