@@ -20,6 +20,7 @@ Lines = dict[str, list[tuple[float, float]]]  # by provider: points (x, y)
 
 OURS, NAIVE, PEER, FLOOR = "#d9691e", "#2f6db5", "#4d9a6a", "#8b949e"
 COLOURS = {"cat": NAIVE, "cat cached": "#7a5ab5", "PEFT": NAIVE, "no prefix": FLOOR, "floor": FLOOR}
+COLOURS |= {"one by one": "#7a5ab5", "PEFT one by one": NAIVE}
 FLOORS = ("no prefix", "floor")
 AXES = {"P": "prefix slots (P)", "B": "rows (B)", "T": "tokens a row (T)", "A": "prefixes in the bank (A)"}
 _LABEL_GAP = 0.055  # of the height of the axes
