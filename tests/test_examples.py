@@ -7,7 +7,13 @@ import pytest
 
 from tests.hf.tiny import model_of, tokenizer
 
-EXAMPLES = {"classification": "accuracy", "generation": "positive:", "template": "A joy from start to end. →"}
+# name → (what it prints, its options)
+EXAMPLES: dict[str, tuple[str, dict[str, int]]] = {
+    "classification": ("accuracy", {"steps": 2, "test_rows": 8}),
+    "generation": ("positive:", {"steps": 2, "max_new_tokens": 3}),
+    "serving": ("streaming     document", {"max_new_tokens": 3}),
+    "template": ("A joy from start to end. →", {"steps": 2}),
+}
 FOLDER = Path(__file__).parents[1] / "examples"
 
 
@@ -15,7 +21,7 @@ FOLDER = Path(__file__).parents[1] / "examples"
 def test_example(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model_of("Llama", "sdpa").save_pretrained(tmp_path)
     tokenizer().save_pretrained(tmp_path)
-    options = {"classification": {"test_rows": 8}, "generation": {"max_new_tokens": 3}}.get(name, {})
-    importlib.import_module(f"examples.{name}").main(str(tmp_path), steps=2, **options)
-    assert EXAMPLES[name] in capsys.readouterr().out
+    prints, options = EXAMPLES[name]
+    importlib.import_module(f"examples.{name}").main(str(tmp_path), **options)
+    assert prints in capsys.readouterr().out
     assert len((FOLDER / f"{name}.py").read_text().splitlines()) < 60
