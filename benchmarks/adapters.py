@@ -128,7 +128,11 @@ def draw(records: Iterable[dict[str, Any]], path: Path) -> None:
         case, lines = record["case"], panels.setdefault(f"{record['case']['mode']}: rows / s", {})
         for provider in PROVIDERS:
             lines.setdefault(provider, []).append((case["adapters"], rows_a_second(record, provider)))
-    plots.growth("A batch of 16 rows", "different adapters in the batch", panels).savefig(path, dpi=110)
+    figure = plots.growth("A batch of 16 rows", "different adapters in the batch", panels)
+    for axes in figure.axes:
+        axes.set_yscale("linear")
+        axes.set_ylim(bottom=0)
+    figure.savefig(path, dpi=110)
 
 
 def main(

@@ -68,6 +68,16 @@ each. {device}.
 {rows}
 """  # noqa: E501
 
+ADAPTERS = """\
+`python -m benchmarks.adapters`: 16 prompts of real text, P-tuning v2 prefixes of 64 slots, SmolLM2-135M-Instruct; rows
+a second, {what}. "One by one" switches to each adapter and answers its rows; PEFT holds the same values.
+All gave the same tokens. Interleaved, medians of {rounds} rounds or more. {device}.
+
+| adapters | softkv, one batch | softkv, one by one | PEFT, one by one | faster than one by one | than PEFT |
+|---:|---:|---:|---:|---:|---:|
+{rows}
+"""
+
 
 def rendered(text: str) -> str:
     """A document with its tables made anew."""
@@ -174,6 +184,23 @@ def _generate() -> str:
     return GENERATE.format(rows="\n".join(rows), device=_of_records(records), rounds=rounds)
 
 
+def _adapters(mode: str, what: str) -> str:
+    records = _records("adapters", lambda one: one["case"]["mode"] == mode)
+    rows = []
+    for record in records.values():
+        seconds = (statistics.median(times) for times in record["seconds"].values())
+        faster = (one["median"] for one in record["speedup_of_softkv"].values())
+        rows.append(
+            _row(
+                record["case"]["adapters"],
+                *(f"{record['case']['rows'] / one:.1f}" for one in seconds),
+                *(f"{ratio:.2f}×" for ratio in faster),
+            )
+        )
+    rounds = min(len(record["seconds"]["softkv"]) for record in records.values())
+    return ADAPTERS.format(rows="\n".join(rows), what=what, rounds=rounds, device=_of_records(records))
+
+
 def _axes(axes: str) -> dict[str, str]:
     return {"axes": " | ".join(axes), "lines": "---:|" * len(axes)}
 
@@ -231,6 +258,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "demo": _demo,
     "train": _train,
     "generate": _generate,
+    "adapters-generation": lambda: _adapters("generation", "generating 8 tokens each, greedy"),
+    "adapters-forward": lambda: _adapters("forward", "one forward pass"),
     "attention-training": lambda: _attention("training", f"training shapes; {CAT}"),
     "attention-forward": lambda: _attention("training", "training shapes, forward alone", "forward"),
     "attention-decoding": lambda: _decoding("decoding", CACHED),
