@@ -146,6 +146,8 @@ class SoftModel(nn.Module):
             ValueError: when the name is taken or none, or the adapter does not fit the base. Nothing is added then.
             FileNotFoundError: when the folder holds no adapter.
         """
+        if self._original is None:
+            raise RuntimeError("this soft prompt was detached from its model: attach it again")
         if name in self.adapters:
             raise ValueError(f"this model already has an adapter {name!r}: delete it first, or choose another name")
         if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w -]*", name) or hasattr(self.adapters, name):
