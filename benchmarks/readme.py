@@ -78,6 +78,15 @@ All gave the same tokens. Interleaved, medians of {rounds} rounds or more. {devi
 {rows}
 """
 
+STEP_PROFILE = """\
+`python -m benchmarks.step_profile`: a training step of 16 movie snippets, packed; P-tuning v2, P=64,
+SmolLM2-135M-Instruct, under torch.profiler, mean of {steps} steps. {device}.
+
+| | ms a step | share |
+|---|---:|---:|
+{rows}
+"""
+
 
 def rendered(text: str) -> str:
     """A document with its tables made anew."""
@@ -250,6 +259,14 @@ def _decoding(sweep: str, what: str, axes: str = "BP") -> str:
     )
 
 
+def _step_profile() -> str:
+    content = read_json(FOLDER / "step_profile.json")
+    times = content["milliseconds_a_step"]
+    total = sum(times.values())
+    rows = "\n".join(_row(name, f"{value:.0f}", f"{value / total:.0%}") for name, value in times.items())
+    return STEP_PROFILE.format(rows=rows, steps=content["steps"], device=_devices([content["machine"]], "fp32"))
+
+
 CAT = (
     "forward and backward to q, k, v and the prefix, beside the fastest SDPA over\nreally concatenated keys and values"
 )
@@ -257,6 +274,7 @@ CACHED = "one token a row, beside SDPA over a cache that already holds the prefi
 TABLES: dict[str, Callable[[], str]] = {
     "demo": _demo,
     "train": _train,
+    "step-profile": _step_profile,
     "generate": _generate,
     "adapters-generation": lambda: _adapters("generation", "generating 8 tokens each, greedy"),
     "adapters-forward": lambda: _adapters("forward", "one forward pass"),
