@@ -41,6 +41,7 @@ setup(
         "bench": BENCHMARKS,
         "demo": ["gguf", *BENCHMARKS],
         "flash": ["flash-attn>=2.7"],
+        "peers": ["fla-core"],
     },
     entry_points={"console_scripts": ["softkv = softkv.cli:app"]},
 )

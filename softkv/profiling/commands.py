@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Iterable
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -48,6 +50,7 @@ def static(
     scores: Annotated[
         int | None, typer.Option(help="Query × key pairs of a pass of your kernel's loop, such as BLOCK_M·BLOCK_N.")
     ] = None,
+    with_peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Other attention kernels, too.")] = True,
     loops: Annotated[bool, typer.Option("--loops", help="Show the instruction mix of every loop.")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print JSON: every loop's mix and cycles, and the rates.")
@@ -63,30 +66,40 @@ def static(
         fail("TRITON_INTERPRET is set, and the interpreter has nothing to compile: unset it")
     import triton
 
+    from softkv.profiling import peers, user_kernel
     from softkv.profiling import static as judge
-    from softkv.profiling import user_kernel
 
     targets = [one.value for one in (target or TargetName)]
     if dtype not in judge.DTYPES:
         fail(f"--dtype expects {' or '.join(judge.DTYPES)}, got {dtype!r}")
+    groups: Iterable[list[judge.Subject]]
+    notes: list[str] = []
     if kernel is None:
         if signature or constexprs:
             fail("--signature and --constexprs describe a kernel of your own: give path.py:kernel")
-        subjects = judge.own(targets, dim or [128], dtype)
+        groups = ([subject] for subject in judge.own(targets, dim or [128], dtype))
+        if with_peers:
+            groups = itertools.chain(groups, peers.subjects(targets, dim or [128], dtype))
+            notes = peers.missing()
     else:
-        subjects = user_kernel.subjects(kernel, signature, constexprs, targets, num_warps, num_stages, scores)
+        own = user_kernel.subjects(kernel, signature, constexprs, targets, num_warps, num_stages, scores)
+        groups = ([subject] for subject in own)
     rows = []
     with err.status("compiling…") as status:
-        for subject in subjects:
-            if only is None or only in subject.kernel:
-                status.update(f"compiling {escape(subject.source)} {escape(subject.kernel)} for {subject.target}")
-                rows.append(judge.judge(subject))
+        for group in groups:
+            if only is None or only in group[0].kernel:
+                status.update(f"{escape(group[0].source)}: {escape(group[0].kernel)} for {group[0].target}")
+                row, said = judge.best(group)
+                rows += [] if row is None else [row]
+                notes += said
     rows = judge.ordered(rows)
-    content = {"triton": triton.__version__, "rates": judge.rates(), "rows": rows}
+    content = {"triton": triton.__version__, "rates": judge.rates(), "rows": rows, "notes": notes}
     if as_json:
         print(json.dumps(content, indent=1))
         return
     _show(rows, loops, html)
+    for note in notes:
+        out.print(escape(note), soft_wrap=True)
 
 
 def _show(rows: list[dict[str, Any]], loops: bool, html: Path | None) -> None:

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 import triton
+from triton.compiler import CompilationError
+from triton.runtime.errors import OutOfResources
 
 from softkv import __version__
 from softkv.kernels.compile import COMMON, MATRIX_PASSES, PRODUCTS, TARGETS, build, matrix, name_of, specialise
@@ -98,6 +100,22 @@ def judge(subject: Subject) -> dict[str, Any]:
         **_per_score(report, subject.scores),
         "loops": [_loop(loop, loop in report.path) for loop in report.loops],
     }
+
+
+def best(subjects: list[Subject]) -> tuple[dict[str, Any] | None, list[str]]:
+    """(the row with the best serial bound, what could not be compiled) of one kernel's configurations.
+
+    A single subject that does not compile raises only where it is softkv's or the user's own."""
+    rows, failures = [], []
+    for subject in subjects:
+        try:
+            rows.append(judge(subject))
+        except (CompilationError, OutOfResources, RuntimeError) as error:
+            if subject.case != "causal" or subject.source.startswith("softkv"):
+                raise
+            first = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+            failures.append(f"{subject.source}: {subject.kernel} does not compile for {subject.target}: {first[0]}")
+    return max(rows, key=lambda row: row["serial"] or 0, default=None), failures
 
 
 def _per_score(report: Report, scores: int | None) -> dict[str, float | None]:

@@ -8,12 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import triton
 from softkv.kernels.compile import TARGETS
 from softkv.kernels.machines import MACHINES
 from softkv.kernels.sass import pipe_of
+from triton.runtime.autotuner import Autotuner
+from triton.runtime.jit import JITFunction
 from typer.testing import CliRunner
 
 from softkv.cli import app
+from softkv.profiling import peers
 
 
 def static(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -67,6 +72,9 @@ WRONG = {
 ASK = """
 import json, sys
 from softkv.cli import app
+from softkv.profiling import peers
+from triton.runtime.autotuner import Autotuner
+from triton.runtime.jit import JITFunction
 from typer.testing import CliRunner
 said = [CliRunner().invoke(app, ["profile", "static", *arguments]) for arguments in json.loads(sys.argv[1])]
 print(json.dumps([[one.exit_code, " ".join(one.stderr.split())] for one in said]))
@@ -86,6 +94,31 @@ def test_the_interpreter_is_refused() -> None:
     said = CliRunner().invoke(app, ["profile", "static"], env={"TRITON_INTERPRET": "1"})
     assert said.exit_code == 2
     assert "TRITON_INTERPRET" in said.stderr
+
+
+def test_absent_peers_are_named_with_the_command_that_brings_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "available", lambda peer: None)
+    assert "fla-core is not installed: pip install fla-core" in peers.missing()
+    assert list(peers.subjects(["sm_90"], [64], "bf16")) == []
+
+
+def doubled(x, n, SIZE):  # the body of a kernel that is only recorded
+    pass
+
+
+def test_launches_are_recorded_as_their_launcher_asks_for_them() -> None:
+    config = triton.Config({"SIZE": 64}, num_warps=8, num_stages=4)
+    small = triton.Config({"SIZE": 32}, num_warps=8)
+    plain = JITFunction(doubled)
+    tuned = Autotuner(plain, plain.arg_names, [small, config], ["n"], None, None)
+    x = torch.empty(64, device="meta")
+    with peers.recording() as launches:
+        plain[(1,)](x, 3, SIZE=16, num_warps=2)
+        tuned[(1,)](x, n=3)
+    assert [(one.arguments, one.warps, one.stages) for one in launches] == [
+        ({"x": x, "n": 3, "SIZE": 16}, 2, 3),
+        ({"x": x, "n": 3, "SIZE": 64}, 8, 4),
+    ]
 
 
 def test_rates_follow_from_quoted_figures() -> None:

@@ -1,0 +1,55 @@
+"""The static bounds of softkv's kernels beside its peers', as docs/profiling.md shows them. They are no times.
+
+`results/static.json` is what `softkv profile static --json` printed with the peers installed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .results import FOLDER, read_json
+
+HOW = """\
+`softkv profile static`: triton {triton}, D = {dims}, {dtype}; compiled offline, read from machine code, not measured.
+
+| pass | target | kernels of | tile | registers | spills | programs | work | overlap | serial | exp / score |
+|---|---|---|---|---:|---:|---|---:|---:|---:|---:|
+{rows}
+"""
+
+
+def table() -> str:
+    content = read_json(FOLDER / "static.json")
+    rows = [row for row in content["rows"] if row["serial"] is not None]
+    first = rows[0]
+    dims = ", ".join(str(dim) for dim in sorted({row["head_dim"] for row in rows}))
+    lines = "\n".join(map(_line, sorted(rows, key=_place)))
+    return HOW.format(triton=content["triton"], dims=dims, dtype=first["dtype"], rows=lines)
+
+
+def _place(row: dict[str, Any]) -> tuple[Any, ...]:
+    passes = ("forward", "dq", "dkv", "backward", "decode")
+    return (
+        passes.index(row["kernel"].split()[0]),
+        row["target"],
+        not row["source"].startswith("softkv"),
+        row["source"],
+        row["kernel"],
+    )
+
+
+def _line(row: dict[str, Any]) -> str:
+    def number(value: float | None) -> str:
+        return "–" if value is None else f"{value:.2f}"
+
+    cells = (
+        row["kernel"],
+        row["target"],
+        row["source"],
+        row["tile"],
+        row["registers"],
+        row["spills_in_loops"],
+        f"{row['occupancy']} ({row['limit']})",
+        *(number(row[key]) for key in ("work", "overlap", "serial", "exponentials_per_score")),
+    )
+    return f"| {' | '.join(map(str, cells))} |"
