@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -117,8 +118,7 @@ def recording() -> Iterator[list[Recorded]]:
 
     def tuned(tuner: Autotuner, *values: Any, **named: Any) -> None:
         def area(config: Any) -> int:
-            sizes = [value for name, value in config.kwargs.items() if "BLOCK" in name and isinstance(value, int)]
-            return int(torch.tensor(sizes).prod()) if sizes else 0
+            return math.prod(value for value in config.kwargs.values() if isinstance(value, int))
 
         for warps in WARPS:
             configs = [config for config in tuner.configs if config.num_warps == warps]
