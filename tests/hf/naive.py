@@ -33,12 +33,12 @@ def row_logits(model: Any, soft: SoftPrompt, row: Row, embeds: Tensor | None = N
     if tokens is not None:
         tokens = tokens.to(words.dtype)
         if soft.placement == "inline":
-            words = torch.stack([tokens[-i - 1] if i < 0 else word for i, word in zip(row.ids, words, strict=True)])
+            words = torch.stack([tokens[-i - 1] if i < 0 else words[at] for at, i in enumerate(row.ids)])
             return _run(model, words)
         at = 0 if soft.placement == "before" else row.prompt
         logits = _run(model, torch.cat([words[:at], tokens, words[at:]]))
-        k = len(tokens)
-        columns = [t + k if t >= at - 1 else t for t in range(len(ids))]
+        inserted = len(tokens)
+        columns = [t + inserted if t >= at - 1 else t for t in range(len(ids))]
         return logits[columns]
     if soft.encodes_rows:
         return _run_encoded(model, soft, words, row.prompt)

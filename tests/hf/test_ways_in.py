@@ -65,22 +65,6 @@ def test_conversations_go_on(method: str) -> None:
         assert torch.equal(got, model.generate(longer, max_new_tokens=4))
 
 
-@pytest.mark.parametrize("method", ["prompt-tuning after", "p-tuning v2"])
-def test_compiled_decoding(method: str) -> None:
-    """generate with a static cache compiles the base's forward, hooks and all, into whole graphs."""
-    model = attach("Llama", method, num_hidden_layers=1).eval()
-    batch = batch_of(prompts_of(method), "left")
-    want = model.generate(**batch, max_new_tokens=3)
-    torch.compiler.reset()
-    torch._dynamo.utils.counters.clear()
-    config = transformers.CompileConfig(backend="aot_eager", mode=None)
-    config._compile_all_devices = True
-    got = model.generate(**batch, max_new_tokens=3, cache_implementation="static", compile_config=config)
-    assert torch.equal(got, want)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
-    assert not torch._dynamo.utils.counters["graph_break"]
-
-
 def test_compiled_forward() -> None:
     model = attach("Llama", "p-tuning v2", num_hidden_layers=1).eval()
     ids = torch.randint(2, 60, (2, 9))
