@@ -111,15 +111,13 @@ def prepare(
             try:
                 step = problem.step(build(problem), direction, leaves)
                 error = largest_error(step(), wanted[provider.prefix])
+                if not error <= tolerance:  # NaN too
+                    raise Unavailable(f"differs from the oracle by {error:.1e}, allowed {tolerance:.0e}")
+                right[variant] = Ready(clock.prepared(step), variant, error)
             except Unavailable as reason:
                 reasons[variant] = str(reason)
             except Exception as failure:  # a peer's own: whatever it is, it is the reason
                 reasons[variant] = f"{type(failure).__name__}: {failure}".splitlines()[0][:200]
-            else:
-                if error <= tolerance:
-                    right[variant] = Ready(clock.prepared(step), variant, error)
-                else:
-                    reasons[variant] = f"differs from the oracle by {error:.1e}, allowed {tolerance:.0e}"
         if right:
             trial = {variant: one.step for variant, one in right.items()}
             ready[name] = right[_fastest_of(trial, clock)]
@@ -153,7 +151,8 @@ def oracle(problem: Problem, direction: Tensor, prefix: bool) -> list[Tensor]:
 
 def largest_error(got: list[Tensor], wanted: list[Tensor]) -> float:
     """The largest difference in any result, as a part of the largest number in it."""
-    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(got, wanted, strict=True))
+    errors = [(a - b).abs().max() / b.abs().max() for a, b in zip(got, wanted, strict=True)]
+    return torch.stack(errors).max().item()  # NaN if any is
 
 
 if __name__ == "__main__":

@@ -169,6 +169,7 @@ def test_a_provider_that_is_wrong_or_fails_is_listed_and_not_timed(monkeypatch: 
     assert list(ready) == ["softkv torch"]
     assert "differs from the oracle" in absent["unmasked"]
     assert absent["broken"] == "OSError: no such kernel"
+    assert attention.largest_error([torch.ones(2), torch.tensor([float("nan")])], [torch.ones(2), torch.ones(1)]) != 0
 
     monkeypatch.setattr(attention, "PROVIDERS", few | {"softkv torch": Provider({"": unmasked})})
     with pytest.raises(RuntimeError, match="softkv failed"):
