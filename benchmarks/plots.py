@@ -89,21 +89,22 @@ def growth(title: str, xlabel: str, panels: dict[str, Lines]) -> Figure:
         sizes = sorted({x for points in lines.values() for x, _ in points})
         axes.set_xticks(sizes, [f"{size:g}" for size in sizes], rotation=45 if len(sizes) > 5 else 0)
         axes.xaxis.set_minor_locator(NullLocator())
-        _plain_numbers(axes.yaxis)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         for provider, points in lines.items():
             x, y = zip(*sorted(points), strict=True)
             style = "--" if provider in FLOORS else "-"
             axes.plot(x, y, style, color=_colour(provider), marker="o", markersize=3.5, linewidth=2)
+        _plain_numbers(axes.yaxis)
         axes.set_xlim(right=sizes[-1] * (sizes[-1] / sizes[0]) ** 0.38)
         _name_lines(axes, lines)
     return figure
 
 
 def _plain_numbers(axis: Axis) -> None:
-    """1, 2, 5, 10, ... on a log axis."""
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    """1, 2, 5, 10, ... on a log axis, and more where it spans little."""
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 12 * low else (1, 1.5, 2, 3, 4, 5, 7)))
     axis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:g}"))
     axis.set_minor_locator(NullLocator())
 
