@@ -10,8 +10,10 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import time
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +36,7 @@ _SHAPE = tuple(field.name for field in fields(BaseShape))
 _SIZES = ("encoder_size", "reparametrize_size")
 _MOST_SLOTS = 1 << 16  # of an encoder, whose tensors don't tell how many it makes
 _LARGEST_CONFIG = 1 << 22  # characters: parsed JSON may take twenty times as much memory
+_ABANDONED = 3600.0  # seconds after which no save is still writing a temporary file
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 
@@ -398,6 +401,10 @@ def _method(config: dict[str, Any], encoder: nn.Module | None) -> Method:
 
 def _replace(path: Path, write: Callable[[Path], Any]) -> None:
     """Writes a file under a temporary name, has it reach the disk, and renames it."""
+    for left in path.parent.glob(f".{path.name}.*.tmp"):  # by saves that were killed
+        with suppress(FileNotFoundError):
+            if time.time() - left.stat().st_mtime > _ABANDONED:
+                left.unlink()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
