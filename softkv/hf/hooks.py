@@ -170,8 +170,8 @@ class DecoderHooks:
     def _leave_decoder(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Forward hook of the decoder: what was packed on the way in gets its padding back."""
         context = kwargs.get("softkv_prefix")
-        if not isinstance(context, SoftContext) or context.unpadded is None:
-            return None
+        if not self.calls.stack or not isinstance(context, SoftContext) or context.unpadded is None:
+            return None  # nothing was packed, or it was by another soft model on this base
         return context.unpadded.unpack(output, kwargs.get("past_key_values"))
 
     def _enter_generation(self, call: Call, prompts: Prompts, kwargs: dict[str, Any]) -> SoftContext:

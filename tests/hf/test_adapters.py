@@ -251,6 +251,14 @@ def test_from_a_folder_a_text_and_a_prefix(tmp_path: Any) -> None:
     close(got[1:], model_of("Llama")(in_context).logits[1:, 4:])
 
 
+def test_beside_another_soft_model_on_the_base() -> None:
+    model = model_with("Llama", {"one": METHODS["p-tuning v2"]})
+    batch = batch_of([[5, 6, 7, 8], [9]], "left")
+    want = model.generate(**batch, adapter_names=["one", None], max_new_tokens=2)
+    softkv.attach(model.base, METHODS["prefix-tuning"])
+    assert torch.equal(model.generate(**batch, adapter_names=["one", None], max_new_tokens=2), want)
+
+
 def test_save_one_of_several(tmp_path: Any) -> None:
     model = model_with("Llama", {"one": METHODS["p-tuning v2"], "two": METHODS["prompt-tuning before"]})
     model.save_pretrained(tmp_path / "two", adapter_name="two")
