@@ -21,11 +21,13 @@ from collections.abc import Callable
 import torch
 import triton
 import triton.language as tl
-from softkv.kernels.forward import SIZES, prefix_tiles, token_tiles
 from softkv.kernels.geometry import (
     Groups,
     Operand,
+    block_of_program,
+    item_offset,
     item_pointers,
+    items_of_block,
     load_some,
     load_whole,
     masked_count,
@@ -36,13 +38,15 @@ from softkv.kernels.geometry import (
     share,
     span,
     store_items,
+    tile_offsets,
     tile_pointers,
     token_offset,
 )
+from softkv.kernels.keys import key_exists, slots_seen, tokens_seen, visible
 from softkv.kernels.launch import launch
-from softkv.kernels.problem import Problem, per_item, slots, tokens
+from softkv.kernels.problem import SIZES, Problem, per_item, slots, tokens
 from softkv.kernels.reduce import add_parts
-from softkv.kernels.softmax import LOG2E, key_exists, raw_scores, visible
+from softkv.kernels.softmax import LOG2E, raw_scores
 from softkv.kernels.tiles import block_d
 from torch import Tensor
 
@@ -91,23 +95,28 @@ def score_gradient(p, s, dp, delta, CAPPED: tl.constexpr):
 
 @triton.jit
 def collect_dq(
-    dq, q, do, lse2, delta, k_ptr, v_ptr, k_stride, v_stride, mask_ptr, lower, upper, tiles, score_scale, softcap_scale,
+    dq, q, do, lse2, delta, keys, score_scale, softcap_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add Σ_keys ds k over a span of one row's keys, or of its prefix."""
+    """Add Σ_keys ds k over a stretch of keys."""
+    k_ptr, v_ptr, k_stride, v_stride, mask_ptr, lower, upper, tiles = keys
     _, full_lo, full_hi, hi = tiles
-    k_ptrs = tile_pointers(k_ptr, full_lo, k_stride, BLOCK_D, BLOCK_N)
-    v_ptrs = tile_pointers(v_ptr, full_lo, v_stride, BLOCK_D, BLOCK_N)
+    k_at = k_ptr + tl.cast(full_lo, tl.int64) * k_stride
+    v_at = v_ptr + tl.cast(full_lo, tl.int64) * v_stride
+    k_offsets = tile_offsets(k_stride, BLOCK_D, BLOCK_N)
+    v_offsets = tile_offsets(v_stride, BLOCK_D, BLOCK_N)
+    k_step = tl.cast(BLOCK_N, tl.int64) * k_stride
+    v_step = tl.cast(BLOCK_N, tl.int64) * v_stride
     for _start in range(full_lo, full_hi, BLOCK_N):
-        k = load_whole(k_ptrs, HEAD_DIM, BLOCK_D)
+        k = load_whole(k_at + k_offsets, HEAD_DIM, BLOCK_D)
         s = raw_scores(q, k, softcap_scale, PRECISION)
         p = tl.exp2(s * score_scale - lse2[:, None])
-        v = load_whole(v_ptrs, HEAD_DIM, BLOCK_D)
+        v = load_whole(v_at + v_offsets, HEAD_DIM, BLOCK_D)
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
         ds = score_gradient(p, s, dp, delta[:, None], softcap_scale is not None)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
-        k_ptrs += BLOCK_N * k_stride
-        v_ptrs += BLOCK_N * v_stride
+        k_at += k_step
+        v_at += v_step
     for i in range(masked_count(tiles, BLOCK_E)):
         start = masked_start(i, tiles, BLOCK_E)
         j = start + tl.arange(0, BLOCK_E)
@@ -131,65 +140,34 @@ def dq_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """As `forward_kernel`: M items of a row, over the prefix and then over the row's keys."""
-    program = tl.program_id(0)
-    row = program % B
-    g = (program // B) % G
-    block = tl.num_programs(0) // (B * G) - 1 - program // (B * G)
-
+    row, g, block = block_of_program(B, G)
     q_start, t_count, k_start, n = row_extent(row, rows, T, S)
     if block * BLOCK_M >= t_count * GROUP:
         return
-
-    item = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    live = item < t_count * GROUP
-    t = item // GROUP
-    g64 = tl.cast(g, tl.int64)
-    head = g64 * GROUP + item % GROUP
-    token = tl.cast(q_start, tl.int64) + t
-    row64 = tl.cast(row, tl.int64)
-    q_tile = load_some(
-        item_pointers(q.ptr, row64 * q.row + token * q.item + head * q.head, BLOCK_D), live, HEAD_DIM, BLOCK_D
-    )
-    do_at = row64 * grad_out.row + token * grad_out.item + head * grad_out.head
+    live, token, head = items_of_block(block, q_start, t_count, g, GROUP, BLOCK_M)
+    q_tile = load_some(item_pointers(q.ptr, item_offset(q, row, token, head), BLOCK_D), live, HEAD_DIM, BLOCK_D)
+    do_at = item_offset(grad_out, row, token, head)
     do_tile = load_some(item_pointers(grad_out.ptr, do_at, BLOCK_D), live, HEAD_DIM, BLOCK_D)
-    at = row64 * delta.row + token * delta.item + head * delta.head
+    at = item_offset(delta, row, token, head)
     lse2_tile = tl.load(lse2.ptr + at, mask=live, other=float("inf"))
     delta_tile = tl.load(delta.ptr + at, mask=live, other=0.0)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-
     if prefix_k.ptr is not None:
         a, length = prefix_of_row(row, prefix, A, P, SHARED)
-        lower = None
-        if prefix.position is not None:
-            position = tl.load(prefix.position + row64 * T + token, mask=live, other=0)
-            lower = tl.maximum(position - window + 1 + length, 0)
-        tiles = prefix_tiles(lower, live, length, BLOCK_N)
-        a64 = tl.cast(a, tl.int64)
+        flat = tl.cast(row, tl.int64) * T + token
+        keys = slots_seen(flat, live, a, length, g, prefix_k, prefix_v, prefix, window, BLOCK_N)
         acc = collect_dq(
-            acc, q_tile, do_tile, lse2_tile, delta_tile,
-            prefix_k.ptr + a64 * prefix_k.row + g64 * prefix_k.head, prefix_v.ptr + a64 * prefix_v.row + g64 * prefix_v.head,
-            prefix_k.item, prefix_v.item, None, lower, t * 0 + (length - 1), tiles, score_scale, softcap_scale,
+            acc, q_tile, do_tile, lse2_tile, delta_tile, keys, score_scale, softcap_scale,
             HEAD_DIM, BLOCK_D, BLOCK_N, BLOCK_E, PRECISION,
         )  # fmt: skip
-
-    last = tl.minimum((block * BLOCK_M + BLOCK_M - 1) // GROUP, t_count - 1)
-    upper, tiles = token_tiles(
-        block * BLOCK_M // GROUP, last, t, n, t_count, window, CAUSAL, rows.mask is not None, BLOCK_N
-    )
-    lower = None
-    if window is not None:
-        lower = upper - window + 1
-    first_key = tl.cast(k_start, tl.int64)
-    mask_ptr = None
-    if rows.mask is not None:
-        mask_ptr = rows.mask + row64 * S
+    keys = tokens_seen(
+        block, row, g, t_count, k_start, n, k, v, rows, window, S, CAUSAL, GROUP, BLOCK_M, BLOCK_N
+    )  # fmt: skip
     acc = collect_dq(
-        acc, q_tile, do_tile, lse2_tile, delta_tile,
-        k.ptr + row64 * k.row + first_key * k.item + g64 * k.head, v.ptr + row64 * v.row + first_key * v.item + g64 * v.head,
-        k.item, v.item, mask_ptr, lower, upper, tiles, score_scale, softcap_scale,
+        acc, q_tile, do_tile, lse2_tile, delta_tile, keys, score_scale, softcap_scale,
         HEAD_DIM, BLOCK_D, BLOCK_N, BLOCK_E, PRECISION,
     )  # fmt: skip
-    store_items(dq.ptr, row64 * dq.row + token * dq.item + head * dq.head, acc * grad_scale, live, HEAD_DIM, BLOCK_D)
+    store_items(dq.ptr, item_offset(dq, row, token, head), acc * grad_scale, live, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit

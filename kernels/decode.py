@@ -13,10 +13,11 @@ Axes: B rows, H query heads, G key/value heads, T query tokens, S key tokens, P 
 import torch
 import triton
 import triton.language as tl
-from softkv.kernels.forward import SIZES, prefix_tiles, token_tiles
 from softkv.kernels.geometry import (
     Groups,
+    item_offset,
     item_pointers,
+    items_of_block,
     load_some,
     prefix_length,
     row_extent,
@@ -24,8 +25,9 @@ from softkv.kernels.geometry import (
     store_items,
     token_offset,
 )
+from softkv.kernels.keys import slots_seen, tokens_seen
 from softkv.kernels.launch import launch
-from softkv.kernels.problem import Problem, per_item, tokens
+from softkv.kernels.problem import SIZES, Problem, per_item, tokens
 from softkv.kernels.softmax import LOG2E, LOWEST, attend, finish
 from softkv.kernels.tiles import block_d
 from torch import Tensor
@@ -55,8 +57,21 @@ def find_group(block, groups, count, GROUP: tl.constexpr, BLOCK_M: tl.constexpr,
 
 
 @triton.jit
-def store_part(acc, m, l, score_scale, out, lse, at, live, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    acc, total = finish(acc, m, l, score_scale, None)
+def attend_part(
+    q_tile, keys, part, parts, out, lse, at, live, score_scale, softcap_scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Attend to the part-th share of a stretch of keys; items are stored `at` offsets (in head vectors)."""
+    k, v, k_stride, v_stride, mask, lower, upper, tiles = keys
+    own = (k, v, k_stride, v_stride, mask, lower, upper, share(tiles, part, parts, BLOCK_N))
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    m = tl.full([BLOCK_M], LOWEST, tl.float32)
+    l = tl.zeros([BLOCK_M], tl.float32)
+    acc, m, l = attend(
+        acc, m, l, q_tile, own, score_scale, softcap_scale, HEAD_DIM, BLOCK_D, BLOCK_N, BLOCK_E, PRECISION
+    )
+    acc, total = finish(acc, m, l, None)
     store_items(out, at * HEAD_DIM, acc, live, HEAD_DIM, BLOCK_D)
     tl.store(lse + at, total, mask=live)
 
@@ -81,29 +96,17 @@ def prefix_program(
     token = first + item // GROUP
     if groups.order is not None:
         token = tl.load(groups.order + token, mask=live, other=0)
-    g64 = tl.cast(g, tl.int64)
-    head = g64 * GROUP + item % GROUP
+    head = tl.cast(g, tl.int64) * GROUP + item % GROUP
     q_tile = load_some(
         item_pointers(q.ptr, token_offset(q, token, T, PACKED) + head * q.head, BLOCK_D), live, HEAD_DIM, BLOCK_D
     )
     length = prefix_length(a, prefix, A, P)
-    lower = None
-    if prefix.position is not None:
-        position = tl.load(prefix.position + token, mask=live, other=0)
-        lower = tl.maximum(position - window + 1 + length, 0)
-    tiles = prefix_tiles(lower, live, length, BLOCK_N)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    m = tl.full([BLOCK_M], LOWEST, tl.float32)
-    l = tl.zeros([BLOCK_M], tl.float32)
-    a64 = tl.cast(tl.minimum(a, A - 1), tl.int64)
-    acc, m, l = attend(
-        acc, m, l, q_tile,
-        prefix_k.ptr + a64 * prefix_k.row + g64 * prefix_k.head, prefix_v.ptr + a64 * prefix_v.row + g64 * prefix_v.head,
-        prefix_k.item, prefix_v.item, None, lower, item * 0 + (length - 1), share(tiles, part, parts, BLOCK_N),
-        score_scale, softcap_scale, HEAD_DIM, BLOCK_D, BLOCK_N, BLOCK_E, PRECISION,
-    )  # fmt: skip
+    keys = slots_seen(token, live, tl.minimum(a, A - 1), length, g, prefix_k, prefix_v, prefix, window, BLOCK_N)
     at = (tl.cast(part, tl.int64) * count + token) * (G * GROUP) + head
-    store_part(acc, m, l, score_scale, out_ptr, lse_ptr, at, live, HEAD_DIM, BLOCK_D)
+    attend_part(
+        q_tile, keys, part, parts, out_ptr, lse_ptr, at, live, score_scale, softcap_scale,
+        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, BLOCK_E, PRECISION,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -118,38 +121,17 @@ def token_program(
     g = (program // (parts * B)) % G
     block = program // (parts * B * G)
     q_start, t_count, k_start, n = row_extent(row, rows, T, S)
-    item = block * BLOCK_M + tl.arange(0, BLOCK_M)
-    live = item < t_count * GROUP
-    t = item // GROUP
-    g64 = tl.cast(g, tl.int64)
-    row64 = tl.cast(row, tl.int64)
-    head = g64 * GROUP + item % GROUP
-    token = tl.cast(q_start, tl.int64) + t
-    q_tile = load_some(
-        item_pointers(q.ptr, row64 * q.row + token * q.item + head * q.head, BLOCK_D), live, HEAD_DIM, BLOCK_D
-    )
-    last = tl.minimum((block * BLOCK_M + BLOCK_M - 1) // GROUP, t_count - 1)
-    upper, tiles = token_tiles(
-        block * BLOCK_M // GROUP, last, t, n, t_count, window, CAUSAL, rows.mask is not None, BLOCK_N
-    )
-    lower = None
-    if window is not None:
-        lower = upper - window + 1
-    k0 = tl.cast(k_start, tl.int64)
-    mask_ptr = None
-    if rows.mask is not None:
-        mask_ptr = rows.mask + row64 * S
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    m = tl.full([BLOCK_M], LOWEST, tl.float32)
-    l = tl.zeros([BLOCK_M], tl.float32)
-    acc, m, l = attend(
-        acc, m, l, q_tile,
-        k.ptr + row64 * k.row + k0 * k.item + g64 * k.head, v.ptr + row64 * v.row + k0 * v.item + g64 * v.head,
-        k.item, v.item, mask_ptr, lower, upper, share(tiles, part, parts, BLOCK_N), score_scale, softcap_scale,
-        HEAD_DIM, BLOCK_D, BLOCK_N, BLOCK_E, PRECISION,
+    live, token, head = items_of_block(block, q_start, t_count, g, GROUP, BLOCK_M)
+    q_tile = load_some(item_pointers(q.ptr, item_offset(q, row, token, head), BLOCK_D), live, HEAD_DIM, BLOCK_D)
+    keys = tokens_seen(
+        block, row, g, t_count, k_start, n, k, v, rows, window, S, CAUSAL, GROUP, BLOCK_M, BLOCK_N
     )  # fmt: skip
-    at = (tl.cast(first_part + part, tl.int64) * count + row64 * T + token) * (G * GROUP) + head
-    store_part(acc, m, l, score_scale, out_ptr, lse_ptr, at, live, HEAD_DIM, BLOCK_D)
+    flat = tl.cast(row, tl.int64) * T + token
+    at = (tl.cast(first_part + part, tl.int64) * count + flat) * (G * GROUP) + head
+    attend_part(
+        q_tile, keys, part, parts, out_ptr, lse_ptr, at, live, score_scale, softcap_scale,
+        HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, BLOCK_E, PRECISION,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=[*SIZES, "count", "prefix_parts", "token_parts", "prefix_programs"])
@@ -204,7 +186,7 @@ def merge_kernel(
     sink = None
     if sinks_ptr is not None:
         sink = tl.load(sinks_ptr + head, mask=live, other=0).to(tl.float32)
-    acc, log_sum = finish(acc, m, l, 1.0, sink)
+    acc, log_sum = finish(acc, m, l, sink)
     token = item // H
     store_items(out.ptr, token_offset(out, token, T, PACKED) + head * out.head, acc, live, HEAD_DIM, BLOCK_D)
     tl.store(lse.ptr + token_offset(lse, token, T, PACKED) + head * lse.head, log_sum, mask=live)

@@ -90,6 +90,27 @@ def prefix_of_row(row, prefix, A, P, SHARED: tl.constexpr):
 
 
 @triton.jit
+def block_of_program(B, G):
+    """(row, kv-head, block of items): a row's last block first, neighbours on the same kv-head."""
+    program = tl.program_id(0)
+    return program % B, (program // B) % G, tl.num_programs(0) // (B * G) - 1 - program // (B * G)
+
+
+@triton.jit
+def items_of_block(block, q_start, t_count, g, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
+    """(which exist, query token, query head) of a block's items [BLOCK_M]."""
+    item = block * BLOCK_M + tl.arange(0, BLOCK_M)
+    token = tl.cast(q_start, tl.int64) + item // GROUP
+    return item < t_count * GROUP, token, tl.cast(g, tl.int64) * GROUP + item % GROUP
+
+
+@triton.jit
+def item_offset(x, row, token, head):
+    """Offset of items by row, token of the row (of the batch when packed), and head."""
+    return tl.cast(row, tl.int64) * x.row + token * x.item + head * x.head
+
+
+@triton.jit
 def token_offset(x, token, T, PACKED: tl.constexpr):
     """Offset of flat tokens: b·T + t when dense, the packed position otherwise."""
     if PACKED:
@@ -139,10 +160,15 @@ def masked_count(tiles, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def tile_offsets(stride, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr):
+    """[BLOCK, BLOCK_D] consecutive rows. Unsigned: the high halves of the addresses then need no registers."""
+    return tl.cast(tl.arange(0, BLOCK)[:, None] * stride + tl.arange(0, BLOCK_D)[None, :], tl.uint32)
+
+
+@triton.jit
 def tile_pointers(ptr, start, stride, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr):
     """[BLOCK, BLOCK_D] consecutive rows from `start`."""
-    offsets = tl.arange(0, BLOCK)[:, None] * stride + tl.arange(0, BLOCK_D)[None, :]
-    return ptr + tl.cast(start, tl.int64) * stride + offsets
+    return ptr + tl.cast(start, tl.int64) * stride + tile_offsets(stride, BLOCK_D, BLOCK)
 
 
 @triton.jit

@@ -10,6 +10,8 @@ from softkv.kernels.launch import target_of
 from softkv.kernels.tiles import Target, Tile, block_d, tile
 from torch import Tensor
 
+SIZES = ["B", "G", "T", "S", "A", "P", "window"]  # values that must not make a new binary
+FARTHEST = 2**24  # elements from token to token: a tile of 256 is addressed by 32 bits
 SMALLEST_SCALE = 1e-30  # a scale of 0 would make hidden scores −∞·0
 
 
@@ -87,6 +89,16 @@ class Problem:
         softcap: float | None,
     ) -> "Problem":
         packed = cu_seqlens_q is not None
+        for name, x in (
+            ("k", tokens(k)),
+            ("v", tokens(v)),
+            ("prefix_k", slots(prefix_k)),
+            ("prefix_v", slots(prefix_v)),
+        ):
+            if x.item >= FARTHEST:
+                raise NotImplementedError(
+                    f"backend 'triton': expected tokens of {name} less than {FARTHEST} elements apart, got {x.item}"
+                )
         if packed:
             B, T, S, T_max, S_max = cu_seqlens_q.numel() - 1, 0, 0, max_seqlen_q, max_seqlen_k
             count, H, D = q.shape

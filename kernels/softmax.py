@@ -3,8 +3,8 @@
 Going over key tiles with raw scores r (q kᵀ, or tanh(q kᵀ·scale/c) under a soft cap), `score_scale` = scale·log₂e
 (or c·log₂e) and the running maximum m, sum l and output acc of an item:
 
-    m' = max(m, max r)      a = 2^((m − m')·score_scale)      p = 2^(r·score_scale − m'·score_scale)
-    l' = a·l + Σp           acc' = a·acc + p v
+    m' = max(m, max r · score_scale)      a = 2^(m − m')      p = 2^(r·score_scale − m')
+    l' = a·l + Σp                         acc' = a·acc + p v
 
 m starts at a finite, very negative number, so an item that has seen nothing yet is never −∞ − (−∞): a hidden key's score
 is −∞, its weight 0, and an item that saw nothing ends with l = 0, output 0 and lse −∞.
@@ -14,7 +14,8 @@ Axes: M items (query tokens × heads of the group), N keys of a tile, D head dim
 
 import triton
 import triton.language as tl
-from softkv.kernels.geometry import load_some, load_whole, masked_count, masked_start, tile_pointers
+from softkv.kernels.geometry import load_some, load_whole, masked_count, masked_start, tile_offsets, tile_pointers
+from softkv.kernels.keys import key_exists, visible
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -32,50 +33,35 @@ def raw_scores(q, k, softcap_scale, PRECISION: tl.constexpr):
 
 @triton.jit
 def softmax_step(acc, m, l, s, v, score_scale, PRECISION: tl.constexpr):
-    m_new = tl.maximum(m, tl.max(s, 1))
-    a = tl.exp2((m - m_new) * score_scale)
-    p = tl.exp2(s * score_scale - (m_new * score_scale)[:, None])
+    m_new = tl.maximum(m, tl.max(s, 1) * score_scale)
+    a = tl.exp2(m - m_new)
+    p = tl.exp2(s * score_scale - m_new[:, None])
     l = l * a + tl.sum(p, 1)
     acc = tl.dot(p.to(v.dtype), v, acc * a[:, None], input_precision=PRECISION)
     return acc, m_new, l
 
 
 @triton.jit
-def visible(j, lower, upper):
-    """[M, N] which keys `j` [N] an item may see, by its bounds [M]."""
-    seen = j[None, :] <= upper[:, None]
-    if lower is not None:
-        seen = seen & (j[None, :] >= lower[:, None])
-    return seen
-
-
-@triton.jit
-def key_exists(j, lower, hi, mask_ptr):
-    """[N] keys that some item of the program may see. What nobody sees is not loaded: it may hold anything."""
-    exists = j < hi
-    if lower is not None:
-        exists = exists & (j >= tl.min(lower, 0))
-    if mask_ptr is not None:
-        exists = exists & (tl.load(mask_ptr + j, mask=exists, other=0) != 0)
-    return exists
-
-
-@triton.jit
 def attend(
-    acc, m, l, q, k_ptr, v_ptr, k_stride, v_stride, mask_ptr, lower, upper, tiles, score_scale, softcap_scale,
+    acc, m, l, q, keys, score_scale, softcap_scale,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Run the softmax over a span of one row's keys (or of its prefix): whole tiles of N keys, then the edges, E at a time."""
+    """Run the softmax over a stretch of keys: whole tiles of N keys, then the edges, E at a time."""
+    k_ptr, v_ptr, k_stride, v_stride, mask_ptr, lower, upper, tiles = keys
     _, full_lo, full_hi, hi = tiles
-    k_ptrs = tile_pointers(k_ptr, full_lo, k_stride, BLOCK_D, BLOCK_N)
-    v_ptrs = tile_pointers(v_ptr, full_lo, v_stride, BLOCK_D, BLOCK_N)
+    k_at = k_ptr + tl.cast(full_lo, tl.int64) * k_stride
+    v_at = v_ptr + tl.cast(full_lo, tl.int64) * v_stride
+    k_offsets = tile_offsets(k_stride, BLOCK_D, BLOCK_N)
+    v_offsets = tile_offsets(v_stride, BLOCK_D, BLOCK_N)
+    k_step = tl.cast(BLOCK_N, tl.int64) * k_stride
+    v_step = tl.cast(BLOCK_N, tl.int64) * v_stride
     for _start in range(full_lo, full_hi, BLOCK_N):
-        k = load_whole(k_ptrs, HEAD_DIM, BLOCK_D)
+        k = load_whole(k_at + k_offsets, HEAD_DIM, BLOCK_D)
         s = raw_scores(q, k, softcap_scale, PRECISION)
-        v = load_whole(v_ptrs, HEAD_DIM, BLOCK_D)
+        v = load_whole(v_at + v_offsets, HEAD_DIM, BLOCK_D)
         acc, m, l = softmax_step(acc, m, l, s, v, score_scale, PRECISION)
-        k_ptrs += BLOCK_N * k_stride
-        v_ptrs += BLOCK_N * v_stride
+        k_at += k_step
+        v_at += v_step
     for i in range(masked_count(tiles, BLOCK_E)):
         start = masked_start(i, tiles, BLOCK_E)
         j = start + tl.arange(0, BLOCK_E)
@@ -89,11 +75,11 @@ def attend(
 
 
 @triton.jit
-def finish(acc, m, l, score_scale, sink):
+def finish(acc, m, l, sink):
     """(out, lse): the normalised output, and the natural log of the denominator, which a sink's logit joins."""
     seen = l > 0
     total = tl.where(seen, l, 1)
-    lse = tl.where(seen, m * score_scale + tl.log2(total), float("-inf"))  # base 2
+    lse = tl.where(seen, m + tl.log2(total), float("-inf"))  # base 2
     weight = 1 / total
     if sink is not None:
         sink2 = sink * LOG2E

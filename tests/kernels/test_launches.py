@@ -9,6 +9,11 @@ from softkv.kernels.tiles import TABLE, block_d, tile
 
 from tests.attention_cases import CASES
 
+KEYWORDS = dict.fromkeys(
+    ("prefix_index", "prefix_lengths", "key_mask", "key_lengths", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q",
+     "max_seqlen_k", "window", "softcap", "sinks")
+) | {"scale": 0.1, "is_causal": True, "window_covers_prefix": False}  # fmt: skip
+
 
 def names(case: Case) -> list[str]:
     launches = record(case, "sm_90", 64, torch.bfloat16)
@@ -46,10 +51,7 @@ def test_launching_reads_no_value(name: str) -> None:
         pytest.skip("the public op answers this itself")
     leaves = {n: x.detach().half().to("meta") for n, x in case.leaves.items()}
     options = {n: x.to("meta") if isinstance(x, torch.Tensor) else x for n, x in case.options.items()}
-    optional = ("prefix_index", "prefix_lengths", "key_mask", "key_lengths", "cu_seqlens_q", "cu_seqlens_k",
-                "max_seqlen_q", "max_seqlen_k", "window", "softcap")  # fmt: skip
-    keywords = {"scale": 0.1, "is_causal": True, "window_covers_prefix": False, "sinks": leaves.pop("sinks", None)}
-    keywords |= dict.fromkeys(optional) | options
+    keywords = KEYWORDS | {"sinks": leaves.pop("sinks", None)} | options
     q, k, v, prefix_k, prefix_v = (leaves.get(n) for n in ("q", "k", "v", "prefix_k", "prefix_v"))
     with recording(TARGETS["sm_90"][1]) as launches:
         out, lse = softkv.kernels.forward(q, k, v, prefix_k, prefix_v, **keywords)
@@ -73,3 +75,6 @@ def test_what_the_kernels_do_not_take_is_refused() -> None:
         x = torch.zeros(1, 1, 1, D, dtype=dtype)
         with pytest.raises(NotImplementedError, match="triton"):
             softkv.kernels.forward(x, x, x, None, None)
+    x = torch.empty_strided((1, 1, 2, 16), (0, 0, 1 << 24, 1), dtype=torch.float16, device="meta")
+    with pytest.raises(NotImplementedError, match="tokens of k less than 16777216 elements apart"):
+        softkv.kernels.forward(x, x, x, None, None, **KEYWORDS)
