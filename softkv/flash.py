@@ -148,7 +148,11 @@ def backward(
     grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor,
     prefix_k: Tensor | None, prefix_v: Tensor | None, *, needs: Sequence[bool], **options: Any,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """(dq, dk, dv, dprefix_k, dprefix_v, dsinks): arguments of `softkv.kernels.backward`."""
+    """(dq, dk, dv, dprefix_k, dprefix_v, dsinks): arguments of `softkv.kernels.backward`.
+
+    None where not asked for, or where nothing was read (zero). A part none of whose gradients is asked for is not
+    called; of one that is, flash-attn's kernel computes all three.
+    """
     _refuse(q, **{"gradient of lse": grad_lse})
     need_q, need_k, need_v, need_pk, need_pv, need_sinks = needs
     dense = q.dim() == 4
@@ -159,17 +163,14 @@ def backward(
     grad, rows, merged = flip(grad_out), flip(q), flip(out)
     seen = lse.masked_fill(lse == float("-inf"), float("inf"))  # a query that saw nothing has no share anywhere
     parts = _parts(q, k, v, prefix_k, prefix_v, options)
-    dq: Tensor | None = torch.zeros_like(q) if need_q else None
-    dk = torch.zeros_like(k) if need_k else None
-    dv = torch.zeros_like(v) if need_v else None
-    dpk = dpv = dsinks = None
+    dq = dk = dv = dpk = dpv = dsinks = None
     for i, part in enumerate(parts):
         is_prefix = i == 0 and prefix_k is not None
         if not (need_q or (need_pk or need_pv if is_prefix else need_k or need_v)):
             continue
         part_dq, part_dk, part_dv = part.backward(grad, rows, merged, seen)
-        if dq is not None:
-            dq = dq + flip(part_dq)
+        if need_q:
+            dq = flip(part_dq) if dq is None else dq + flip(part_dq)
         if is_prefix:
             assert prefix_k is not None
             A, G, P, D = prefix_k.shape

@@ -96,7 +96,7 @@ def _attention_backward(
 
 
 def _like(leaf: Tensor, grad: Tensor | None) -> Tensor:
-    """A gradient laid out as its fake says; zero where the prefix has no slots."""
+    """A gradient laid out as its fake says; zero where the engine read nothing."""
     if grad is None:
         return torch.zeros_like(leaf)
     if grad.stride() == leaf.stride():
