@@ -9,22 +9,18 @@ It must run without TRITON_INTERPRET.
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
-import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import softkv.kernels as engine
 import torch
 import triton
-from softkv.kernels.launch import Launch, interpreter_enabled, recording
-from softkv.kernels.sass import MACHINES, MATRIX, MATRIX_KIND, SELECT, SPILL, analyse
+from softkv.kernels.launch import Launch, recording
+from softkv.kernels.sass import MATRIX, SELECT, SPILL, analyse
 from softkv.kernels.tiles import Target, block_d
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
@@ -104,16 +100,15 @@ COMMON = (
     Case("causal, shared prefix"),
     Case("decode, shared prefix", T=1, key_lengths=True),
 )
-CASES = (
-    *COMMON,
+TRAINER = (Case("packed, shared prefix", packed=True),)
+OTHERS = (
     Case("no prefix", P=0),
-    Case("not causal", causal=False),
+    Case("padding mask, not causal", key_mask=True, causal=False, group=1),
+    Case("padding mask, part-filled cache", key_mask=True, key_lengths=True, group=3),
     Case("packed, bank", packed=True, A=8, bank=True),
     Case("window over the prefix", window=512, covers=True),
     Case("window, sinks, group of 8", window=128, sinks=True, group=8),
-    Case("soft cap, one head a group", softcap=50.0, group=1),
-    Case("padding mask", key_mask=True, group=3),
-    Case("dPrefix only", prefix_only=True),
+    Case("soft cap, packed", softcap=50.0, packed=True, group=2),
     Case("decode, bank", T=1, A=8, bank=True),
     Case("decode, packed, sinks, window", T=4, packed=True, window=512, sinks=True, group=8),
 )
@@ -157,40 +152,30 @@ def name_of(launch: Launch) -> str:
     return launch.kernel.__name__.removesuffix("_kernel")
 
 
+def label(launch: Launch) -> str:
+    return name_of(launch) + (" over the prefix" if launch.arguments.get("OVER_PREFIX") else "")
+
+
 def judge(launch: Launch, target: str, head_dim: int) -> dict[str, Any]:
-    """Compile one launch and say what the binary is like. `problems` is empty when it is as it should be."""
+    """Compile one launch and say what the binary is like."""
     began = time.perf_counter()
     compiled = build(launch, target)
     seconds = time.perf_counter() - began
-    report, machine, kernel = analyse(compiled, target), MACHINES[target], name_of(launch)
+    report, kernel = analyse(compiled, target), name_of(launch)
     if target == "sm_100" and kernel in PRODUCTS:  # UTCHMMA does not tell its shape
         for loop in report.loops:
             width = launch.tile.step if loop in report.full else launch.tile.edge
             loop.flops = PRODUCTS[kernel] * 2 * launch.tile.own * width * block_d(head_dim)
-    problems = []
-    if report.shared > machine.shared_limit:
-        problems.append(f"{report.shared} bytes of shared memory, {machine.shared_limit} allowed")
-    if report.atomics:
-        problems.append("atomics")
-    spills = sum(loop.count(SPILL) for loop in report.full)
-    if spills and head_dim <= 128:
-        problems.append(f"{spills} spills in full-tile loops")
-    half = launch.arguments.get("PRECISION") is not None and launch.arguments["q"].ptr.dtype != torch.float32
-    if kernel in MATRIX_PASSES and half:
-        if not report.loops:
-            problems.append("no loop with matrix instructions")
-        kind = MATRIX_KIND[target] if launch.tile.own >= 64 else MATRIX.pattern
-        if not all(re.search(kind, op) for loop in report.loops for op, _ in loop.instructions if MATRIX.search(op)):
-            problems.append(f"matrix instructions are not {kind}")
-    selects = max((loop.count(SELECT) for loop in report.full), default=0)
-    hot = report.hot
+    spills, hot = sum(loop.count(SPILL) for loop in report.full), report.hot
     return {
-        "registers": report.registers, "stack": report.stack, "shared": report.shared, "occupancy": report.occupancy,
-        "limit": report.limit, "tile": list(launch.tile[:4]), "spills": spills,
-        "edge_spills": report.spills_in_loops - spills, "selects": selects,
+        "tile": list(launch.tile[:4]), "registers": report.registers, "stack": report.stack, "shared": report.shared,
+        "occupancy": report.occupancy, "limit": report.limit, "spills": spills,
+        "edge_spills": report.spills_in_loops - spills, "atomics": report.atomics,
+        "selects": max((loop.count(SELECT) for loop in report.full), default=0),
+        "matrix": sorted({op.split(".")[0] for loop in report.loops for op, _ in loop.instructions if MATRIX.search(op)}),
         "cycles": {} if hot is None else {pipe: round(c) for pipe, c in hot.cycles().items()},
         "serial": None if hot is None else round(hot.serial, 3), "overlap": None if hot is None else round(hot.overlap, 3),
-        "seconds": round(seconds, 1), "problems": problems,
+        "seconds": round(seconds, 1),
     }  # fmt: skip
 
 
@@ -201,78 +186,21 @@ def matrix(
     seen = set()
     for head_dim, dtype, target, case in itertools.product(dims, dtypes, targets, cases):
         for launch in record(case, target, head_dim, dtype):
-            kernel = name_of(launch)
-            if launch.arguments.get("OVER_PREFIX"):
-                kernel += " over the prefix"
             source = specialise(launch.kernel, launch.arguments)
             binary = (source.hash(), launch.tile, target)
             if binary not in seen:
                 seen.add(binary)
-                yield f"{kernel} | {case.name} | {target} | {head_dim} | {DTYPES[dtype]}", launch, target, head_dim
+                yield (
+                    f"{label(launch)} | {case.name} | {target} | {head_dim} | {DTYPES[dtype]}",
+                    launch,
+                    target,
+                    head_dim,
+                )
 
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-COLUMNS = (
-    "tile",
-    "registers",
-    "stack",
-    "shared",
-    "occupancy",
-    "spills",
-    "edge_spills",
-    "serial",
-    "overlap",
-    "problems",
-)
-
-HEAD = f"| kernel | case | target | D | dtype | {' | '.join(COLUMNS)} |\n|" + "---|" * (5 + len(COLUMNS))
-
-
-def line(key: str, row: dict[str, Any]) -> str:
-    cells = [
-        str(row[c]) if c != "tile" else "×".join(map(str, row[c][:2])) + f", {row[c][2]}w {row[c][3]}s" for c in COLUMNS
-    ]
-    cells[4] += f" ({row['limit']})"
-    cells[-1] = "; ".join(row["problems"]) or "–"
-    return f"| {key} | {' | '.join(cells)} |"
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--all", action="store_true", help="every case, D of 64, 80, 128 and 256, bf16 and fp16 (hours)"
-    )
-    parser.add_argument("--target", nargs="*", default=list(TARGETS), choices=list(TARGETS))
-    parser.add_argument("--dim", nargs="*", type=int)
-    parser.add_argument("--dtype", nargs="*", choices=["bf16", "fp16"])
-    parser.add_argument("--write", metavar="FILE", help="keep results as JSON; what is there is not compiled again")
-    parser.add_argument("--table", metavar="FILE", help="write what --write keeps as a Markdown page, too")
-    options = parser.parse_args()
-    if interpreter_enabled():
-        parser.error("unset TRITON_INTERPRET: the interpreter has nothing to compile")
-    dims = options.dim or ([64, 80, 128, 256] if options.all else [64, 128])
-    names = options.dtype or (["bf16", "fp16"] if options.all else ["bf16"])
-    dtypes = [dtype for dtype, name in DTYPES.items() if name in names]
-    path = Path(options.write) if options.write else None
-    done = json.loads(path.read_text())["rows"] if path and path.exists() else {}
-    print(HEAD, flush=True)
-    bad = 0
-    for key, launch, target, head_dim in matrix(CASES if options.all else COMMON, options.target, dims, dtypes):
-        row = done.get(key)
-        if row is None or tuple(row["tile"]) != tuple(launch.tile[:4]):
-            row = done[key] = judge(launch, target, head_dim)
-        bad += bool(row["problems"])
-        print(line(key, row), flush=True)
-        if path:
-            path.write_text(json.dumps({"triton": triton.__version__, "rows": done}, indent=1) + "\n")
-    if options.table:
-        page = (
-            f"Every kernel, case and target compiled offline with triton {triton.__version__} ({len(done)} binaries).\n"
-        )
-        page += "See [kernels.md](kernels.md) for the method. `serial` and `overlap`: the worse full-tile loop.\n\n"
-        Path(options.table).write_text(page + HEAD + "\n" + "\n".join(line(k, done[k]) for k in sorted(done)) + "\n")
-    return bad > 0
-
 
 if __name__ == "__main__":
+    from softkv.kernels.matrix import main
+
     sys.exit(main())

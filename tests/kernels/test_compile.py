@@ -1,18 +1,62 @@
-"""Offline compilation for every target, without the interpreter: the quick part of `make compile-matrix`."""
+"""Offline compilation for every target: the quick part, and what the committed table says of all."""
 
+import itertools
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 from softkv.kernels.compile import TARGETS
+from softkv.kernels.matrix import DIMS, PLAN, line, page, problems
+
+COMMITTED = Path(__file__).parents[2] / "benchmarks" / "results" / "compile_matrix.json"
+KERNELS = ("forward", "prepare", "dq", "dkv", "dkv over the prefix", "decode", "merge")
+ROWS: dict[str, dict[str, Any]] = json.loads(COMMITTED.read_text())["rows"]
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_kernel_compiles_as_it_should(target: str) -> None:
-    """Shared memory within the limit; no spill, no atomics; the target's own matrix instructions (compile.judge)."""
+    """Shared memory within the limit; no spill, no atomics, no select a score; the target's own matrix instructions."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "softkv.kernels.compile", "--target", target]
+    command = [sys.executable, "-m", "softkv.kernels.compile", "--jobs", "1", "--target", target]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("\n") > 10
+
+
+def test_the_committed_table_holds_every_binary() -> None:
+    """Every kernel × target × D × dtype; every other case at least once a target."""
+    found = {(kernel, target, D, dtype) for kernel, _, target, D, dtype in (key.split(" | ") for key in ROWS)}
+    missing = set(itertools.product(KERNELS, TARGETS, map(str, DIMS), ("bf16", "fp16"))) - found
+    assert not missing
+    cases = {(case.name, target) for cases, *_ in PLAN for case in cases for target in TARGETS}
+    assert not cases - {tuple(key.split(" | ")[1:3]) for key in ROWS}
+
+
+def test_no_binary_of_the_committed_table_has_a_problem() -> None:
+    found = {key: problems(key, row) for key, row in ROWS.items()}
+    assert not {key: bad for key, bad in found.items() if bad}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"shared": 300_000}, "shared memory"),
+        ({"atomics": 1}, "atomics"),
+        ({"spills": 2}, "2 spills"),
+        ({"selects": 64}, "64 selects"),
+        ({"matrix": ["HMMA"]}, "not HGMMA"),
+        ({"matrix": []}, "no loop with matrix instructions"),
+    ],
+)
+def test_what_counts_as_a_problem(change: dict[str, Any], message: str) -> None:
+    key = "forward | causal, shared prefix | sm_90 | 128 | bf16"
+    row = ROWS[key]
+    assert not problems(key, row)
+    bad = row | change
+    assert message in "; ".join(problems(key, bad))
+    assert message in line(key, bad)
+    assert "1 with a problem" in page({key: bad, key.replace("128", "64"): row})
