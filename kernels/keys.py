@@ -45,7 +45,9 @@ def tokens_seen(
     t = (block * BLOCK_M + tl.arange(0, BLOCK_M)) // GROUP
     if CAUSAL:
         upper = n - T + t
-        upper_min = n - T + block * BLOCK_M // GROUP
+        upper_min = (
+            n - T + tl.minimum(block * BLOCK_M // GROUP, T - 1)
+        )  # a block past a short row reads nothing past it
         upper_max = n - T + tl.minimum((block * BLOCK_M + BLOCK_M - 1) // GROUP, T - 1)
     else:
         upper = t * 0 + (n - 1)

@@ -190,3 +190,13 @@ def test_gradients_are_the_same_bits_every_time() -> None:
     case = on_device(build("bank, split reduction")).to(torch.float32)
     first, second = case.run("triton"), case.run("triton")
     assert all(torch.equal(first[n], second[n]) for n in first)
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_a_short_row_reads_nothing_past_its_keys() -> None:
+    """Blocks of items past the end of a row, which the longest row needs: the interpreter's products would overflow."""
+    case = packed([16, 1], [16, 24], H=2, G=1, D=16).to(torch.float32)
+    with torch.no_grad():
+        wide = {n: torch.cat([case.leaves[n], torch.full((64, 1, 16), 3e38)]) for n in ("k", "v")}
+    leaves = {n: wide[n][:40].detach().requires_grad_() if n in wide else x for n, x in case.leaves.items()}
+    check(Case(leaves, case.options), torch.float32)
