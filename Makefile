@@ -31,7 +31,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Every kernel for every target: registers, spills, shared memory, occupancy (about half an hour on 2 cores).
+# Every kernel for every target: registers, spills, shared memory, occupancy (minutes; goes on where it stopped).
 compile-matrix: $(READY)
 	$(BIN)/python -m softkv.kernels.compile --all --write benchmarks/results/compile_matrix.json --table docs/compile_matrix.md
 
