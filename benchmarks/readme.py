@@ -127,6 +127,12 @@ def _of_records(records: Records) -> str:
     )
 
 
+def _span(records: Records, key: str) -> str:
+    """A number of the records: "2", or "1 to 3" where they differ."""
+    low, high = (pick(record[key] for record in records.values()) for pick in (min, max))
+    return str(low) if low == high else f"{low} to {high}"
+
+
 def _row(*cells: Any) -> str:
     return f"| {' | '.join(map(str, cells))} |"
 
@@ -170,8 +176,7 @@ def _train() -> str:
                 *(peaks.get(name, "—") for name in ("softkv", "PEFT")),
             )
         )
-    steps = min(record["steps"] for record in records.values())
-    return TRAIN.format(rows="\n".join(rows), device=_of_records(records), steps=steps)
+    return TRAIN.format(rows="\n".join(rows), device=_of_records(records), steps=_span(records, "steps"))
 
 
 def _generate() -> str:
@@ -190,8 +195,7 @@ def _generate() -> str:
                 *(f"{record['peak_gib'][name]:.2f}" if name in rates else "—" for name in ("softkv", "PEFT")),
             )
         )
-    rounds = min(record["rounds"] for record in records.values())
-    return GENERATE.format(rows="\n".join(rows), device=_of_records(records), rounds=rounds)
+    return GENERATE.format(rows="\n".join(rows), device=_of_records(records), rounds=_span(records, "rounds"))
 
 
 def _adapters(mode: str, what: str) -> str:
