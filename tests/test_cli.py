@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,8 @@ def test_a_second_ctrl_c_ends_at_once(folder: Path, tmp_path: Path, monkeypatch:
     def press(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 3:
             os.kill(os.getpid(), signal.SIGINT)
+            while not self.stopped:  # two that come together are one
+                time.sleep(0.001)
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(StopOnSignal, "on_step_begin", press)
