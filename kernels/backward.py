@@ -95,11 +95,14 @@ def score_gradient(p, s, dp, delta, CAPPED: tl.constexpr):
 
 @triton.jit
 def collect_dq(
-    dq, q, do, lse2, delta, keys, score_scale, softcap_scale,
+    dq, q, do, lse2, delta, keys, mask_ptr, score_scale, softcap_scale, BOUNDED: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add Σ_keys ds k over a stretch of keys."""
-    k_ptr, v_ptr, k_stride, v_stride, mask_ptr, lower, upper, tiles = keys
+    k_ptr, v_ptr, k_stride, v_stride, bound, upper, tiles = keys
+    lower = None
+    if BOUNDED:
+        lower = bound
     _, full_lo, full_hi, hi = tiles
     k_at = k_ptr + tl.cast(full_lo, tl.int64) * k_stride
     v_at = v_ptr + tl.cast(full_lo, tl.int64) * v_stride
@@ -157,14 +160,17 @@ def dq_kernel(
         flat = tl.cast(row, tl.int64) * T + token
         keys = slots_seen(flat, live, a, length, g, prefix_k, prefix_v, prefix, window, BLOCK_N)
         acc = collect_dq(
-            acc, q_tile, do_tile, lse2_tile, delta_tile, keys, score_scale, softcap_scale,
+            acc, q_tile, do_tile, lse2_tile, delta_tile, keys, None, score_scale, softcap_scale, prefix.position is not None,
             HEAD_DIM, BLOCK_D, BLOCK_N, BLOCK_E, PRECISION,
         )  # fmt: skip
+    mask = None
+    if rows.mask is not None:
+        mask = rows.mask + tl.cast(row, tl.int64) * S
     keys = tokens_seen(
-        block, row, g, t_count, k_start, n, k, v, rows, window, S, CAUSAL, GROUP, BLOCK_M, BLOCK_N
+        block, row, g, t_count, k_start, n, k, v, window, rows.mask is not None, CAUSAL, GROUP, BLOCK_M, BLOCK_N
     )  # fmt: skip
     acc = collect_dq(
-        acc, q_tile, do_tile, lse2_tile, delta_tile, keys, score_scale, softcap_scale,
+        acc, q_tile, do_tile, lse2_tile, delta_tile, keys, mask, score_scale, softcap_scale, window is not None,
         HEAD_DIM, BLOCK_D, BLOCK_N, BLOCK_E, PRECISION,
     )  # fmt: skip
     store_items(dq.ptr, item_offset(dq, row, token, head), acc * grad_scale, live, HEAD_DIM, BLOCK_D)

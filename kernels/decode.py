@@ -58,19 +58,20 @@ def find_group(block, groups, count, GROUP: tl.constexpr, BLOCK_M: tl.constexpr,
 
 @triton.jit
 def attend_part(
-    q_tile, keys, part, parts, out, lse, at, live, score_scale, softcap_scale,
+    q_tile, keys, mask_ptr, part, parts, out, lse, at, live, score_scale, softcap_scale, BOUNDED: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Attend to the part-th share of a stretch of keys; items are stored `at` offsets (in head vectors)."""
-    k, v, k_stride, v_stride, mask, lower, upper, tiles = keys
-    own = (k, v, k_stride, v_stride, mask, lower, upper, share(tiles, part, parts, BLOCK_N))
+    k, v, k_stride, v_stride, lower, upper, tiles = keys
+    own = (k, v, k_stride, v_stride, lower, upper, share(tiles, part, parts, BLOCK_N))
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     m = tl.full([BLOCK_M], LOWEST, tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
     acc, m, l = attend(
-        acc, m, l, q_tile, own, score_scale, softcap_scale, HEAD_DIM, BLOCK_D, BLOCK_N, BLOCK_E, PRECISION
-    )
+        acc, m, l, q_tile, own, mask_ptr, score_scale, softcap_scale, BOUNDED,
+        HEAD_DIM, BLOCK_D, BLOCK_N, BLOCK_E, PRECISION,
+    )  # fmt: skip
     acc, total = finish(acc, m, l, None)
     store_items(out, at * HEAD_DIM, acc, live, HEAD_DIM, BLOCK_D)
     tl.store(lse + at, total, mask=live)
@@ -104,7 +105,7 @@ def prefix_program(
     keys = slots_seen(token, live, tl.minimum(a, A - 1), length, g, prefix_k, prefix_v, prefix, window, BLOCK_N)
     at = (tl.cast(part, tl.int64) * count + token) * (G * GROUP) + head
     attend_part(
-        q_tile, keys, part, parts, out_ptr, lse_ptr, at, live, score_scale, softcap_scale,
+        q_tile, keys, None, part, parts, out_ptr, lse_ptr, at, live, score_scale, softcap_scale, prefix.position is not None,
         HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, BLOCK_E, PRECISION,
     )  # fmt: skip
 
@@ -123,13 +124,16 @@ def token_program(
     q_start, t_count, k_start, n = row_extent(row, rows, T, S)
     live, token, head = items_of_block(block, q_start, t_count, g, GROUP, BLOCK_M)
     q_tile = load_some(item_pointers(q.ptr, item_offset(q, row, token, head), BLOCK_D), live, HEAD_DIM, BLOCK_D)
+    mask = None
+    if rows.mask is not None:
+        mask = rows.mask + tl.cast(row, tl.int64) * S
     keys = tokens_seen(
-        block, row, g, t_count, k_start, n, k, v, rows, window, S, CAUSAL, GROUP, BLOCK_M, BLOCK_N
+        block, row, g, t_count, k_start, n, k, v, window, rows.mask is not None, CAUSAL, GROUP, BLOCK_M, BLOCK_N
     )  # fmt: skip
     flat = tl.cast(row, tl.int64) * T + token
     at = (tl.cast(first_part + part, tl.int64) * count + flat) * (G * GROUP) + head
     attend_part(
-        q_tile, keys, part, parts, out_ptr, lse_ptr, at, live, score_scale, softcap_scale,
+        q_tile, keys, mask, part, parts, out_ptr, lse_ptr, at, live, score_scale, softcap_scale, window is not None,
         HEAD_DIM, BLOCK_D, BLOCK_M, BLOCK_N, BLOCK_E, PRECISION,
     )  # fmt: skip
 

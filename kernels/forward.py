@@ -50,14 +50,19 @@ def forward_kernel(
         flat = tl.cast(row, tl.int64) * T + token
         keys = slots_seen(flat, live, a, length, g, prefix_k, prefix_v, prefix, window, BLOCK_N)
         acc, m, l = attend(
-            acc, m, l, q_tile, keys, score_scale, softcap_scale, HEAD_DIM, BLOCK_D, BLOCK_N, BLOCK_E, PRECISION
-        )
+            acc, m, l, q_tile, keys, None, score_scale, softcap_scale, prefix.position is not None,
+            HEAD_DIM, BLOCK_D, BLOCK_N, BLOCK_E, PRECISION,
+        )  # fmt: skip
+    mask = None
+    if rows.mask is not None:
+        mask = rows.mask + tl.cast(row, tl.int64) * S
     keys = tokens_seen(
-        block, row, g, t_count, k_start, n, k, v, rows, window, S, CAUSAL, GROUP, BLOCK_M, BLOCK_N
+        block, row, g, t_count, k_start, n, k, v, window, rows.mask is not None, CAUSAL, GROUP, BLOCK_M, BLOCK_N
     )  # fmt: skip
     acc, m, l = attend(
-        acc, m, l, q_tile, keys, score_scale, softcap_scale, HEAD_DIM, BLOCK_D, BLOCK_N, BLOCK_E, PRECISION
-    )
+        acc, m, l, q_tile, keys, mask, score_scale, softcap_scale, window is not None,
+        HEAD_DIM, BLOCK_D, BLOCK_N, BLOCK_E, PRECISION,
+    )  # fmt: skip
     sink = None
     if sinks_ptr is not None:
         sink = tl.load(sinks_ptr + head, mask=live, other=0).to(tl.float32)

@@ -43,11 +43,14 @@ def softmax_step(acc, m, l, s, v, score_scale, PRECISION: tl.constexpr):
 
 @triton.jit
 def attend(
-    acc, m, l, q, keys, score_scale, softcap_scale,
+    acc, m, l, q, keys, mask_ptr, score_scale, softcap_scale, BOUNDED: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Run the softmax over a stretch of keys: whole tiles of N keys, then the edges, E at a time."""
-    k_ptr, v_ptr, k_stride, v_stride, mask_ptr, lower, upper, tiles = keys
+    k_ptr, v_ptr, k_stride, v_stride, bound, upper, tiles = keys
+    lower = None
+    if BOUNDED:
+        lower = bound
     _, full_lo, full_hi, hi = tiles
     k_at = k_ptr + tl.cast(full_lo, tl.int64) * k_stride
     v_at = v_ptr + tl.cast(full_lo, tl.int64) * v_stride

@@ -86,7 +86,7 @@ TABLE: dict[tuple[str, str | None], dict[int, Tile]] = {
     },
     ("dq", "sm_100"): {
         128: Tile(128, 64, 8, 2, "M = 128 is the tensor unit's own"),
-        256: Tile(64, 32, 8, 1, "tensor and shared memory"),
+        256: Tile(128, 32, 8, 1, "M = 128: 0.47, 64×32 0.32"),
     },
     ("dq", "gfx942"): {
         64: Tile(128, 32, 4, 1, "32×32 MFMA, one wave a SIMD"),
