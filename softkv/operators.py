@@ -152,8 +152,8 @@ _attention_backward_op = cast(Any, torch.ops.softkv.attention_backward.default)
 
 
 def attention(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """`softkv::attention`. Where the dispatcher has nothing to add (no gradient, no tracing, plain tensors), the engine is
-    called at once: for one token of a few rows the way through it would take as long as the attention."""
+    """`softkv::attention`. Where the dispatcher has nothing to add (no gradient, no tracing, plain tensors), the engine
+    is called at once: for one token of a few rows the way through it would take as long as the attention."""
     tracing = torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode()
     if tracing or not all(_plain(x) for x in arguments if isinstance(x, Tensor)):
         return _attention_op(*arguments)

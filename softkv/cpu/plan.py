@@ -275,8 +275,8 @@ def _few_each(call: Call, readers: dict[int, list[int]]) -> bool:
 
 
 def _bank(call: Call, readers: dict[int, list[int]], lengths: list[int]) -> Piece:
-    """All prefixes that are read in one call. Where one has fewer readers than another, its last stands in again, with the
-    same result."""
+    """All prefixes that are read, in one call. Where one has fewer readers than another, its last stands in again, with
+    the same result."""
     most = max(len(rows) for rows in readers.values())
     used = sorted(readers)
     rows = [row for a in used for row in readers[a] + readers[a][-1:] * (most - len(readers[a]))]
