@@ -1,9 +1,13 @@
 """README and docs say what the committed results say."""
 
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import transformers
 
+from benchmarks import tiny
 from benchmarks.readme import ROOT, documents, rendered
 
 
@@ -16,3 +20,22 @@ def test_figures_come_from_committed_results(page: Path) -> None:
 def test_an_unknown_table_is_an_error() -> None:
     with pytest.raises(ValueError, match="no table is called 'speed'"):
         rendered("<!-- table: speed -->\n<!-- end of table -->\n")
+
+
+EXAMPLES = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.mark.parametrize("number", range(len(EXAMPLES)))
+def test_examples_of_the_readme_run(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they stand there, but for the model: a tiny one."""
+    model, tokenizer = tiny.load()
+
+    def from_pretrained(name: str, attn_implementation: str | None = None) -> Any:
+        if attn_implementation is not None:
+            model.set_attn_implementation(attn_implementation)
+        return model
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name: tokenizer)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(EXAMPLES[number], f"example {number + 1} of README.md", "exec"), {})
