@@ -47,7 +47,8 @@ def target_of(x: Tensor) -> Target:
     if torch.version.hip:
         return Target("gfx942", properties.multi_processor_count)
     arch = properties.major * 10 + properties.minor
-    known = 120 if arch >= 120 else 100 if arch >= 100 else 90 if arch >= 90 else 80
+    small = arch in (86, 89)  # sm_80's matrix instructions, but 99 KiB of shared memory as sm_120
+    known = 120 if arch >= 120 or small else 100 if arch >= 100 else 90 if arch >= 90 else 80
     return Target(f"sm_{known}", properties.multi_processor_count)
 
 

@@ -135,8 +135,16 @@ TABLE: dict[tuple[str, str | None], dict[int, Tile]] = {
 # sm_120 has sm_80's matrix instructions, and 99 KiB of shared memory.
 SAME_AS = {"sm_120": "sm_80"}
 MEASURED: dict[tuple[str, str, int, torch.dtype], Tile] = {}  # filled by `softkv.kernels.tuning`, and nobody else
-FP32 = Tile(32, 32, 4, 1, "fp32 products run on the FP32 lanes (ieee): small tiles, nothing to pipeline for")
-FP32_DECODE = Tile(16, 32, 4, 1, "as FP32")
+# fp32 is exact (ieee) unless TF32 is allowed: small tiles, nothing to pipeline for.
+LANES = "FP32 lanes: a thread holds whole rows of its operands, so short steps and many warps; longer ones spill by thousands"
+FP32 = {
+    "forward": Tile(32, 16, 8, 1, LANES),
+    "dq": Tile(16, 16, 8, 1, LANES + ", and two operands stay"),
+    "dkv": Tile(32, 16, 8, 1, LANES),
+    "decode": Tile(16, 16, 8, 1, LANES),
+}
+MFMA = "gfx942 has matrix instructions for fp32; 32×32 spills at D = 256"
+FP32_GFX942 = dict.fromkeys(("forward", "dq", "dkv"), Tile(32, 16, 4, 1, MFMA)) | {"decode": Tile(16, 16, 4, 1, MFMA)}
 
 
 def block_d(head_dim: int) -> int:
@@ -153,7 +161,7 @@ def tile(name: str, target: Target, head_dim: int, dtype: torch.dtype) -> Tile:
     if name in EVERYWHERE:
         return EVERYWHERE[name]
     if dtype == torch.float32:
-        return FP32_DECODE if name == "decode" else FP32
+        return (FP32_GFX942 if target.arch == "gfx942" else FP32)[name]
     for arch in (target.arch, SAME_AS.get(target.arch), "any"):
         if rows := TABLE.get((name, arch)):
             return rows[min(d for d in rows if d >= block_d(head_dim))]

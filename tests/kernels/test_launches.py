@@ -1,10 +1,12 @@
 """What launchers launch, seen without running anything: on meta tensors, whose values nobody can read."""
 
+from types import SimpleNamespace
+
 import pytest
 import softkv.kernels
 import torch
 from softkv.kernels.compile import TARGETS, Case, name_of, record
-from softkv.kernels.launch import recording
+from softkv.kernels.launch import recording, target_of
 from softkv.kernels.tiles import TABLE, block_d, tile
 
 from tests.attention_cases import CASES
@@ -68,6 +70,14 @@ def test_every_head_dim_has_a_row(target: str) -> None:
             row = tile(name, TARGETS[target][1], head_dim, torch.bfloat16)
             assert row.why
             assert block_d(head_dim) >= max(16, head_dim)
+
+
+@pytest.mark.parametrize(("capability", "row"), [(80, 80), (86, 120), (89, 120), (90, 90), (103, 100), (121, 120)])
+def test_a_device_takes_the_tiles_that_fit_it(capability: int, row: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """8.6 and 8.9 have 99 KiB of shared memory a program, where 8.0 has 163."""
+    properties = SimpleNamespace(major=capability // 10, minor=capability % 10, multi_processor_count=7)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert target_of(SimpleNamespace(device=torch.device("cuda"))) == (f"sm_{row}", 7)
 
 
 def test_what_the_kernels_do_not_take_is_refused() -> None:
