@@ -152,6 +152,11 @@ class MethodName(str, Enum):
     P_TUNING = "p-tuning"
 
 
+class EncoderName(str, Enum):
+    LSTM = "lstm"
+    ATTENTION = "attention"
+
+
 class What(str, Enum):
     TRAIN = "train"
     GENERATE = "generate"
@@ -221,6 +226,14 @@ def trace(
     out.print(f"trace: {output / 'trace.json'} (ui.perfetto.dev)\nmemory: {output / 'memory.png'}", soft_wrap=True)
 
 
+def _lengths(text: str) -> tuple[int, ...]:
+    """`30,45,80`"""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        fail(f"--lengths expects whole numbers such as 30,45,80, got {text!r}")
+
+
 @friendly
 def plan(
     model: Annotated[
@@ -230,11 +243,26 @@ def plan(
     method: Annotated[MethodName, typer.Option(help="prompt-tuning stands before the rows.")] = MethodName.P_TUNING_V2,
     length: Annotated[int, typer.Option("--length", "-P", min=1, help="Slots, or soft tokens.")] = 64,
     batch: Annotated[int, typer.Option("--batch", "-B", min=1, help="Rows of a step, over all devices.")] = 16,
-    tokens: Annotated[int, typer.Option("--tokens", "-T", min=1, help="Of a row, prompt and answer.")] = 1024,
+    tokens: Annotated[
+        int | None,
+        typer.Option("--tokens", "-T", min=1, help="Of a row, prompt and answer.  [default: 1024]", show_default=False),
+    ] = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option(
+            metavar="30,45,80",
+            help="Tokens of rows that differ, in place of --tokens: rows take these in turn. softkv packs them, the "
+            "concatenating way pads to the longest.",
+        ),
+    ] = None,
     answer: Annotated[int, typer.Option(min=1, help="Tokens of a row that have a label.")] = 32,
+    encoder: Annotated[
+        EncoderName | None, typer.Option(help="P-tuning v2 that makes K and V of each row from its prompt.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Of the frozen base: bfloat16, float16 or float32.")] = "bfloat16",
     devices: Annotated[int, typer.Option(min=1, help="Rows and frozen weights are split evenly over them.")] = 1,
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Run each layer again in backward.")] = False,
+    target: Annotated[TargetName, typer.Option(help="Whose Triton kernels' own memory to count.")] = TargetName.SM_90,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """What a training step would take, from a model's config alone: bytes and FLOPs, beside the concatenating way."""
@@ -244,17 +272,21 @@ def plan(
 
     if dtype not in ("bfloat16", "float16", "float32"):
         fail(f"--dtype expects bfloat16, float16 or float32, got {dtype!r}")
+    if tokens is not None and lengths is not None:
+        fail("--tokens and --lengths both say how long rows are: give one of them")
     with err.status(f"running the step of {escape(model)} without values…"):
         job = planning.Job(
             planning.config_of(model),
             method.value,
             length,
             batch,
-            tokens,
+            (tokens or 1024) if lengths is None else _lengths(lengths),
             answer,
             getattr(torch, dtype),
             devices,
             checkpointing,
+            None if encoder is None else encoder.value,
+            target.value,
         )
         content = planning.report(job, planning.plan(job))
     if as_json:
@@ -268,7 +300,8 @@ PLAN_ROWS = {
     "trainable": "trained values, gradients, Adam",
     "prefix": "prefix K/V",
     "activations": "activations",
-    "workspace": "workspace",
+    "workspace": "workspace of the backward",
+    "kernels": "workspace of Triton kernels",
     "total": "training step",
     "kv_cache": "K/V cache when generating",
     "forward_flops": "forward",
@@ -279,9 +312,11 @@ PLAN_ROWS = {
 
 def _show_plan(model: str, content: dict[str, Any]) -> None:
     settings = content["settings"]
+    tokens, encoder, devices = settings["tokens"], settings["encoder"], settings["devices"]
     title = (
-        f"{model}, {settings['method']} P={settings['length']}, B={settings['batch']} T={settings['tokens']}, "
-        f"{settings['dtype']}, a step on each of {settings['devices']}"
+        f"{model}, {settings['method']}{f' ({encoder} encoder)' if encoder else ''} P={settings['length']}, "
+        f"B={settings['batch']} T={tokens if isinstance(tokens, int) else ','.join(map(str, tokens))}, "
+        f"{settings['dtype']}, a step{f' on each of {devices} devices' if devices > 1 else ''}"
     )
     softkv, other = content["costs"]["softkv"], content["costs"].get("concatenating")
     table = Table("", "softkv", "concatenating", "", title=escape(title), title_justify="left")
