@@ -301,7 +301,7 @@ PLAN_ROWS = {
     "prefix": "prefix K/V",
     "activations": "activations",
     "workspace": "workspace of the backward",
-    "kernels": "workspace of Triton kernels",
+    "kernels": "workspace of attention kernels",
     "total": "training step",
     "kv_cache": "K/V cache when generating",
     "forward_flops": "forward",

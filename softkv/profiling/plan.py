@@ -129,8 +129,8 @@ class Cost:
             Under checkpointing, those of an encoder are not: each layer's are made again in backward.
         activations: all else that is alive then.
         workspace: what the backward adds to these at most.
-        kernels: what the Triton kernels allocate inside a backward of attention: log-sum-exps, Δ, and partial sums of
-            the prefix's gradient.
+        kernels: what kernels allocate inside a backward of attention: log-sum-exps and Δ, and softkv's Triton kernels
+            partial sums of the prefix's gradient.
         kv_cache: not of the step but of generation: K/V of the batch's rows, padded, and their prefix.
         forward_flops, backward_flops: of all products.
         attention_flops: the share of attention's, both passes.
