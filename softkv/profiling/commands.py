@@ -43,12 +43,15 @@ def static(
     dim: Annotated[list[int] | None, typer.Option(help="Head dims.  [default: 128]", show_default=False)] = None,
     dtype: Annotated[str, typer.Option(help="bf16 or fp16.")] = "bf16",
     only: Annotated[str | None, typer.Option(help="Kernels whose name holds this: forward, dq, dkv, decode…")] = None,
-    signature: Annotated[str, typer.Option(help="Your kernel's types, in order: *bf16,*fp32,i32,i32:16,fp32.")] = "",
+    signature: Annotated[
+        str, typer.Option(help="Your kernel's types, in order: *bf16,*fp32,i32,i32:16,fp32,tensordesc<bf16[128,64]>.")
+    ] = "",
     constexprs: Annotated[str, typer.Option(help="Your kernel's constants: BLOCK_M=128,CAUSAL=True.")] = "",
-    num_warps: Annotated[int, typer.Option(help="Your kernel's warps.")] = 4,
-    num_stages: Annotated[int, typer.Option(help="Your kernel's pipeline stages.")] = 2,
+    num_warps: Annotated[int, typer.Option(min=1, help="Your kernel's warps.")] = 4,
+    num_stages: Annotated[int, typer.Option(min=1, help="Your kernel's pipeline stages.")] = 2,
     scores: Annotated[
-        int | None, typer.Option(help="Query × key pairs of a pass of your kernel's loop, such as BLOCK_M·BLOCK_N.")
+        int | None,
+        typer.Option(min=1, help="Query × key pairs of a pass of your kernel's loop, such as BLOCK_M·BLOCK_N."),
     ] = None,
     with_peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Other attention kernels, too.")] = True,
     loops: Annotated[bool, typer.Option("--loops", help="Show the instruction mix of every loop.")] = False,
@@ -72,6 +75,8 @@ def static(
     targets = [one.value for one in (target or TargetName)]
     if dtype not in judge.DTYPES:
         fail(f"--dtype expects {' or '.join(judge.DTYPES)}, got {dtype!r}")
+    if num_warps & (num_warps - 1):
+        fail(f"--num-warps expects a power of 2, got {num_warps}")
     groups: Iterable[list[judge.Subject]]
     notes: list[str] = []
     if kernel is None:
@@ -84,14 +89,17 @@ def static(
     else:
         own = user_kernel.subjects(kernel, signature, constexprs, targets, num_warps, num_stages, scores)
         groups = ([subject] for subject in own)
-    rows = []
+    rows, names = [], set()
     with err.status("compiling…") as status:
         for group in groups:
+            names.add(group[0].kernel)
             if only is None or only in group[0].kernel:
                 status.update(f"{escape(group[0].source)}: {escape(group[0].kernel)} for {group[0].target}")
                 row, said = judge.best(group)
                 rows += [] if row is None else [row]
                 notes += said
+    if only is not None and not any(only in name for name in names):
+        fail(f"--only expects a part of a kernel's name ({', '.join(sorted(names))}), got {only!r}")
     rows = judge.ordered(rows)
     content = {"triton": triton.__version__, "rates": judge.rates(), "rows": rows, "notes": notes}
     if as_json:
@@ -107,6 +115,7 @@ def _show(rows: list[dict[str, Any]], loops: bool, html: Path | None) -> None:
 
     import triton
     from rich.console import Console
+    from rich.measure import Measurement
 
     from softkv.profiling import static as judge
     from softkv.profiling.files import write_whole
@@ -116,21 +125,34 @@ def _show(rows: list[dict[str, Any]], loops: bool, html: Path | None) -> None:
         column.justify = "right"
     for row in rows:
         table.add_row(*map(escape, judge.cells(row)))
-    page = Console(record=True, width=260, file=io.StringIO())
-    for console in (out, page):
-        console.print(table)
-        console.print(NOTE)
+    page = Console(record=True, width=WIDE, file=io.StringIO())
+    here = out if out.is_terminal else Console(width=WIDE, highlight=False)
+    for console in (here, page):
+        if Measurement.get(console, console.options.update(max_width=WIDE), table).maximum <= console.width:
+            console.print(table)
+        else:
+            for row in rows:
+                console.print(_block(dict(zip(judge.HEADINGS, judge.cells(row), strict=True))))
+        console.print(NOTE, width=min(console.width, 118))
         if loops:
             console.print(_mixes(rows))
     if html is not None:
         write_whole(html, page.export_html())
 
 
-NOTE = """\
-Cycles of one multiprocessor for one tile, by pipe. overlap: all hides behind the fullest pipe; serial: matrix work
-and arithmetic take turns; fractions of the tensor peak (*: matrix work from the tile's size, not from the binary).
-work: matrix products done for each that is needed. exp, instr/score: exponentials and instructions a lane for one
-query and key. Nothing here is a measured time."""
+WIDE = 260
+NOTE = (
+    "Cycles of one multiprocessor for one tile, by pipe. overlap: all hides behind the fullest pipe; serial: matrix "
+    "work and arithmetic take turns; fractions of the tensor peak (*: matrix work from the tile's size, not from the "
+    "binary). work: matrix products done for each that is needed. exp, instr/score: exponentials and instructions a "
+    "lane for one query and key. Nothing here is a measured time."
+)
+
+
+def _block(cells: dict[str, str]) -> str:
+    """A row where the terminal is too narrow for the table."""
+    name = f"[bold]{escape(cells.pop('kernel'))}[/] for {cells.pop('target')}"
+    return f"{name}: {'; '.join(f'{heading} {escape(cell)}' for heading, cell in cells.items())}\n"
 
 
 def _mixes(rows: list[dict[str, Any]]) -> Table:
