@@ -250,6 +250,19 @@ def test_errors_in_a_line(options: list[str], message: str) -> None:
     assert message in " ".join(said.stderr.split())
 
 
+def test_other_architectures_and_those_that_softkv_cannot_run() -> None:
+    small = {"vocab_size": 300, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    common: Any = ("p-tuning-v2", 4, 2, 16, 4, torch.float32)
+    config = transformers.GPT2Config(**small, embd_pdrop=0, resid_pdrop=0, eos_token_id=None, bos_token_id=None)
+    assert config.attn_pdrop > 0  # softkv sets it to 0, planned or run
+    assert plan(Job(config, *common))["softkv"].total > 0
+    with pytest.raises(ValueError, match="expected the config of a causal language model, got 't5'"):
+        plan(Job(transformers.T5Config(), *common))
+    bloom = transformers.BloomConfig(vocab_size=300, hidden_size=32, n_layer=2, n_head=4)
+    with pytest.raises(ValueError, match="softkv can't run a BloomForCausalLM, so there is nothing to plan"):
+        plan(Job(bloom, *common))
+
+
 def test_both_ways_in_a_table_and_as_json(tmp_path: Path) -> None:
     transformers.LlamaConfig(**GROUPED).save_pretrained(tmp_path)
     options = ["plan", "--model", str(tmp_path), "-B", "2", "-T", "64"]

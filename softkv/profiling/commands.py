@@ -207,9 +207,11 @@ def trace(
     """Trace real training steps or a generation: named ranges, top operations, a Chrome trace, memory over time."""
     if answer >= tokens:
         fail(f"--answer expects fewer than --tokens {tokens}, got {answer}")
+    if output.exists() and not output.is_dir():
+        fail(f"--output expects a folder, got the file {output}")
 
     import softkv
-    from softkv.loading import load_base, on_device
+    from softkv.loading import load_model, on_device
     from softkv.methods import PTuning
     from softkv.profiling import trace as tracing
 
@@ -220,8 +222,8 @@ def trace(
         "prompt-tuning": lambda: softkv.PromptTuning(length=length, position="before", init="random"),
         "p-tuning": lambda: PTuning(template=f"{marks} [X] [Y]"),
     }
-    base, _ = load_base(model, dtype)
-    soft_model = softkv.attach(on_device(base, device), methods[method.value]())
+    base = on_device(load_model(model, dtype), device)
+    soft_model = softkv.attach(base, methods[method.value]())
     data = tracing.rows(soft_model, batch, tokens, answer)
     if method is MethodName.P_TUNING:  # its soft tokens stand in the rows
         for row in data:
@@ -239,6 +241,7 @@ def trace(
     time, own = ("device", "own_device") if on_accelerator else ("host", "own_host")
     for title, lines, key in (("Ranges", content["ranges"], time), ("Operations", content["operations"][:top], own)):
         table = Table("", "calls", "ms", "ms without what is inside", title=title, title_justify="left")
+        table.columns[0].overflow = "fold"
         for column in table.columns[1:]:
             column.justify = "right"
         for line in sorted(lines, key=lambda line: -line[key]):

@@ -12,6 +12,7 @@ same, 2 times the forward and not 3.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -30,6 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from softkv.attention import prefix_attention
 from softkv.hf.context import Captured, PackedRows, RowEncoder, RowPrompts, SoftContext
+from softkv.hf.frozen import Original
 from softkv.hf.hooks import DecoderHooks
 from softkv.hf.interface import NAME
 from softkv.methods.base import BaseShape, Computed, FrozenModel
@@ -200,14 +202,22 @@ class Run:
 
 
 def _base(job: Job) -> Any:
+    config = job.config
+    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(f"expected the config of a causal language model, got {config.model_type!r}")
     with META:
-        base = transformers.AutoModelForCausalLM.from_config(job.config, dtype=job.dtype, attn_implementation=NAME)
-    base.requires_grad_(False).train()
+        base = transformers.AutoModelForCausalLM.from_config(config, dtype=job.dtype, attn_implementation=NAME)
+    base.requires_grad_(False)
+    blocks = _blocks(base.eval())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        Original(base).silence_dropout(list(blocks.values()))
+    base.train()
     if job.checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if job.encoder is not None:
         hooks = DecoderHooks(base, None)
-        hooks.blocks = _blocks(base)
+        hooks.blocks = blocks
         hooks.hook_blocks()
     return base
 
@@ -368,8 +378,14 @@ def _head_once(base: Any, soft_tokens: Tensor) -> Prefix:
 
 def _blocks(base: Any) -> dict[int, nn.Module]:
     """The attention modules by their `layer_idx`."""
-    with META, torch.no_grad():
-        return {layer: captured.block for layer, captured in _captured(base, _embeddings(base, 1, 1)).items()}
+    try:
+        with META, torch.no_grad():
+            captured = _captured(base, _embeddings(base, 1, 1))
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"softkv can't run a {type(base).__name__}, so there is nothing to plan: {error}") from error
+    if not captured:
+        raise ValueError(f"{type(base).__name__} does not pass softkv's prefix on to its attention: nothing to plan")
+    return {layer: one.block for layer, one in captured.items()}
 
 
 def _captured(base: Any, embeddings: Tensor) -> dict[int, Captured]:
