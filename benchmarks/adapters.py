@@ -64,9 +64,15 @@ class Job(ModelJob):
         model, tokenizer = self.load()
         method = softkv.PTuningV2(length=case.P, init="vocabulary", template=TEMPLATE)
         self.ours = softkv.attach(model, method).eval()
-        self.theirs = in_peft(self.load()[0], "PREFIX_TUNING", case.P, encoder_size=1).eval()
-        for name in dict.fromkeys(Case(case.mode, case.rows, case.rows).names):
+        names = list(dict.fromkeys(Case(case.mode, case.rows, case.rows).names))
+        for name in names:
             self.ours.add_adapter(name, method)
+        self.absent: dict[str, str] = {}
+        try:
+            self.theirs = in_peft(self.load()[0], "PREFIX_TUNING", case.P, encoder_size=1).eval()
+        except ImportError as error:
+            self.absent["PEFT one by one"] = str(error)
+        for name in [] if self.absent else names:
             self.theirs.add_adapter(name, self.theirs.peft_config["default"])
             prefix: Any = self.ours.adapters[name].prefix()  # type: ignore[operator]
             self.theirs.prompt_encoder[name].embedding.weight.data.copy_(rows_of_matrices(prefix.k, prefix.v))
@@ -77,7 +83,7 @@ class Job(ModelJob):
     def providers(self, case: Case) -> dict[str, Callable[[], Tensor]]:
         """What answers the batch: the tokens `[rows, new_tokens]` generated, or the logits `[rows, V]` of a forward."""
         together = {"softkv": lambda: self.answer(self.ours, case, self.batch, adapter_names=case.names)}
-        apart = {"one by one": self.ours, "PEFT one by one": self.theirs}
+        apart = {"one by one": self.ours} | ({} if self.absent else {"PEFT one by one": self.theirs})
         return together | {name: lambda model=model: self.one_by_one(model, case) for name, model in apart.items()}
 
     def one_by_one(self, model: Any, case: Case) -> Tensor:
@@ -113,7 +119,7 @@ def measure(job: Job, case: Case, seconds: float) -> dict[str, Any]:
     """Seconds of every provider whose tokens are softkv's."""
     providers = job.providers(case)
     tokens = {name: run() if case.mode == "generation" else run().argmax(-1) for name, run in providers.items()}
-    absent = {}
+    absent = dict(job.absent)
     for name, found in tokens.items():
         differ = int((found != tokens["softkv"]).view(case.rows, -1).any(1).sum())
         if differ:

@@ -1,8 +1,10 @@
 """The benchmark of many adapters runs, and does not time what gives other tokens."""
 
 import json
+import sys
 from pathlib import Path
 
+import pytest
 import torch
 from typer.testing import CliRunner
 
@@ -34,3 +36,11 @@ def test_other_tokens_are_listed_and_not_timed() -> None:
     record = adapters.measure(job, case, 0)
     assert list(record["seconds"]) == PROVIDERS[:2]
     assert record["absent"] == {"PEFT one by one": "its tokens differ from softkv's in 1 of 3 rows"}
+
+
+def test_without_peft_the_others_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    case = adapters.QUICK["forward-2"]
+    record = adapters.measure(adapters.Job(case, ModelSettings.of("cpu", quick=True)), case, 0)
+    assert list(record["seconds"]) == PROVIDERS[:2]
+    assert "peft" in record["absent"]["PEFT one by one"]
