@@ -296,12 +296,13 @@ class _Steps(torch.autograd.Function):
         return state
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, into, within, state, _, _, gates = ctx.saved_tensors
-        gates @ within  # to the state of the step before
+        torch.matmul(gates, within)  # to the state of the step before
         rows = gates.flatten(0, 1)
         bias = gates.sum((0, 1))
-        return gates @ into, rows.T @ x.flatten(0, 1), rows.T @ state.flatten(0, 1), bias, bias.clone()
+        below = gates @ into if ctx.needs_input_grad[0] else None
+        return below, rows.T @ x.flatten(0, 1), rows.T @ state.flatten(0, 1), bias, bias.clone()
 
 
 def _soft_tokens(learned: nn.Module, base: Any) -> Tensor:
