@@ -60,12 +60,18 @@ def _resident(pipe: Connection, case: Case, provider: str, variant: str, dtype: 
     torch.set_num_threads(threads)
     step = _step(case, provider, variant, "cpu", dtype)
     step()  # libraries set themselves up
+    pipe.send(min(_grown(step) for _ in range(2)) / 1024)
+
+
+def _grown(step: Callable[[], object]) -> int:
+    """KiB that this process grew by, at most, during a call. Pages of libraries that the system had taken away may come
+    back meanwhile, hence the lesser of two."""
     ctypes.CDLL(None).malloc_trim(0)
     with open("/proc/self/clear_refs", "w") as marks:
         marks.write("5")  # the high-water mark starts anew
     before = _status("VmRSS")
     step()
-    pipe.send((_status("VmHWM") - before) / 1024)
+    return _status("VmHWM") - before
 
 
 def _status(name: str) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -43,7 +42,7 @@ def _attention(records: Records) -> dict[str, Figure]:
             for mode in dict.fromkeys(record["case"]["mode"] for record in chosen):
                 rows = {_axes_of(one): _times(one) for one in chosen if one["case"]["mode"] == mode}
                 title = f"attention-{sweep}" + (f"-{mode.replace(' + ', '-')}" if len(known.modes) > 1 else "")
-                figures[title] = bars(rows, f"ms, {mode}")
+                figures[title] = bars(known.title, rows, f"ms, {mode}")
         elif len(chosen) > 1:
             panels = {"ms": _lines(chosen, known.axis, _times), "working MiB": _lines(chosen, known.axis, _memory)}
             figures[f"attention-{sweep}"] = growth(known.title, AXES[known.axis], panels)
@@ -56,7 +55,7 @@ def _train(records: Records) -> dict[str, Figure]:
         one["case"]["title"]: {name: statistics.median(s) for name, s in one["seconds"].items() if name in shown}
         for one in records.values()
     }
-    figures = {"train": bars(medians, f"seconds a step of {_only('rows', records)} rows")}
+    figures = {"train": bars("A training step", medians, f"seconds a step of {_only('rows', records)} rows")}
     growing = [one for one in records.values() if one["case"]["grows"]]
     if len(growing) > 1:
         panels = _seconds_and_memory(growing, shown, lambda one: one["case"]["settings"]["length"])
@@ -73,19 +72,34 @@ def _generate(records: Records) -> dict[str, Figure]:
     return {"generate": growth(title, AXES["P"], panels)}
 
 
+def _adapters(records: Records) -> dict[str, Figure]:
+    """Rows a second over the number of adapters in a batch."""
+    panels: dict[str, Lines] = {}
+    for one in records.values():
+        case, lines = one["case"], panels.setdefault(f"{one['case']['mode']}: rows / s", {})
+        for provider, seconds in one["seconds"].items():
+            rate = case["rows"] / statistics.median(seconds)
+            lines.setdefault(provider, []).append((case["adapters"], rate))
+    if all(len(points) < 2 for lines in panels.values() for points in lines.values()):
+        return {}
+    title = f"A batch of {_only('rows', records)} rows"
+    return {"adapters": growth(title, "different adapters in the batch", panels, from_zero=True)}
+
+
 PLOTS: dict[str, Callable[[Records], dict[str, Figure]]] = {
     "attention": _attention,
     "train": _train,
     "generate": _generate,
+    "adapters": _adapters,
 }
 
 
-def growth(title: str, xlabel: str, panels: dict[str, Lines]) -> Figure:
-    """A panel a quantity, each with a line a provider."""
+def growth(title: str, xlabel: str, panels: dict[str, Lines], *, from_zero: bool = False) -> Figure:
+    """A panel a quantity, each with a line a provider; on log axes, but for rates counted from zero."""
     figure = Figure(figsize=(4.8 * len(panels), 3.8), layout="constrained")
     figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
     for axes, (quantity, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
-        axes.set(xscale="log", yscale="log", xlabel=xlabel, title=quantity)
+        axes.set(xscale="log", yscale="linear" if from_zero else "log", xlabel=xlabel, title=quantity)
         sizes = sorted({x for points in lines.values() for x, _ in points})
         axes.set_xticks(sizes, [f"{size:g}" for size in sizes], rotation=45 if len(sizes) > 5 else 0)
         axes.xaxis.set_minor_locator(NullLocator())
@@ -95,48 +109,72 @@ def growth(title: str, xlabel: str, panels: dict[str, Lines]) -> Figure:
             x, y = zip(*sorted(points), strict=True)
             style = "--" if provider in FLOORS else "-"
             axes.plot(x, y, style, color=_colour(provider), marker="o", markersize=3.5, linewidth=2)
-        _plain_numbers(axes.yaxis)
+        if from_zero:
+            axes.set_ylim(bottom=0)
+        else:
+            _plain_numbers(axes.yaxis)
         axes.set_xlim(right=sizes[-1] * (sizes[-1] / sizes[0]) ** 0.38)
         _name_lines(axes, lines)
     return figure
 
 
 def _plain_numbers(axis: Axis) -> None:
-    """1, 2, 5, 10, ... on a log axis, and more where it spans little."""
+    """1, 2, 5, 10, ... on a log axis; more where it spans little, powers of ten alone where it spans much."""
     low, high = axis.get_view_interval()
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high > 12 * low else (1, 1.5, 2, 3, 4, 5, 7)))
+    subs = (1, 1.5, 2, 3, 4, 5, 7) if high < 12 * low else (1, 2, 5) if high < 1e4 * low else (1,)
+    axis.set_major_locator(LogLocator(subs=subs))
     axis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:g}"))
     axis.set_minor_locator(NullLocator())
 
 
 def _name_lines(axes: Axes, lines: Lines) -> None:
-    """Each line's name beside its last point, moved up where names would lie on each other."""
-    low, high = axes.get_ylim()
-    taken = -1.0
-    for provider, points in sorted(lines.items(), key=lambda item: max(item[1])[1]):
-        x, y = max(points)
-        place = math.log(y / low) / math.log(high / low)
-        taken = max(place, taken + _LABEL_GAP)
+    """Each line's name beside its last point; names that would lie on each other are moved apart."""
+    ends = {provider: max(points) for provider, points in lines.items()}
+    heights = {provider: _height(axes, end) for provider, end in ends.items()}
+    for provider, height in moved_apart(heights, _LABEL_GAP).items():
         axes.annotate(
-            f"  {provider}", (x, low * (high / low) ** taken), color=_colour(provider), va="center", fontsize=9
-        )
+            f"  {provider}", (ends[provider][0], height), xycoords=("data", "axes fraction"), color=_colour(provider),
+            va="center", fontsize=9, annotation_clip=False,
+        )  # fmt: skip
 
 
-def bars(rows: dict[str, dict[str, float]], xlabel: str) -> Figure:
+def _height(axes: Axes, point: tuple[float, float]) -> float:
+    """Of a point, as a part of the height of the axes."""
+    return float(axes.transAxes.inverted().transform(axes.transData.transform(point))[1])
+
+
+def moved_apart(heights: dict[str, float], gap: float) -> dict[str, float]:
+    """Heights from 0 to 1 moved as little up, or from the top down, as keeps them `gap` apart."""
+    order = sorted(heights, key=heights.__getitem__)
+    places: list[float] = []
+    for name in order:
+        places.append(max(heights[name], places[-1] + gap) if places else heights[name])
+    ceiling = 1.0
+    for i in reversed(range(len(places))):
+        places[i] = min(places[i], ceiling)
+        ceiling = places[i] - gap
+    return dict(zip(order, places, strict=True))
+
+
+def bars(title: str, rows: dict[str, dict[str, float]], xlabel: str) -> Figure:
     """A group of bars a row, a bar a provider, its figure beside it."""
     providers = list(dict.fromkeys(name for row in rows.values() for name in row))
     height = 0.8 / max(1, len(providers))
-    figure = Figure(figsize=(8, 0.9 + 0.24 * len(providers) * len(rows)), layout="constrained")
+    figure = Figure(figsize=(8, 1.2 + 0.24 * len(providers) * len(rows)), layout="constrained")
+    figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
     axes = figure.add_subplot(xlabel=xlabel, xscale="log")
     for number, row in enumerate(rows.values()):
         for place, (provider, value) in enumerate(row.items()):
             y = number + height * (place - (len(row) - 1) / 2)
             axes.barh(y, value, height=0.92 * height, color=_colour(provider))
             axes.annotate(f" {value:.3g}  {provider}", (value, y), va="center", fontsize=8)
+    values = [value for row in rows.values() for value in row.values()]
+    low, high = min(values) / 2, max(values)
+    axes.set_xlim(low, high * (high / low) ** 0.35)  # room for the figures beside the longest bars
     _plain_numbers(axes.xaxis)
     axes.set_yticks(range(len(rows)), list(rows))
     axes.invert_yaxis()
-    axes.margins(x=0.25, y=0.02)
+    axes.margins(y=0.02)
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 

@@ -70,7 +70,7 @@ each. {device}.
 """  # noqa: E501
 
 ADAPTERS = """\
-`python -m benchmarks.adapters`: 16 prompts of real text, P-tuning v2 prefixes of 64 slots, SmolLM2-135M-Instruct; rows
+`softkv bench adapters`: 16 prompts of real text, P-tuning v2 prefixes of 64 slots, SmolLM2-135M-Instruct; rows
 a second, {what}. "One by one" switches to each adapter and answers its rows; PEFT holds the same values.
 All gave the same tokens. Interleaved, medians of {rounds} rounds or more. {device}.
 
@@ -294,6 +294,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "attention-decoding-batch": lambda: _decoding("decoding-batch", f"growing B; {CACHED}"),
     "attention-decoding-bank": lambda: _decoding("decoding-bank", f"a bank of A prefixes; {CACHED}", axes="BPA"),
     "static-bounds": static_bounds.table,
+    "static-published": static_bounds.published,
 }
 
 

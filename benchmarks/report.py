@@ -13,7 +13,12 @@ from .plots import draw
 from .results import read_json
 from .tables import GRIDS, Grid
 
-TITLES = {"attention": "Attention", "train": "Training", "generate": "Generation"}
+TITLES = {
+    "attention": "Attention",
+    "train": "Training",
+    "generate": "Generation",
+    "adapters": "Many adapters in a batch",
+}
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; color: #1f2328 }
 img { max-width: 100%; display: block; margin: 1rem 0 }

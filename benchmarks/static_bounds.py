@@ -1,10 +1,13 @@
 """The static bounds of softkv's kernels beside its peers', as docs/profiling.md shows them. They are no times.
 
-`results/static.json` is what `softkv profile static --json` printed with the peers installed.
+`results/static.json` is what `softkv profile static --json` printed with the peers installed;
+`results/static_published.json` what it printed, of the peers whose speed others have published, under a compiler that
+still takes them (docs/profiling.md has the command).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from .results import FOLDER, read_json
@@ -16,6 +19,77 @@ HOW = """\
 |---|---|---|---|---:|---:|---|---:|---:|---:|---:|
 {rows}
 """
+
+
+PUBLISHED_HOW = """\
+Forward without a mask, fp16 or bf16. Bounds: `softkv profile static`, triton {triton}.
+
+| kernel | device | rows × heads × tokens × D | published TFLOP/s | of the peak | serial bound | overlap bound | measured of serial | source |
+|---|---|---|---:|---:|---:|---:|---:|---|
+{rows}
+"""  # noqa: E501
+
+
+@dataclass(frozen=True)
+class Published:
+    """A speed that others measured and published.
+
+    Attributes:
+        target: of the device; its peak is what `softkv.kernels.machines` quotes.
+        shape: rows × heads × tokens × head dim; "" where the best of many is reported.
+        package: whose forward kernel it is, where one that compiles is known.
+    """
+
+    kernel: str
+    device: str
+    target: str
+    shape: str
+    teraflops: float
+    source: str
+    url: str
+    package: str | None = None
+
+
+PUBLISHED = (
+    Published(
+        "Triton tutorial's fused attention, by block pointers", "H100", "sm_90", "128 × 8 × 16384 × 128", 420.122,
+        "pytorch/benchmark 2296", "https://github.com/pytorch/benchmark/pull/2296", package="flash-attn-triton",
+    ),
+    Published(
+        "FlashAttention-3, best", "H100", "sm_90", "", 740, "arXiv 2407.08608", "https://arxiv.org/abs/2407.08608",
+    ),
+    Published(
+        "Triton, warp-specialised, persistent", "B200 (750 W)", "sm_100", "4 × 32 × 16384 × 128", 822.504,
+        "facebookexperimental/triton 407", "https://github.com/facebookexperimental/triton/pull/407",
+    ),
+    Published(
+        "FlashAttention-4, best", "B200", "sm_100", "", 1613, "arXiv 2603.05451", "https://arxiv.org/abs/2603.05451",
+    ),
+)  # fmt: skip
+
+
+def published() -> str:
+    content = read_json(FOLDER / "static_published.json")
+    peaks = {rates["target"]: rates["teraflops"] for rates in content["rates"]}
+    lines = []
+    for one in PUBLISHED:
+        share, bounds = one.teraflops / peaks[one.target], ["–", "–", "–"]
+        if one.package is not None:
+            row = bound_of(one, content["rows"])
+            bounds = [f"{bound:.2f}" for bound in (row["serial"], row["overlap"], share / row["serial"])]
+        cells = (one.kernel, one.device, one.shape or "–", f"{one.teraflops:.0f}", f"{share:.2f}", *bounds)
+        lines.append(f"| {' | '.join(cells)} | [{one.source}]({one.url}) |")
+    return PUBLISHED_HOW.format(triton=content["triton"], rows="\n".join(lines))
+
+
+def bound_of(one: Published, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The row of the binary that was measured: of its package's forward kernel, for its device."""
+    (row,) = (
+        row
+        for row in rows
+        if (row["source"].split()[0], row["kernel"], row["target"]) == (one.package, "forward", one.target)
+    )
+    return row
 
 
 def table() -> str:

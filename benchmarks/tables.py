@@ -73,10 +73,21 @@ def of_generation(name: str, record: dict[str, Any]) -> Grid:
     return Grid(f"{name}: {case['title']}", columns, rows, _absent(record))
 
 
+def of_adapters(name: str, record: dict[str, Any]) -> Grid:
+    case = record["case"]
+    rows = [
+        (provider, _spread(vars(seconds), 2), ratio, f"{case['rows'] / seconds.median:.1f}")
+        for provider, seconds, ratio in _timed(record)
+    ]
+    title = f"{name}: {case['rows']} rows, {case['adapters']} adapters, P={case['P']}"
+    return Grid(title, ("provider", "s [80 %]", "softkv is faster by", "rows / s"), rows, _absent(record))
+
+
 GRIDS: dict[str, Callable[[str, dict[str, Any]], Grid]] = {
     "attention": of_attention,
     "train": of_training,
     "generate": of_generation,
+    "adapters": of_adapters,
 }
 
 
@@ -94,6 +105,6 @@ def _spread(of: dict[str, float], digits: int) -> str:
 def _absent(record: dict[str, Any]) -> list[str]:
     """A line for each reason why providers did not run."""
     names: dict[str, list[str]] = {}
-    for provider, reason in record["absent"].items():
+    for provider, reason in record.get("absent", {}).items():
         names.setdefault(reason, []).append(provider)
     return [f"not run: {', '.join(providers)}: {reason}" for reason, providers in names.items()]

@@ -116,6 +116,26 @@ def generate(
 
 @app.command()
 @friendly
+def adapters(
+    case: Cases = None,
+    device: OnDevice = Device.CPU,
+    seconds: Annotated[float, typer.Option(min=0.0, help="Time for each case's samples; three rounds at least.")] = 4.0,
+    output: Output = FOLDER,
+    quick: Quick = False,
+    only_list: OnlyList = False,
+) -> None:
+    """Rows of one batch that name 1 to 16 different adapters, beside one adapter after the other, in PEFT too."""
+    from softkv.benchmarks import adapters as benchmark
+    from softkv.benchmarks.model_jobs import ModelSettings
+
+    known = benchmark.cases(quick)
+    chosen = {name: known[name] for name in _chosen(list(known), case, only_list)}
+    settings = ModelSettings.of(device.value, quick)
+    _collect("adapters", benchmark.run(chosen, seconds, settings, _command()), output, list(known))
+
+
+@app.command()
+@friendly
 def report(output: Output = FOLDER) -> None:
     """Make the plots and report.html of the results in a folder anew."""
     from softkv.benchmarks import report

@@ -15,14 +15,20 @@ def load_base(name: str, dtype: str) -> tuple[Any, Any]:
     """A causal LM and its tokenizer."""
     import transformers
 
+    return load_model(name, dtype), transformers.AutoTokenizer.from_pretrained(name)
+
+
+def load_model(name: str, dtype: str) -> Any:
+    """A causal LM."""
+    import transformers
+
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         fail(f"--dtype expects auto, float32, bfloat16 or float16, got {dtype!r}")
     if name.startswith((".", "/", "~")) and not Path(name).is_dir():
         fail(f"there is no folder {name}: --model is a folder or an id on the Hugging Face Hub")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-    return model, transformers.AutoTokenizer.from_pretrained(name)
+    return transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
 
 
 def on_device(model: Any, device: str | None) -> Any:
@@ -32,7 +38,10 @@ def on_device(model: Any, device: str | None) -> Any:
     if device is None:
         found = torch.accelerator.current_accelerator(check_available=True)
         device = found.type if found is not None else "cpu"
-    return model.to(device)
+    try:
+        return model.to(device)
+    except (AssertionError, RuntimeError) as error:
+        fail(f"the model can't be put on --device {device}: {str(error).strip().splitlines()[0]}")
 
 
 def load_adapter(adapter: str, model: str | None, dtype: str, device: str | None) -> tuple[SoftModel, Any]:

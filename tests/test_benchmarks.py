@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import time
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
@@ -12,13 +13,15 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from typer.testing import CliRunner
 
-from benchmarks import attention, providers, results, timing
+from benchmarks import attention, plots, providers, report, results, tables, timing
 from benchmarks.processes import take_turns
 from benchmarks.providers import PROVIDERS, Problem, Provider, Unavailable
 from benchmarks.shapes import QUICK, Shape, cases
 from benchmarks.timing import CudaClock, HostClock, Spread, interleaved, speedup
+from softkv.bench import app as bench_app
 from softkv.cli import app
 
 SHAPES = {
@@ -220,6 +223,48 @@ def test_records_merge_by_case_in_the_order_of_cases(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
 
 
+# Plots ---------------------------------------------------------------------------------------------------------------
+
+
+def apart(texts: list[Any]) -> bool:
+    """Whether texts that are drawn lie beside each other, inside the figure."""
+    boxes = [text.get_window_extent() for text in texts if text.get_text().strip()]
+    page = texts[0].figure.bbox
+    inside = all(box.x0 >= 0 and box.x1 <= page.x1 and box.y1 <= page.y1 for box in boxes)
+    return inside and not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+
+
+@pytest.mark.parametrize("from_zero", [False, True])
+@pytest.mark.parametrize("ends", [(1.0, 1.0, 1.0), (0.02, 99.0, 100.0), (3.0, 3.1, 60.0)])
+def test_every_line_is_named_beside_its_end(ends: tuple[float, ...], from_zero: bool) -> None:
+    names = ("softkv torch", "cat", "no prefix")
+    lines = {name: [(1.0, 0.5), (8.0, end)] for name, end in zip(names, ends, strict=True)}
+    figure = plots.growth("Title", "rows (B)", {"ms": lines, "working MiB": lines}, from_zero=from_zero)
+    FigureCanvasAgg(figure).draw()
+    for axes in figure.axes:
+        assert {text.get_text().strip() for text in axes.texts} == lines.keys()
+        assert apart(axes.texts)
+        assert all(text.clipbox is None or not text.get_clip_on() for text in axes.texts)
+
+
+def test_names_move_up_and_at_the_top_down() -> None:
+    assert plots.moved_apart({"a": 0.5, "b": 0.1, "c": 0.52}, 0.1) == {"b": 0.1, "a": 0.5, "c": 0.6}
+    moved = plots.moved_apart({"a": 0.95, "b": 0.94, "c": 0.2}, 0.1)
+    assert moved == pytest.approx({"c": 0.2, "b": 0.9, "a": 1.0})
+
+
+@pytest.mark.parametrize("values", [(0.0149, 39.9), (1.2, 1.3), (1.5, 24.2), (1e-3, 1e4)])
+def test_bars_have_room_for_their_figures_and_ticks(values: tuple[float, float]) -> None:
+    figure = plots.bars("Title", {"a": {"softkv": values[0], "floor": values[1]}, "b": {"PEFT": values[1]}}, "ms")
+    FigureCanvasAgg(figure).draw()
+    (axes,) = figure.axes
+    low, high = axes.get_xlim()
+    ticks = [text for text in axes.get_xticklabels() if low <= text.get_position()[0] <= high]
+    assert len(ticks) > 1
+    assert apart(ticks)
+    assert apart(axes.texts)
+
+
 # The command ---------------------------------------------------------------------------------------------------------
 
 
@@ -268,6 +313,14 @@ def test_bench_train_and_generate_on_a_tiny_model(tmp_path: Path) -> None:
 def test_an_unknown_case_is_an_error_and_cases_are_listed() -> None:
     assert "no case is called nothing" in bench("attention", "--case", "nothing", code=2)
     assert "P1024" in bench("generate", "--list").split()
+
+
+def test_make_bench_runs_every_benchmark() -> None:
+    recipe = (Path(__file__).parents[1] / "Makefile").read_text().split("\nbench:")[1].split("\n\n")[0]
+    names = {command.callback.__name__ for command in bench_app.registered_commands if command.callback}
+    assert names == {"attention", "train", "generate", "adapters", "report"}
+    assert names - {"report"} == set(re.findall(r"softkv bench (\w+)", recipe))
+    assert report.TITLES.keys() == tables.GRIDS.keys() == plots.PLOTS.keys() == names - {"report"}
 
 
 def test_tokens_that_differ_keep_peft_from_being_timed() -> None:

@@ -1,6 +1,7 @@
 """What `softkv plan` counts on the meta device is what a step on real tensors allocates and computes."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 
 import softkv
 from softkv.cli import app
+from softkv.label_logits import label_logits
 from softkv.methods import PTuning
 from softkv.profiling.allocations import peak
 from softkv.profiling.plan import Job, config_of, plan
@@ -31,13 +33,13 @@ CONFIG = {
 GROUPED = CONFIG | {"num_key_value_heads": 2}
 
 
-def job(config: dict[str, Any], method: Any, **options: Any) -> Job:
-    return Job(transformers.LlamaConfig(**config), method, P, B, T, ANSWER, torch.float32, **options)
+def job(config: dict[str, Any], method: Any, tokens: Any = T, **options: Any) -> Job:
+    return Job(transformers.LlamaConfig(**config), method, P, B, tokens, ANSWER, torch.float32, **options)
 
 
-def step_bytes(model: Any, loss_of: Any) -> int:
+def step_bytes(model: Any, loss_of: Any, tokens: int = T) -> int:
     """What a step allocates at its peak, beyond the model and its gradients: by the profiler's allocation events."""
-    ids = torch.randint(1, 3000, (B, T))
+    ids = torch.randint(1, 3000, (B, tokens))
     loss_of(model, ids).backward()  # gradients exist from here on
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as measured:
         loss_of(model, ids).backward()
@@ -45,7 +47,8 @@ def step_bytes(model: Any, loss_of: Any) -> int:
 
 
 def softkv_loss(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    logits = model(input_ids=ids, prompt_lengths=torch.full((B,), T - ANSWER), logits_to_keep=ANSWER).logits
+    ends = torch.full((B,), ids.shape[1] - ANSWER)
+    logits = model(input_ids=ids, prompt_lengths=ends, logits_to_keep=ANSWER).logits
     return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), ids[:, -ANSWER:].flatten())
 
 
@@ -54,6 +57,7 @@ def peft_loss(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 
 def step_plan(cost: Any) -> int:
+    """Of a step on a CPU, where no Triton kernel allocates."""
     return cost.prefix + cost.activations + cost.workspace
 
 
@@ -101,6 +105,97 @@ def test_peft_allocates_what_is_planned_for_the_concatenating_way(method: Any, c
     assert step_plan(cost) == pytest.approx(step_bytes(model, peft_loss), rel=0.15)
 
 
+LENGTHS = (40, 72, 192)  # rows take these in turn
+ROWS = [LENGTHS[row % 3] for row in range(B)]
+
+
+def test_rows_of_unequal_length_packed_and_padded() -> None:
+    """softkv's trainer packs them; PEFT gets them padded to the longest."""
+    config = transformers.LlamaConfig(**CONFIG)
+    model = softkv.attach(transformers.LlamaForCausalLM(config), METHODS["p-tuning-v2"]).train()
+    ids = [torch.randint(1, 3000, (length,)).tolist() for length in ROWS]
+    labels = [[-100] * (len(row) - ANSWER) + row[-ANSWER:] for row in ids]
+    examples = [{"input_ids": row, "labels": targets} for row, targets in zip(ids, labels, strict=True)]
+    packed = softkv.PackingCollator()(examples)
+
+    def packed_loss(model: Any, _: Any) -> torch.Tensor:
+        output, targets = label_logits(model, dict(packed))
+        return torch.nn.functional.cross_entropy(output.logits.float(), targets)
+
+    def padded_loss(model: Any, ids: torch.Tensor) -> torch.Tensor:
+        mask = torch.arange(T) < torch.tensor(ROWS)[:, None]
+        return model(input_ids=ids, attention_mask=mask.long(), labels=ids.masked_fill(~mask, -100)).loss
+
+    costs = plan(job(CONFIG, "p-tuning-v2", LENGTHS))
+    assert step_plan(costs["softkv"]) == pytest.approx(step_bytes(model, packed_loss), rel=0.15)
+    base = transformers.LlamaForCausalLM(config)
+    peer = peft.get_peft_model(base, peft.PrefixTuningConfig(num_virtual_tokens=P, task_type="CAUSAL_LM")).train()
+    assert step_plan(costs["concatenating"]) == pytest.approx(step_bytes(peer, padded_loss), rel=0.15)
+
+
+def test_flops_of_packed_rows_are_their_own() -> None:
+    one = {length: plan(job(GROUPED, "p-tuning-v2", length))["softkv"] for length in LENGTHS}
+    together = plan(job(GROUPED, "p-tuning-v2", LENGTHS))
+    for what in ("forward_flops", "backward_flops", "attention_flops"):
+        apart = sum(getattr(one[length], what) for length in ROWS) / B
+        assert getattr(together["softkv"], what) == apart, what
+    padded = plan(job(GROUPED, "p-tuning-v2", max(LENGTHS)))["concatenating"]
+    assert together["concatenating"] == padded
+
+
+@pytest.fixture
+def torchs_own_lstm() -> Iterator[None]:
+    """oneDNN's keeps a workspace of its own, about twice what the gradients need."""
+    enabled = torch.backends.mkldnn.set_flags(False)[0]
+    yield
+    torch.backends.mkldnn.set_flags(enabled)
+
+
+@pytest.mark.usefixtures("torchs_own_lstm")
+@pytest.mark.parametrize(
+    ("encoder", "tokens", "checkpointing"),
+    [("lstm", T, False), ("lstm", T, True), ("attention", T, False), ("attention", 448, True)],
+)
+def test_encoders_allocate_what_is_planned(encoder: Any, tokens: int, checkpointing: bool) -> None:
+    base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**GROUPED))
+    model = softkv.attach(base, softkv.PTuningV2(length=P, encoder=encoder)).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    cost = plan(job(GROUPED, "p-tuning-v2", tokens, encoder=encoder, checkpointing=checkpointing))["softkv"]
+    assert step_plan(cost) == pytest.approx(step_bytes(model, softkv_loss, tokens), rel=0.15)
+    assert cost.trainable == 16 * model.num_trainable()
+    assert cost.prefix == (0 if checkpointing else 2 * 4 * B * P * 4 * 2 * 16)  # K, V, fp32: rows, slots, L, G, D
+
+
+@pytest.mark.usefixtures("torchs_own_lstm")
+@pytest.mark.parametrize("encoder", ["lstm", "attention"])
+def test_encoded_slots_concatenated_allocate_what_is_planned(encoder: Any) -> None:
+    """No library does it this way: each block's K and V of the prompts go into transformers' own cache, in front of the
+    tokens."""
+    base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**CONFIG))
+    model = softkv.attach(base, softkv.PTuningV2(length=P, encoder=encoder))
+    rows, caches = model.soft, []
+    base = model.detach().requires_grad_(False).train()
+    base.set_attn_implementation("sdpa")
+
+    def enter(block: Any, args: Any, kwargs: Any) -> None:
+        prompt, lengths = kwargs["hidden_states"][:, : T - ANSWER], torch.full((B,), T - ANSWER)
+        kwargs["past_key_values"].update(*rows.row_prefix(block.layer_idx, prompt, lengths), block.layer_idx)
+
+    for layer in base.model.layers:
+        layer.self_attn.register_forward_pre_hook(enter, with_kwargs=True)
+
+    def loss(base: Any, ids: torch.Tensor) -> torch.Tensor:
+        caches[:] = [transformers.DynamicCache()]
+        seen = torch.ones(T, P + T, dtype=torch.bool).tril(P)[None, None].expand(B, 1, -1, -1)
+        positions = torch.arange(P, P + T)[None]
+        logits = base(ids, attention_mask=seen, position_ids=positions, past_key_values=caches[0]).logits
+        return torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), ids.flatten())
+
+    cost = plan(job(CONFIG, "p-tuning-v2", encoder=encoder))["concatenating"]
+    assert step_plan(cost) == pytest.approx(step_bytes(base, loss), rel=0.15)
+
+
 @pytest.mark.parametrize(
     ("model", "billions"),
     [("smollm2-135m", 0.1345), ("llama-3.2-1b", 1.2358), ("llama-3.1-8b", 8.0303), ("llama-3.1-405b", 405.85)],
@@ -126,6 +221,18 @@ def test_flops_follow_the_formula() -> None:
     assert cost.attention_flops == forward_attention + backward_attention
 
 
+def test_flops_of_an_lstm_encoder() -> None:
+    """Each way of the LSTM, the pooling and the MLP, over all prompts; backward twice that, but for the pooling's
+    weights and for what lies below layer 0."""
+    C, E, L, kv = 128, 256, 4, 2 * 2 * 16  # kv: K and V of a slot
+    plain, encoded = (plan(job(GROUPED, "p-tuning-v2", encoder=encoder))["softkv"] for encoder in (None, "lstm"))
+    positions, h = B * (T - ANSWER), E // 2
+    into, within = (2 * 2 * positions * 4 * h * width for width in (C, h))
+    pool, mlp = 2 * P * positions * E, 2 * B * P * (E * E + E * kv)
+    assert encoded.forward_flops - plain.forward_flops == L * (into + within + pool + mlp)
+    assert encoded.backward_flops - plain.backward_flops == L * (2 * (into + within + mlp) + pool) - into
+
+
 def test_devices_split_rows_and_weights() -> None:
     one = plan(job(GROUPED, "p-tuning-v2"))["softkv"]
     two = plan(job(GROUPED, "p-tuning-v2", devices=2))["softkv"]
@@ -141,12 +248,31 @@ def test_devices_split_rows_and_weights() -> None:
         (["--model", "smollm2-135m", "--batch", "3", "--devices", "2"], "batch expects a multiple of devices = 2"),
         (["--model", "smollm2-135m", "--tokens", "8", "--answer", "9"], "answer expects at most tokens = 8"),
         (["--model", "smollm2-135m", "--dtype", "int8"], "--dtype expects bfloat16"),
+        (["--model", "smollm2-135m", "--lengths", "30,x"], "--lengths expects whole numbers such as 30,45,80, got"),
+        (["--model", "smollm2-135m", "--lengths", "40,0"], "tokens expects at least 1 in every row, got 0"),
+        (["--model", "smollm2-135m", "--lengths", "40,50", "-T", "9"], "--tokens and --lengths both say"),
+        (["--model", "smollm2-135m", "--lengths", "40,50,60", "-B", "2"], "at most as many lengths as a device has"),
+        (["--model", "smollm2-135m", "--lengths", "40,20"], "answer expects at most tokens = 20, got 32"),
+        (["--model", "smollm2-135m", "--method", "p-tuning", "--encoder", "lstm"], "only read with method p-tuning-v2"),
     ],
 )
 def test_errors_in_a_line(options: list[str], message: str) -> None:
     said = CliRunner().invoke(app, ["plan", *options])
     assert said.exit_code == 2
     assert message in " ".join(said.stderr.split())
+
+
+def test_other_architectures_and_those_that_softkv_cannot_run() -> None:
+    small = {"vocab_size": 300, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    common: Any = ("p-tuning-v2", 4, 2, 16, 4, torch.float32)
+    config = transformers.GPT2Config(**small, embd_pdrop=0, resid_pdrop=0, eos_token_id=None, bos_token_id=None)
+    assert config.attn_pdrop > 0  # softkv sets it to 0, planned or run
+    assert plan(Job(config, *common))["softkv"].total > 0
+    with pytest.raises(ValueError, match="expected the config of a causal language model, got 't5'"):
+        plan(Job(transformers.T5Config(), *common))
+    bloom = transformers.BloomConfig(vocab_size=300, hidden_size=32, n_layer=2, n_head=4)
+    with pytest.raises(ValueError, match="softkv can't run a BloomForCausalLM, so there is nothing to plan"):
+        plan(Job(bloom, *common))
 
 
 def test_both_ways_in_a_table_and_as_json(tmp_path: Path) -> None:
@@ -157,3 +283,15 @@ def test_both_ways_in_a_table_and_as_json(tmp_path: Path) -> None:
     assert "training step" in said.stdout
     costs = json.loads(CliRunner().invoke(app, [*options, "--json"]).stdout)["costs"]
     assert costs["softkv"]["total"] < costs["concatenating"]["total"]
+
+
+def test_an_encoder_and_rows_that_differ_on_the_command_line(tmp_path: Path) -> None:
+    transformers.LlamaConfig(**GROUPED).save_pretrained(tmp_path)
+    options = ["plan", "--model", str(tmp_path), "-B", "3", "--lengths", "40,50,90", "--encoder", "attention"]
+    said = CliRunner().invoke(app, options)
+    assert "p-tuning-v2 (attention encoder) P=64, B=3 T=40,50,90" in " ".join(said.stdout.split()), said.output
+    content = json.loads(CliRunner().invoke(app, [*options, "--json"]).stdout)
+    assert (content["settings"]["tokens"], content["settings"]["encoder"]) == ([40, 50, 90], "attention")
+    softkv, other = content["costs"]["softkv"], content["costs"]["concatenating"]
+    assert softkv["prefix"] == other["prefix"]  # each row's own, either way
+    assert softkv["forward_flops"] < other["forward_flops"]

@@ -9,6 +9,8 @@ import transformers
 
 from benchmarks import tiny
 from benchmarks.readme import ROOT, documents, rendered
+from benchmarks.results import FOLDER, read_json
+from benchmarks.static_bounds import PUBLISHED, bound_of
 
 
 @pytest.mark.parametrize("page", documents(), ids=lambda page: str(page.relative_to(ROOT)))
@@ -39,3 +41,14 @@ def test_examples_of_the_readme_run(number: int, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name: tokenizer)
     monkeypatch.chdir(tmp_path)
     exec(compile(EXAMPLES[number], f"example {number + 1} of README.md", "exec"), {})
+
+
+def test_a_kernel_was_not_measured_above_its_bound() -> None:
+    content = read_json(FOLDER / "static_published.json")
+    peaks = {rates["target"]: rates["teraflops"] for rates in content["rates"]}
+    compiled = [one for one in PUBLISHED if one.package is not None]
+    assert compiled
+    for one in compiled:
+        row = bound_of(one, content["rows"])
+        assert row["work"] == 1
+        assert 0.5 * row["serial"] < one.teraflops / peaks[one.target] < row["overlap"]

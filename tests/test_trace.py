@@ -67,10 +67,12 @@ def test_the_timeline_sees_what_is_allocated() -> None:
 
 
 @pytest.mark.parametrize("what", ["train", "generate"])
-def test_the_command_writes_a_trace_and_a_picture(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, num_key_value_heads=2))
-    monkeypatch.setattr("softkv.loading.load_base", lambda name, dtype: (model, None))
-    options = ["profile", "trace", "--model", "tiny", "-o", str(tmp_path), "--what", what, "--device", "cpu", "-P", "3"]
+def test_the_command_writes_a_trace_and_a_picture(what: str, tmp_path: Path) -> None:
+    """Of a folder that holds a model and no tokenizer."""
+    folder, tmp_path = tmp_path / "model", tmp_path / "trace"
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, num_key_value_heads=2)).save_pretrained(folder)
+    options = ["profile", "trace", "--model", str(folder), "-o", str(tmp_path)]
+    options += ["--what", what, "--device", "cpu", "-P", "3"]
     said = CliRunner().invoke(app, [*options, "-B", "2", "-T", "8", "--answer", "2", "--new-tokens", "2"])
     assert said.exit_code == 0, said.output
     assert "attention, layer 1" in said.stdout
@@ -78,3 +80,19 @@ def test_the_command_writes_a_trace_and_a_picture(what: str, tmp_path: Path, mon
     names = {event.get("name") for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]}
     assert "softkv: attention, layer 0" in names
     assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--answer", "8"], "--answer expects fewer than --tokens 8, got 8"),
+        (["--device", "nowhere"], "the model can't be put on --device nowhere: "),
+        (["-o", __file__], f"--output expects a folder, got the file {__file__}"),
+    ],
+)
+def test_what_is_wrong_is_said_in_a_line(options: list[str], message: str, tmp_path: Path) -> None:
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, num_key_value_heads=2)).save_pretrained(tmp_path)
+    given = ["profile", "trace", "--model", str(tmp_path), "-o", str(tmp_path / "trace"), "-T", "8", "--answer", "2"]
+    said = CliRunner().invoke(app, [*given, *options])
+    assert said.exit_code == 2, said.output
+    assert message in said.stderr.replace("\n", "")

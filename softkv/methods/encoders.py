@@ -8,6 +8,7 @@ R is the number of rows, M the longest prompt; row r has `lengths[r]` positions 
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -95,7 +96,9 @@ class EncodedRows(SoftPrompt):
     def row_prefix(self, layer: int, hidden: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         number = layer if len(self.mlps) > 1 else 0
         encoder, mlp = self.encoders[number], self.mlps[number]
-        with torch.autocast(hidden.device.type, enabled=False):
+        device = hidden.device.type
+        # torch knows no autocast on the meta device, and raises.
+        with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
             weight = next(mlp.parameters())
             if hidden.shape[1] == 0:
                 hidden = hidden.new_zeros(len(hidden), 1, hidden.shape[2])

@@ -43,12 +43,15 @@ def static(
     dim: Annotated[list[int] | None, typer.Option(help="Head dims.  [default: 128]", show_default=False)] = None,
     dtype: Annotated[str, typer.Option(help="bf16 or fp16.")] = "bf16",
     only: Annotated[str | None, typer.Option(help="Kernels whose name holds this: forward, dq, dkv, decode…")] = None,
-    signature: Annotated[str, typer.Option(help="Your kernel's types, in order: *bf16,*fp32,i32,i32:16,fp32.")] = "",
+    signature: Annotated[
+        str, typer.Option(help="Your kernel's types, in order: *bf16,*fp32,i32,i32:16,fp32,tensordesc<bf16[128,64]>.")
+    ] = "",
     constexprs: Annotated[str, typer.Option(help="Your kernel's constants: BLOCK_M=128,CAUSAL=True.")] = "",
-    num_warps: Annotated[int, typer.Option(help="Your kernel's warps.")] = 4,
-    num_stages: Annotated[int, typer.Option(help="Your kernel's pipeline stages.")] = 2,
+    num_warps: Annotated[int, typer.Option(min=1, help="Your kernel's warps.")] = 4,
+    num_stages: Annotated[int, typer.Option(min=1, help="Your kernel's pipeline stages.")] = 2,
     scores: Annotated[
-        int | None, typer.Option(help="Query × key pairs of a pass of your kernel's loop, such as BLOCK_M·BLOCK_N.")
+        int | None,
+        typer.Option(min=1, help="Query × key pairs of a pass of your kernel's loop, such as BLOCK_M·BLOCK_N."),
     ] = None,
     with_peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Other attention kernels, too.")] = True,
     loops: Annotated[bool, typer.Option("--loops", help="Show the instruction mix of every loop.")] = False,
@@ -72,6 +75,8 @@ def static(
     targets = [one.value for one in (target or TargetName)]
     if dtype not in judge.DTYPES:
         fail(f"--dtype expects {' or '.join(judge.DTYPES)}, got {dtype!r}")
+    if num_warps & (num_warps - 1):
+        fail(f"--num-warps expects a power of 2, got {num_warps}")
     groups: Iterable[list[judge.Subject]]
     notes: list[str] = []
     if kernel is None:
@@ -84,14 +89,17 @@ def static(
     else:
         own = user_kernel.subjects(kernel, signature, constexprs, targets, num_warps, num_stages, scores)
         groups = ([subject] for subject in own)
-    rows = []
+    rows, names = [], set()
     with err.status("compiling…") as status:
         for group in groups:
+            names.add(group[0].kernel)
             if only is None or only in group[0].kernel:
                 status.update(f"{escape(group[0].source)}: {escape(group[0].kernel)} for {group[0].target}")
                 row, said = judge.best(group)
                 rows += [] if row is None else [row]
                 notes += said
+    if only is not None and not any(only in name for name in names):
+        fail(f"--only expects a part of a kernel's name ({', '.join(sorted(names))}), got {only!r}")
     rows = judge.ordered(rows)
     content = {"triton": triton.__version__, "rates": judge.rates(), "rows": rows, "notes": notes}
     if as_json:
@@ -107,6 +115,7 @@ def _show(rows: list[dict[str, Any]], loops: bool, html: Path | None) -> None:
 
     import triton
     from rich.console import Console
+    from rich.measure import Measurement
 
     from softkv.profiling import static as judge
     from softkv.profiling.files import write_whole
@@ -116,21 +125,34 @@ def _show(rows: list[dict[str, Any]], loops: bool, html: Path | None) -> None:
         column.justify = "right"
     for row in rows:
         table.add_row(*map(escape, judge.cells(row)))
-    page = Console(record=True, width=260, file=io.StringIO())
-    for console in (out, page):
-        console.print(table)
-        console.print(NOTE)
+    page = Console(record=True, width=WIDE, file=io.StringIO())
+    here = out if out.is_terminal else Console(width=WIDE, highlight=False)
+    for console in (here, page):
+        if Measurement.get(console, console.options.update(max_width=WIDE), table).maximum <= console.width:
+            console.print(table)
+        else:
+            for row in rows:
+                console.print(_block(dict(zip(judge.HEADINGS, judge.cells(row), strict=True))))
+        console.print(NOTE, width=min(console.width, 118))
         if loops:
             console.print(_mixes(rows))
     if html is not None:
         write_whole(html, page.export_html())
 
 
-NOTE = """\
-Cycles of one multiprocessor for one tile, by pipe. overlap: all hides behind the fullest pipe; serial: matrix work
-and arithmetic take turns; fractions of the tensor peak (*: matrix work from the tile's size, not from the binary).
-work: matrix products done for each that is needed. exp, instr/score: exponentials and instructions a lane for one
-query and key. Nothing here is a measured time."""
+WIDE = 260
+NOTE = (
+    "Cycles of one multiprocessor for one tile, by pipe. overlap: all hides behind the fullest pipe; serial: matrix "
+    "work and arithmetic take turns; fractions of the tensor peak (*: matrix work from the tile's size, not from the "
+    "binary). work: matrix products done for each that is needed. exp, instr/score: exponentials and instructions a "
+    "lane for one query and key. Nothing here is a measured time."
+)
+
+
+def _block(cells: dict[str, str]) -> str:
+    """A row where the terminal is too narrow for the table."""
+    name = f"[bold]{escape(cells.pop('kernel'))}[/] for {cells.pop('target')}"
+    return f"{name}: {'; '.join(f'{heading} {escape(cell)}' for heading, cell in cells.items())}\n"
 
 
 def _mixes(rows: list[dict[str, Any]]) -> Table:
@@ -150,6 +172,11 @@ class MethodName(str, Enum):
     PREFIX_TUNING = "prefix-tuning"
     PROMPT_TUNING = "prompt-tuning"
     P_TUNING = "p-tuning"
+
+
+class EncoderName(str, Enum):
+    LSTM = "lstm"
+    ATTENTION = "attention"
 
 
 class What(str, Enum):
@@ -180,9 +207,11 @@ def trace(
     """Trace real training steps or a generation: named ranges, top operations, a Chrome trace, memory over time."""
     if answer >= tokens:
         fail(f"--answer expects fewer than --tokens {tokens}, got {answer}")
+    if output.exists() and not output.is_dir():
+        fail(f"--output expects a folder, got the file {output}")
 
     import softkv
-    from softkv.loading import load_base, on_device
+    from softkv.loading import load_model, on_device
     from softkv.methods import PTuning
     from softkv.profiling import trace as tracing
 
@@ -193,8 +222,8 @@ def trace(
         "prompt-tuning": lambda: softkv.PromptTuning(length=length, position="before", init="random"),
         "p-tuning": lambda: PTuning(template=f"{marks} [X] [Y]"),
     }
-    base, _ = load_base(model, dtype)
-    soft_model = softkv.attach(on_device(base, device), methods[method.value]())
+    base = on_device(load_model(model, dtype), device)
+    soft_model = softkv.attach(base, methods[method.value]())
     data = tracing.rows(soft_model, batch, tokens, answer)
     if method is MethodName.P_TUNING:  # its soft tokens stand in the rows
         for row in data:
@@ -212,6 +241,7 @@ def trace(
     time, own = ("device", "own_device") if on_accelerator else ("host", "own_host")
     for title, lines, key in (("Ranges", content["ranges"], time), ("Operations", content["operations"][:top], own)):
         table = Table("", "calls", "ms", "ms without what is inside", title=title, title_justify="left")
+        table.columns[0].overflow = "fold"
         for column in table.columns[1:]:
             column.justify = "right"
         for line in sorted(lines, key=lambda line: -line[key]):
@@ -219,6 +249,14 @@ def trace(
         out.print(table)
     out.print(f"peak above the start: {_bytes(content['peak_bytes'])}")
     out.print(f"trace: {output / 'trace.json'} (ui.perfetto.dev)\nmemory: {output / 'memory.png'}", soft_wrap=True)
+
+
+def _lengths(text: str) -> tuple[int, ...]:
+    """`30,45,80`"""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        fail(f"--lengths expects whole numbers such as 30,45,80, got {text!r}")
 
 
 @friendly
@@ -230,11 +268,26 @@ def plan(
     method: Annotated[MethodName, typer.Option(help="prompt-tuning stands before the rows.")] = MethodName.P_TUNING_V2,
     length: Annotated[int, typer.Option("--length", "-P", min=1, help="Slots, or soft tokens.")] = 64,
     batch: Annotated[int, typer.Option("--batch", "-B", min=1, help="Rows of a step, over all devices.")] = 16,
-    tokens: Annotated[int, typer.Option("--tokens", "-T", min=1, help="Of a row, prompt and answer.")] = 1024,
+    tokens: Annotated[
+        int | None,
+        typer.Option("--tokens", "-T", min=1, help="Of a row, prompt and answer.  [default: 1024]", show_default=False),
+    ] = None,
+    lengths: Annotated[
+        str | None,
+        typer.Option(
+            metavar="30,45,80",
+            help="Tokens of rows that differ, in place of --tokens: rows take these in turn. softkv packs them, the "
+            "concatenating way pads to the longest.",
+        ),
+    ] = None,
     answer: Annotated[int, typer.Option(min=1, help="Tokens of a row that have a label.")] = 32,
+    encoder: Annotated[
+        EncoderName | None, typer.Option(help="P-tuning v2 that makes K and V of each row from its prompt.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Of the frozen base: bfloat16, float16 or float32.")] = "bfloat16",
     devices: Annotated[int, typer.Option(min=1, help="Rows and frozen weights are split evenly over them.")] = 1,
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Run each layer again in backward.")] = False,
+    target: Annotated[TargetName, typer.Option(help="Whose Triton kernels' own memory to count.")] = TargetName.SM_90,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """What a training step would take, from a model's config alone: bytes and FLOPs, beside the concatenating way."""
@@ -244,17 +297,21 @@ def plan(
 
     if dtype not in ("bfloat16", "float16", "float32"):
         fail(f"--dtype expects bfloat16, float16 or float32, got {dtype!r}")
+    if tokens is not None and lengths is not None:
+        fail("--tokens and --lengths both say how long rows are: give one of them")
     with err.status(f"running the step of {escape(model)} without values…"):
         job = planning.Job(
             planning.config_of(model),
             method.value,
             length,
             batch,
-            tokens,
+            (tokens or 1024) if lengths is None else _lengths(lengths),
             answer,
             getattr(torch, dtype),
             devices,
             checkpointing,
+            None if encoder is None else encoder.value,
+            target.value,
         )
         content = planning.report(job, planning.plan(job))
     if as_json:
@@ -268,7 +325,8 @@ PLAN_ROWS = {
     "trainable": "trained values, gradients, Adam",
     "prefix": "prefix K/V",
     "activations": "activations",
-    "workspace": "workspace",
+    "workspace": "workspace of the backward",
+    "kernels": "workspace of attention kernels",
     "total": "training step",
     "kv_cache": "K/V cache when generating",
     "forward_flops": "forward",
@@ -279,9 +337,11 @@ PLAN_ROWS = {
 
 def _show_plan(model: str, content: dict[str, Any]) -> None:
     settings = content["settings"]
+    tokens, encoder, devices = settings["tokens"], settings["encoder"], settings["devices"]
     title = (
-        f"{model}, {settings['method']} P={settings['length']}, B={settings['batch']} T={settings['tokens']}, "
-        f"{settings['dtype']}, a step on each of {settings['devices']}"
+        f"{model}, {settings['method']}{f' ({encoder} encoder)' if encoder else ''} P={settings['length']}, "
+        f"B={settings['batch']} T={tokens if isinstance(tokens, int) else ','.join(map(str, tokens))}, "
+        f"{settings['dtype']}, a step{f' on each of {devices} devices' if devices > 1 else ''}"
     )
     softkv, other = content["costs"]["softkv"], content["costs"].get("concatenating")
     table = Table("", "softkv", "concatenating", "", title=escape(title), title_justify="left")

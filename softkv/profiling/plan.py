@@ -2,8 +2,9 @@
 
 The step is run on the meta device, where tensors have shapes and lifetimes but no values: every byte that autograd
 keeps is counted (`softkv.profiling.ledger`), and every product (torch's FlopCounterMode). Two steps are run over the
-same tokens: softkv's, and the concatenating way's, which puts the soft slots in front of every row's K/V (soft tokens
-in front of its embeddings) as PEFT does, with a fused attention, and makes logits for every token as transformers does.
+same tokens: softkv's, whose rows are packed, and the concatenating way's, which pads rows to the longest, puts the soft
+slots in front of every row's K/V (soft tokens in front of its embeddings) as PEFT does, with a fused attention, and
+makes logits for every token as transformers does.
 
 A frozen base keeps no gradient of its weights: a step costs its forward, and a backward to the inputs of about the
 same, 2 times the forward and not 3.
@@ -11,28 +12,41 @@ same, 2 times the forward and not 3.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from importlib.util import find_spec
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, Literal, cast
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
+from torch.utils.flop_counter import FlopCounterMode
 
-from softkv.hf.context import SoftContext
+from softkv.attention import prefix_attention
+from softkv.hf.context import Captured, PackedRows, RowEncoder, RowPrompts, SoftContext
+from softkv.hf.frozen import Original
+from softkv.hf.hooks import DecoderHooks
 from softkv.hf.interface import NAME
 from softkv.methods.base import BaseShape, Computed, FrozenModel
+from softkv.methods.encoders import EncodedRows, LSTMEncoder
 from softkv.methods.p_tuning import PTuning
+from softkv.methods.p_tuning_v2 import PTuningV2
 from softkv.prefix import Prefix
 from softkv.profiling.ledger import Ledger
 from softkv.profiling.presets import PRESETS
 
 MethodName = Literal["p-tuning-v2", "prefix-tuning", "prompt-tuning", "p-tuning"]
 METHODS: tuple[MethodName, ...] = ("p-tuning-v2", "prefix-tuning", "prompt-tuning", "p-tuning")
+EncoderName = Literal["lstm", "attention"]
 ADAM = 8  # bytes of optimizer state a trained value, fp32
+MOST_HEAD_DIM = 256  # of the Triton kernels
 META = torch.device("meta")
 
 
@@ -45,38 +59,65 @@ class Job:
         method: by its command-line name. "prompt-tuning" stands before the input; "p-tuning" inside the row.
         length: P, slots or soft tokens.
         batch: B, rows of a step over all devices.
-        tokens: T of a row, prompt and answer.
+        tokens: T of a row, prompt and answer; or of several, which the rows of a device take in turn.
         answer: tokens of a row that have a label.
         dtype: of the frozen base.
         devices: rows and frozen weights are split evenly over them.
         checkpointing: whether each layer is run again in backward.
+        encoder: of P-tuning v2, one for all layers: makes K and V of each row from its prompt.
+        target: whose Triton kernels run, by its name in `softkv.kernels.compile.TARGETS`.
     """
 
     config: Any
     method: MethodName
     length: int
     batch: int
-    tokens: int
+    tokens: int | tuple[int, ...]
     answer: int
     dtype: torch.dtype
     devices: int = 1
     checkpointing: bool = False
+    encoder: EncoderName | None = None
+    target: str = "sm_90"
 
     def __post_init__(self) -> None:
-        for name in ("length", "batch", "tokens", "answer", "devices"):
+        for name in ("length", "batch", "answer", "devices"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} expects at least 1, got {getattr(self, name)}")
-        if self.answer > self.tokens:
-            raise ValueError(f"answer expects at most tokens = {self.tokens}, got {self.answer}")
+        shortest = min(self.taken_in_turn, default=0)
+        if shortest < 1:
+            raise ValueError(f"tokens expects at least 1 in every row, got {shortest}")
+        if self.answer > shortest:
+            raise ValueError(f"answer expects at most tokens = {shortest}, got {self.answer}")
         if self.batch % self.devices:
             raise ValueError(f"batch expects a multiple of devices = {self.devices}, got {self.batch}")
+        if len(self.taken_in_turn) > self.rows:
+            raise ValueError(
+                f"tokens expects at most as many lengths as a device has rows, {self.rows}, got "
+                f"{len(self.taken_in_turn)}: give fewer lengths, or a larger batch"
+            )
         if self.method not in METHODS:
             raise ValueError(f"method expects one of {', '.join(METHODS)}, got {self.method!r}")
+        if self.encoder is not None and self.method != "p-tuning-v2":
+            raise ValueError(f"encoder is only read with method p-tuning-v2, got {self.method}: leave one of them out")
 
     @property
     def rows(self) -> int:
         """Of one device."""
         return self.batch // self.devices
+
+    @property
+    def taken_in_turn(self) -> tuple[int, ...]:
+        return (self.tokens,) if isinstance(self.tokens, int) else self.tokens
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each row of one device."""
+        return tuple(islice(cycle(self.taken_in_turn), self.rows))
+
+    @property
+    def longest(self) -> int:
+        return max(self.taken_in_turn)
 
 
 @dataclass(frozen=True)
@@ -86,10 +127,13 @@ class Cost:
     Attributes:
         parameters: the frozen base's share.
         trainable: learned values, their gradients and Adam's state, fp32.
-        prefix: K/V of the slots, in the base's dtype: once, or once a row.
-        activations: all else that is alive when the forward is over.
-        workspace: what the backward, and the attention kernels, add to these at most.
-        kv_cache: not of the step but of generation: K/V of the batch's rows and their prefix.
+        prefix: K/V of the slots that are alive when the forward is over, in the base's dtype: once, or once a row.
+            Under checkpointing, those of an encoder are not: each layer's are made again in backward.
+        activations: all else that is alive then.
+        workspace: what the backward adds to these at most.
+        kernels: what kernels allocate inside a backward of attention: log-sum-exps and Δ, and softkv's Triton kernels
+            partial sums of the prefix's gradient.
+        kv_cache: not of the step but of generation: K/V of the batch's rows, padded, and their prefix.
         forward_flops, backward_flops: of all products.
         attention_flops: the share of attention's, both passes.
     """
@@ -99,6 +143,7 @@ class Cost:
     prefix: int
     activations: int
     workspace: int
+    kernels: int
     kv_cache: int
     forward_flops: int
     backward_flops: int
@@ -107,7 +152,7 @@ class Cost:
     @property
     def total(self) -> int:
         """Bytes of a training step at its peak."""
-        return self.parameters + self.trainable + self.prefix + self.activations + self.workspace
+        return self.parameters + self.trainable + self.prefix + self.activations + self.workspace + self.kernels
 
 
 def config_of(model: str) -> Any:
@@ -157,11 +202,23 @@ class Run:
 
 
 def _base(job: Job) -> Any:
+    config = job.config
+    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(f"expected the config of a causal language model, got {config.model_type!r}")
     with META:
-        base = transformers.AutoModelForCausalLM.from_config(job.config, dtype=job.dtype, attn_implementation=NAME)
-    base.requires_grad_(False).train()
+        base = transformers.AutoModelForCausalLM.from_config(config, dtype=job.dtype, attn_implementation=NAME)
+    base.requires_grad_(False)
+    blocks = _blocks(base.eval())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        Original(base).silence_dropout(list(blocks.values()))
+    base.train()
     if job.checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if job.encoder is not None:
+        hooks = DecoderHooks(base, None)
+        hooks.blocks = blocks
+        hooks.hook_blocks()
     return base
 
 
@@ -187,6 +244,14 @@ class _Stub:
 def _learned(job: Job, base: Any) -> nn.Module:
     """What the method trains."""
     shape = shape_of(base)
+    if job.encoder is not None:
+        method = PTuningV2(length=job.length, encoder=job.encoder)
+        learned = cast(EncodedRows, method.build(cast(FrozenModel, _Stub(shape))).to(META))
+        for encoder in learned.encoders:
+            if isinstance(encoder, LSTMEncoder):
+                for name in ("forwards", "backwards"):
+                    setattr(encoder, name, _AllSteps(getattr(encoder, name)))
+        return learned
     if job.method == "p-tuning":
         marks = "".join(f"[P{i}]" for i in range(1, job.length + 1))
         return PTuning(template=f"{marks} [X] [Y]").build(cast(FrozenModel, _Stub(shape))).to(META)
@@ -207,20 +272,55 @@ def shape_of(base: Any) -> BaseShape:
     return BaseShape(config.num_hidden_layers, kv_heads, head_dim, config.hidden_size, width, rows)
 
 
+class _AllSteps(nn.Module):
+    """An LSTM of one layer whose steps are taken as one: the products and tensors of all of them, without a loop."""
+
+    def __init__(self, lstm: nn.Module) -> None:
+        super().__init__()
+        self.lstm = lstm
+
+    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+        """`[R, M, C]` → `[R, M, E / 2]`"""
+        return cast(Tensor, _Steps.apply(x, *self.lstm.parameters())), None
+
+
+class _Steps(torch.autograd.Function):
+    """It keeps what torch's own steps keep: the four gates, the cell, its tanh and the state. The gates' gradients take
+    the place of the gates."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, into: Tensor, within: Tensor, *biases: Tensor) -> Tensor:
+        state, cell, activated = (torch.empty(*x.shape[:2], within.shape[1]) for _ in range(3))
+        gates = F.linear(state, within) + F.linear(x, into)
+        ctx.save_for_backward(x, into, within, state, cell, activated, gates)
+        return state
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, into, within, state, _, _, gates = ctx.saved_tensors
+        torch.matmul(gates, within)  # to the state of the step before
+        rows = gates.flatten(0, 1)
+        bias = gates.sum((0, 1))
+        below = gates @ into if ctx.needs_input_grad[0] else None
+        return below, rows.T @ x.flatten(0, 1), rows.T @ state.flatten(0, 1), bias, bias.clone()
+
+
 def _soft_tokens(learned: nn.Module, base: Any) -> Tensor:
     """`[k, C]` in the base's dtype."""
     tokens = learned.compute() if isinstance(learned, Computed) else learned.embeddings
     return cast(Tensor, tokens).to(base.dtype)
 
 
-def _embeddings(job: Job, base: Any) -> Tensor:
+def _embeddings(base: Any, *shape: int) -> Tensor:
     """`[B, T, C]` of real tokens."""
-    width = base.get_input_embeddings().weight.shape[1]
-    return torch.empty(job.rows, job.tokens, width, dtype=base.dtype)
+    return torch.empty(*shape, base.get_input_embeddings().weight.shape[1], dtype=base.dtype)
 
 
-def _loss(base: Any, embeddings: Tensor, keep: int, prefix: SoftContext | None = None, cache: Any = None) -> Tensor:
-    """The cross-entropy of the last `keep` logits of each row, in fp32 as transformers computes it."""
+def _loss(
+    base: Any, embeddings: Tensor, keep: int | Tensor, prefix: SoftContext | None = None, cache: Any = None
+) -> Tensor:
+    """The cross-entropy of the last `keep` logits of each row, or of those at `keep`, in fp32 as transformers computes
+    it."""
     B, T = embeddings.shape[:2]
     # A mask that is there already, a number of keys for each row: transformers would look at the values of others.
     keys = torch.empty(1, 1, 1, 1, dtype=torch.int32)
@@ -233,51 +333,109 @@ def _loss(base: Any, embeddings: Tensor, keep: int, prefix: SoftContext | None =
         logits_to_keep=keep,
         softkv_prefix=prefix or SoftContext(),
     ).logits
-    return F.cross_entropy(logits.float().flatten(0, 1), torch.empty(B * keep, dtype=torch.long))
+    logits = logits.float().flatten(0, 1)
+    return F.cross_entropy(logits, torch.empty(len(logits), dtype=torch.long))
+
+
+def _packed(job: Job) -> PackedRows:
+    """The rows of the step as attention sees them."""
+    lengths = _seen_lengths(job)
+    return PackedRows(torch.empty(len(lengths) + 1, dtype=torch.int32), max(lengths))
+
+
+def _seen_lengths(job: Job) -> tuple[int, ...]:
+    """Tokens of each row, with the soft tokens that stand in it."""
+    return tuple(length + job.length * (job.method == "p-tuning") for length in job.lengths)
 
 
 def _softkv(job: Job, base: Any, learned: nn.Module) -> Tensor:
-    tokens = _embeddings(job, base)
+    tokens = _embeddings(base, 1, sum(job.lengths))
+    labels = torch.empty(job.rows * job.answer, dtype=torch.long)
+    context = SoftContext(rows=_packed(job))
     if job.method == "p-tuning":
-        return _loss(base, _in_front(tokens, _soft_tokens(learned, base)), job.answer)
+        soft = _soft_tokens(learned, base).expand(job.rows, -1, -1).flatten(0, 1)
+        return _loss(base, torch.cat([soft[None], tokens], 1), labels, context)
+    if job.encoder is not None:
+        longest = job.longest - job.answer
+        prompts = RowPrompts(torch.empty(job.rows, longest, dtype=torch.long), torch.empty(job.rows, dtype=torch.long))
+        return _loss(base, tokens, labels, replace(context, encoder=RowEncoder(_encode(learned), prompts, None)))
     if job.method == "prompt-tuning":
         prefix = _head_once(base, _soft_tokens(learned, base))
     else:
         k, v = (cast(Tensor, getattr(learned, name)).to(base.dtype) for name in "kv")
         prefix = Prefix(k, v)
     layers = dict(enumerate(prefix.layers(shape_of(base).layers)))
-    return _loss(base, tokens, job.answer, SoftContext(layers))
+    return _loss(base, tokens, labels, replace(context, layers=layers))
+
+
+def _encode(learned: nn.Module) -> Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    return cast(EncodedRows, learned).row_prefix
 
 
 def _head_once(base: Any, soft_tokens: Tensor) -> Prefix:
-    context = SoftContext(capture={})
-    base.get_decoder()(
-        inputs_embeds=soft_tokens[None],
-        attention_mask=torch.empty(1, 1, 1, 1, dtype=torch.int32),
-        position_ids=torch.empty(1, len(soft_tokens), dtype=torch.long),
-        use_cache=False,
-        softkv_prefix=context,
-    )
-    blocks = [block for _, block in sorted((context.capture or {}).items())]
+    blocks = list(_captured(base, soft_tokens[None]).values())
     return Prefix.from_layers([block.key for block in blocks], [block.value for block in blocks])
 
 
+def _blocks(base: Any) -> dict[int, nn.Module]:
+    """The attention modules by their `layer_idx`."""
+    try:
+        with META, torch.no_grad():
+            captured = _captured(base, _embeddings(base, 1, 1))
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"softkv can't run a {type(base).__name__}, so there is nothing to plan: {error}") from error
+    if not captured:
+        raise ValueError(f"{type(base).__name__} does not pass softkv's prefix on to its attention: nothing to plan")
+    return {layer: one.block for layer, one in captured.items()}
+
+
+def _captured(base: Any, embeddings: Tensor) -> dict[int, Captured]:
+    """What reaches the attention blocks in a forward pass over one row."""
+    capture: dict[int, Captured] = {}
+    base.get_decoder()(
+        inputs_embeds=embeddings,
+        attention_mask=torch.empty(1, 1, 1, 1, dtype=torch.int32),
+        position_ids=torch.empty(embeddings.shape[:2], dtype=torch.long),
+        use_cache=False,
+        softkv_prefix=SoftContext(capture=capture),
+    )
+    return dict(sorted(capture.items()))
+
+
 def _concatenating(job: Job, base: Any, learned: nn.Module) -> Tensor:
-    """The soft prompt in front of every row, and logits for every token."""
-    tokens = _embeddings(job, base)
+    """The soft prompt in front of every row, rows padded to the longest, and logits for every token."""
+    tokens = _embeddings(base, job.rows, job.longest)
     if job.method in ("p-tuning", "prompt-tuning"):
-        rows = _in_front(tokens, _soft_tokens(learned, base))
+        soft_tokens = _soft_tokens(learned, base).expand(job.rows, -1, -1)
+        rows = torch.cat([soft_tokens, tokens], 1)
         return _loss(base, rows, rows.shape[1])
     cache = transformers.DynamicCache()
+    if job.encoder is not None:
+        with _encoded_into(cache, job, base, learned):
+            return _loss(base, tokens, job.longest, cache=cache)
     layers = shape_of(base).layers
     k, v = (cast(Tensor, getattr(learned, name)).repeat_interleave(job.rows, 1).to(base.dtype) for name in "kv")
     for layer, (key, value) in enumerate(Prefix(k, v).layers(layers)):
         cache.update(key, value, layer)
-    return _loss(base, tokens, job.tokens, cache=cache)
+    return _loss(base, tokens, job.longest, cache=cache)
 
 
-def _in_front(tokens: Tensor, soft_tokens: Tensor) -> Tensor:
-    return torch.cat([soft_tokens.expand(len(tokens), -1, -1), tokens], 1)
+@contextmanager
+def _encoded_into(cache: Any, job: Job, base: Any, learned: nn.Module) -> Iterator[None]:
+    """Each attention block finds K and V that the encoder made from what enters it in the cache."""
+
+    def enter(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        prompts = hidden[:, : job.longest - job.answer]
+        k, v = _encode(learned)(block.layer_idx, prompts, torch.empty(job.rows, dtype=torch.long))
+        cache.update(k, v, block.layer_idx)
+
+    handles = [block.register_forward_pre_hook(enter, with_kwargs=True) for block in _blocks(base).values()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 STEPS = {"softkv": _softkv, "concatenating": _concatenating}
@@ -289,12 +447,16 @@ def _run(job: Job, base: Any, step: Callable[[Job, Any, nn.Module], Tensor]) -> 
         parameter.grad = torch.empty_like(parameter)  # a step adds to it
     gradients = [cast(Tensor, parameter.grad) for parameter in learned.parameters()]
     known = [*base.parameters(), *base.buffers(), *learned.parameters(), *learned.buffers(), *gradients]
-    with META, Ledger(known) as ledger:
+    with META, _fused_encoders(), Ledger(known) as ledger:
         loss = step(job, base, learned)
         kept = ledger.live
         loss.backward()
     # A run of its own: the counter's hooks keep tensors alive.
-    with META, FlopCounterMode(display=False) as flops:
+    formulas = {
+        torch.ops.softkv.attention: partial(_attention_flops, _seen_lengths(job)),
+        torch.ops.softkv.attention_backward: partial(_attention_backward_flops, _seen_lengths(job)),
+    }
+    with META, _fused_encoders(), FlopCounterMode(display=False, custom_mapping=formulas) as flops:
         loss = step(job, base, learned)
         forward = flops.get_total_flops()
         loss.backward()
@@ -309,52 +471,100 @@ def _run(job: Job, base: Any, step: Callable[[Job, Any, nn.Module], Tensor]) -> 
     )
 
 
+@contextmanager
+def _fused_encoders() -> Iterator[None]:
+    """Attention inside an encoder keeps no scores, as on a real device: on the meta device, torch's own would."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor) -> Tensor:
+        return cast(Tensor, prefix_attention(q, k, v, is_causal=False, key_mask=attn_mask[:, 0, 0]))
+
+    with mock.patch.object(F, "scaled_dot_product_attention", attend):
+        yield
+
+
 def _cost(job: Job, base: Any, run: Run, name: str) -> Cost:
     shape = shape_of(base)
     values = sum(p.numel() for p in base.parameters())
     token = 2 * shape.kv_heads * shape.head_dim * base.dtype.itemsize  # K and V of a layer
-    shared = name == "softkv" and job.method != "p-tuning"
+    shared = name == "softkv" and job.method != "p-tuning" and job.encoder is None
     pairs = 1 if shared and job.method == "prefix-tuning" else shape.layers
-    prefix = token * pairs * job.length * (1 if shared else job.rows)
-    statistics = (
-        8 * job.rows * job.tokens * base.config.get_text_config().num_attention_heads
-    )  # lse and Δ of a backward
+    slots = token * pairs * job.length * (1 if shared else job.rows)
+    prefix = 0 if job.encoder is not None and job.checkpointing else slots
     return Cost(
         parameters=values * base.dtype.itemsize // job.devices,
         trainable=run.learned * (4 + 4 + ADAM),
         prefix=prefix,
         activations=run.kept - prefix,
-        workspace=run.peak - run.kept + statistics,
-        kv_cache=prefix + token * shape.layers * job.rows * job.tokens,
+        workspace=run.peak - run.kept,
+        kernels=_kernels(job, base, packed=name == "softkv"),
+        kv_cache=slots + token * shape.layers * job.rows * job.longest,
         forward_flops=run.forward_flops,
         backward_flops=run.backward_flops,
         attention_flops=run.attention_flops,
     )
 
 
+def _kernels(job: Job, base: Any, packed: bool) -> int:
+    """Bytes that softkv's Triton launchers allocate for themselves in one layer's backward of attention."""
+    shape = shape_of(base)
+    H, G, D = base.config.get_text_config().num_attention_heads, shape.kv_heads, shape.head_dim
+    lengths = _seen_lengths(job) if packed else (job.longest + job.length,) * job.rows
+    statistics = 2 * 4 * H * sum(lengths)
+    if not packed or job.method == "p-tuning" or D > MOST_HEAD_DIM or find_spec("triton") is None:
+        return statistics
+    import softkv.kernels as engine
+    from softkv.kernels.compile import TARGETS
+    from softkv.kernels.launch import recording
+
+    rows = _packed(job)
+    with META:
+        q, k, v = (torch.empty(sum(lengths), heads, D, dtype=job.dtype) for heads in (H, G, G))
+        prefix = [torch.empty(1 if job.encoder is None else job.rows, G, job.length, D, dtype=job.dtype) for _ in "kv"]
+        lse, cu_seqlens = torch.empty(H, sum(lengths)), torch.empty(job.rows + 1, dtype=torch.int32)
+    options: dict[str, Any] = dict.fromkeys(
+        ("prefix_index", "prefix_lengths", "key_mask", "key_lengths", "sinks", "window", "softcap")
+    )
+    known = [q, k, v, *prefix, lse, cu_seqlens]
+    with META, recording(TARGETS[job.target][1]), Ledger(known) as ledger:
+        gradients = engine.backward(
+            q, None, q, lse, q, k, v, *prefix, needs=(True,) * 5 + (False,), scale=1.0, is_causal=True,
+            window_covers_prefix=False, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=rows.longest,
+            max_seqlen_k=rows.longest, **options,
+        )  # fmt: skip
+    return ledger.peak - sum(gradient.nbytes for gradient in gradients if gradient is not None)
+
+
 # FLOPs of softkv's operators -----------------------------------------------------------------------------------------
 
 
-def _pairs(q: Any, k: Any, prefix_k: Any, is_causal: bool, window: int | None) -> tuple[int, int]:
-    """(query, token) and (query, slot) pairs that are seen, of all rows and heads of a dense call."""
-    B, H, T, _ = q
-    S = k[2]
-    seen = (min(S - T + t + 1, window or S) for t in range(T)) if is_causal else (S for _ in range(T))
-    return B * H * sum(seen), B * H * T * (prefix_k[2] if prefix_k is not None else 0)
+def _pairs(
+    lengths: tuple[int, ...], q: Any, k: Any, prefix_k: Any, is_causal: bool, window: int | None
+) -> tuple[int, int]:
+    """(query, token) and (query, slot) pairs that are seen, of all rows and heads: of a dense call, or of a packed one
+    with rows of these lengths."""
+
+    def seen(T: int, S: int) -> int:
+        return sum(min(S - T + t + 1, window or S) for t in range(T)) if is_causal else T * S
+
+    if len(q) == 4:
+        B, H, T, _ = q
+        tokens, queries = B * seen(T, k[2]), B * T
+    else:
+        queries, H, _ = q
+        tokens = sum(seen(length, length) for length in lengths)
+    return H * tokens, H * queries * (prefix_k[2] if prefix_k is not None else 0)
 
 
-@register_flop_formula(torch.ops.softkv.attention)
-def _attention_forward_flops(q: Any, k: Any, v: Any, prefix_k: Any, *rest: Any, **_: Any) -> int:
-    tokens, slots = _pairs(q, k, prefix_k, rest[11], rest[12])
+def _attention_flops(lengths: tuple[int, ...], q: Any, k: Any, v: Any, prefix_k: Any, *rest: Any, **_: Any) -> int:
+    tokens, slots = _pairs(lengths, q, k, prefix_k, rest[11], rest[12])
     return 4 * q[-1] * (tokens + slots)
 
 
-@register_flop_formula(torch.ops.softkv.attention_backward)
-def _attention_backward_flops(*operands: Any, **_: Any) -> int:
+def _attention_backward_flops(lengths: tuple[int, ...], *operands: Any, **_: Any) -> int:
     """Scores again, and one product for each of dp, dq, dk, dv that is asked for."""
     q, k, _, prefix_k, *rest = operands[4:]
     need_q, need_k, need_v, need_prefix_k, need_prefix_v, _ = rest[-1]
-    tokens, slots = _pairs(q, k, prefix_k, rest[11], rest[12])
+    tokens, slots = _pairs(lengths, q, k, prefix_k, rest[11], rest[12])
 
     def products(need_key: bool, need_value: bool) -> int:
         return (1 + (need_q or need_key) + need_q + need_key + need_value) * (need_q or need_key or need_value)

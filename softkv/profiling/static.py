@@ -6,6 +6,7 @@ and a user's kernel go through the same compiler options and the same analysis.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -112,10 +113,29 @@ def best(subjects: list[Subject]) -> tuple[dict[str, Any] | None, list[str]]:
             rows.append(judge(subject))
         except (CompilationError, OutOfResources, RuntimeError) as error:
             if subject.case != "causal" or subject.source.startswith("softkv"):
-                raise
-            first = str(error).strip().splitlines()[-1:] or [type(error).__name__]
-            failures.append(f"{subject.source}: {subject.kernel} does not compile for {subject.target}: {first[0]}")
+                raise DoesNotCompile(f"{subject.kernel} does not compile for {subject.target}: {why(error)}") from error
+            failures.append(f"{subject.source}: {subject.kernel} does not compile for {subject.target}: {why(error)}")
     return max(rows, key=lambda row: row["serial"] or 0, default=None), failures
+
+
+class DoesNotCompile(ValueError):
+    """In a line."""
+
+
+def why(error: BaseException) -> str:
+    """The compiler's own words, and where in the kernel."""
+    places = []
+    while True:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip(" ^")]
+        places += [line.rstrip(":") for line in lines[:1] if re.fullmatch(r"at \d+:\d+:", line)]
+        if error.__cause__ is None:
+            break
+        error = error.__cause__
+    said = lines[-1] if lines else type(error).__name__
+    if not places:
+        return said
+    line, column = places[-1].removeprefix("at ").split(":")
+    return f"{said} (line {line}, column {column} of the function)"
 
 
 def _per_score(report: Report, scores: int | None) -> dict[str, float | None]:

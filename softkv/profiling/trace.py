@@ -179,7 +179,8 @@ def _draw(points: list[tuple[float, int]], path: Path) -> None:
     axes.fill_between(seconds, held, step="post", alpha=0.4)
     if points:
         top = max(range(len(held)), key=held.__getitem__)
-        axes.annotate(f"{held[top]:,.0f} MiB", (seconds[top], held[top]), ha="center", va="bottom")
+        peak = f"{held[top]:,.0f}" if held[top] >= 10 else f"{held[top]:.2g}"
+        axes.annotate(f"{peak} MiB", (seconds[top], held[top]), ha="center", va="bottom")
     axes.margins(y=0.15)
     axes.set_xlabel("seconds")
     axes.set_ylabel("MiB allocated since the start")

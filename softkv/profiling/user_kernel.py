@@ -19,20 +19,29 @@ from triton.runtime.jit import JITFunction
 from softkv.kernels.compile import TARGETS
 from softkv.profiling.static import Subject
 
-TYPE = re.compile(r"(?P<type>\*?(?:[iu](?:1|8|16|32|64)|bf16|fp16|fp32|fp64|fp8e4nv|fp8e5))(?P<aligned>:16)?")
+NUMBER = r"(?:[iu](?:1|8|16|32|64)|bf16|fp16|fp32|fp64|fp8e4nv|fp8e5)"
+TYPE = re.compile(rf"(?P<type>\*?{NUMBER})(?P<aligned>:16)?|(?P<descriptor>tensordesc<{NUMBER}\[\d+(?:, *\d+)*\]>)")
 
 
 def load(place: str) -> JITFunction:
     """The `@triton.jit` function that `path.py:kernel` names. The file is run, as importing it would."""
     path, _, name = place.rpartition(":")
-    if not path or not Path(path).is_file():
-        raise ValueError(f"expected path.py:kernel, got {place!r}: there is no file {path or place!r}")
+    if not path:
+        raise ValueError(f"expected path.py:kernel, got {place!r}: name the kernel in it, as in {place}:kernel")
+    if not Path(path).is_file():
+        raise ValueError(f"expected path.py:kernel, got {place!r}: there is no file {path!r}")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     if spec is None or spec.loader is None:
         raise ValueError(f"{path} is no Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever the file does
+        hint = (
+            " (there is no GPU here: what needs one must not run on import)" if isinstance(error, RuntimeError) else ""
+        )
+        raise ValueError(f"{path} can't be imported: {type(error).__name__}: {error}{hint}") from error
     kernel: Any = getattr(module, name, None)
     if kernel is None:
         kernels = sorted(key for key, value in vars(module).items() if isinstance(innermost(value), JITFunction))
@@ -74,10 +83,11 @@ def source(kernel: JITFunction, signature: str, given: dict[str, Any]) -> ASTSou
     names = [parameter.name for parameter in kernel.params]
     if unknown := given.keys() - set(names):
         raise ValueError(f"{kernel.__name__} has no parameter {', '.join(sorted(unknown))}: it has {', '.join(names)}")
+    given = {p.name: p.default for p in kernel.params if p.is_constexpr and p.has_default} | given
     free = [parameter for parameter in kernel.params if parameter.name not in given]
     if missing := [parameter.name for parameter in free if parameter.is_constexpr]:
         raise ValueError(f"--constexprs needs values for {', '.join(missing)}")
-    types = [part.strip() for part in signature.split(",") if part.strip()]
+    types = [part.strip() for part in re.split(r",(?![^<]*>)", signature) if part.strip()]
     if len(types) != len(free):
         wanted = ", ".join(parameter.name for parameter in free)
         raise ValueError(f"--signature expects {len(free)} types, for {wanted}; got {len(types)}")
@@ -86,8 +96,10 @@ def source(kernel: JITFunction, signature: str, given: dict[str, Any]) -> ASTSou
     for parameter, text in zip(free, types, strict=True):
         parsed = TYPE.fullmatch(text)
         if parsed is None:
-            raise ValueError(f"{text!r} is no type: expected such as *bf16, *fp32, i32, i32:16 or fp32")
-        written[parameter.name] = parsed["type"]
+            raise ValueError(
+                f"{text!r} is no type: expected such as *bf16, *fp32, i32, i32:16, fp32 or tensordesc<bf16[128,64]>"
+            )
+        written[parameter.name] = parsed["type"] or parsed["descriptor"]
         if parsed["aligned"] or text.startswith("*"):
             attributes[(names.index(parameter.name),)] = [["tt.divisibility", 16]]
     ordered = {name: written[name] for name in names}

@@ -21,8 +21,8 @@ from softkv.cli import app
 from softkv.profiling import peers
 
 
-def static(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+def static(*arguments: str, **terminal: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | terminal
     command = [sys.executable, "-m", "softkv.cli", "profile", "static", *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
@@ -60,13 +60,60 @@ def test_a_users_warp_specialised_kernel_by_partition() -> None:
         assert 1 < row["exponentials_per_score"] < 1.15
 
 
+FOREIGN = str(Path(__file__).with_name("styles.py")) + ":plain"
+
+
+def test_kernels_of_other_styles() -> None:
+    """Tuned, with heuristics, without annotations, by pointers; and by descriptors made on the host."""
+    tuned = ("--signature", "*bf16,*bf16,*fp32,i32:16", "--constexprs", "BM=64", "--target", "sm_80")
+    made = ("--signature", "tensordesc<bf16[64,64]>,tensordesc<bf16[64,64]>,*fp32,i32", "--constexprs", "BM=64")
+    (by_pointers,) = rows(FOREIGN, *tuned)
+    (by_descriptors,) = rows(FOREIGN.replace(":plain", ":described"), *made, "--target", "sm_90")
+    for row in (by_pointers, by_descriptors):
+        assert row["cycles"]["tensor"] == 2 * 64**3 / MACHINES[row["target"]].tensor
+        assert row["spills"] == 0
+
+
+@pytest.mark.parametrize(("columns", "lines"), [("80", ("tile 4w 2s; registers", "overlap ")), ("", ("│ 4w 2s │",))])
+def test_a_narrow_terminal_gets_no_table(columns: str, lines: tuple[str, ...]) -> None:
+    arguments = (FOREIGN, "--signature", "*bf16,*bf16,*fp32,i32:16", "--constexprs", "BM=64", "--target", "sm_80")
+    terminal = {"FORCE_COLOR": "1", "COLUMNS": columns, "TERM": "dumb"} if columns else {}
+    said = static(*arguments, **terminal).stdout
+    for line in lines:
+        assert line in said
+    if columns:
+        assert "│" not in said
+
+
 WRONG = {
     (KERNEL, "--constexprs", "BLOCK_M=128"): "needs values for BLOCK_N, D",
     (KERNEL, *TYPES[2:], "--signature", "*bf16"): "expects 6 types, for q, k, v, out, n, scale; got 1",
     (KERNEL, *TYPES[2:], "--signature", "*bf16,*bf16,*bf16,*bf16,int,fp32"): "'int' is no type",
     (KERNEL, *TYPES, "--constexprs", "WIDTH=1"): "has no parameter WIDTH",
+    (KERNEL, *TYPES, "--num-warps", "3"): "--num-warps expects a power of 2, got 3",
     (KERNEL.replace(":attention", ":nothing"),): "its kernels are attention",
     ("nowhere.py:kernel",): "there is no file 'nowhere.py'",
+    ("nowhere.py",): "name the kernel in it, as in nowhere.py:kernel",
+    (FOREIGN.replace("styles.py", "needs_a_gpu.py"),): "can't be imported: RuntimeError: 0 active drivers",
+    (FOREIGN, "--signature", "*bf16,*bf16,*fp32,i32", "--constexprs", "BM=100", "--target", "sm_80"): (
+        "plain does not compile for sm_80: arange's range must be a power of 2 (line "
+    ),
+    (
+        FOREIGN,
+        "--signature",
+        "*bf16,tensordesc<bf16>,*fp32,i32",
+        "--constexprs",
+        "BM=64",
+    ): "'tensordesc<bf16>' is no type",
+    (
+        "--only",
+        "nothing",
+        "--target",
+        "sm_80",
+        "--no-peers",
+        "--dim",
+        "64",
+    ): "a part of a kernel's name (add_parts, decode, ",
     ("--signature", "*bf16"): "give path.py:kernel",
 }
 ASK = """
