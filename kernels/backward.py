@@ -176,6 +176,12 @@ def dq_kernel(
 
 
 @triton.jit
+def load_per_item(ptrs, live, hidden):
+    """One number an item, read where it is used: it then holds no registers during a product."""
+    return tl.load(ptrs, mask=live, other=hidden) if live is not None else tl.load(ptrs)
+
+
+@triton.jit
 def collect_dkv(
     dk, dv, k, v, q_ptr, do_ptr, lse2_ptr, delta_ptr, at, live, seen, score_scale, softcap_scale,
     NEED_K: tl.constexpr, NEED_V: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
@@ -186,16 +192,9 @@ def collect_dkv(
     at_q, at_do, at_item = at
     q_ptrs = item_pointers(q_ptr, at_q, BLOCK_D)
     do_ptrs = item_pointers(do_ptr, at_do, BLOCK_D)
-    if live is not None:
-        q_tile = load_some(q_ptrs, live, HEAD_DIM, BLOCK_D)
-        lse2_tile = tl.load(lse2_ptr + at_item, mask=live, other=float("inf"))
-        delta_tile = tl.load(delta_ptr + at_item, mask=live, other=0.0)
-    else:
-        q_tile = load_whole(q_ptrs, HEAD_DIM, BLOCK_D)
-        lse2_tile = tl.load(lse2_ptr + at_item)
-        delta_tile = tl.load(delta_ptr + at_item)
+    q_tile = load_some(q_ptrs, live, HEAD_DIM, BLOCK_D) if live is not None else load_whole(q_ptrs, HEAD_DIM, BLOCK_D)
     s = raw_scores(k, q_tile, softcap_scale, PRECISION)
-    p = tl.exp2(s * score_scale - lse2_tile[None, :])
+    p = tl.exp2(s * score_scale - load_per_item(lse2_ptr + at_item, live, float("inf"))[None, :])
     if seen is not None:
         p = tl.where(seen, p, 0.0)
     do = load_some(do_ptrs, live, HEAD_DIM, BLOCK_D) if live is not None else load_whole(do_ptrs, HEAD_DIM, BLOCK_D)
@@ -204,7 +203,7 @@ def collect_dkv(
     if NEED_K:
         p = slope(p, s, softcap_scale is not None)
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-        ds = p * (dp - delta_tile[None, :])
+        ds = p * (dp - load_per_item(delta_ptr + at_item, live, 0.0)[None, :])
         if seen is not None:  # dp of a hidden key may be anything
             ds = tl.where(seen, ds, 0.0)
         dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision=PRECISION)
@@ -294,7 +293,6 @@ def dkv_kernel(
         stored = n if PACKED else S
         if rows.mask is not None:
             mask = rows.mask + source64 * S
-    exists = key_exists(j, None, n, mask)
     # Bounds grow with j: those of the first and of the last existing key say which tiles need a mask.
     last = tl.maximum(tl.minimum(j_first + BLOCK_N, n) - 1, j_first)
     if OVER_PREFIX:
@@ -313,8 +311,8 @@ def dkv_kernel(
     g64 = tl.cast(g, tl.int64)
     k_base = k.ptr + source64 * k.row + k0 * k.item + g64 * k.head
     v_base = v.ptr + source64 * v.row + k0 * v.item + g64 * v.head
-    k_tile = load_some(tile_pointers(k_base, j_first, k.item, BLOCK_D, BLOCK_N), exists, HEAD_DIM, BLOCK_D)
-    v_tile = load_some(tile_pointers(v_base, j_first, v.item, BLOCK_D, BLOCK_N), exists, HEAD_DIM, BLOCK_D)
+    k_tile = load_some(tile_pointers(k_base, j_first, k.item, BLOCK_D, BLOCK_N), j < n, HEAD_DIM, BLOCK_D)
+    v_tile = load_some(tile_pointers(v_base, j_first, v.item, BLOCK_D, BLOCK_N), j < n, HEAD_DIM, BLOCK_D)
     row64 = source64 * 0 if OVER_PREFIX else source64
     q_base = q.ptr + row64 * q.row
     do_base = grad_out.ptr + row64 * grad_out.row
@@ -348,7 +346,7 @@ def dkv_kernel(
         )  # fmt: skip
 
     keep = j < stored
-    exists = key_exists(j, None, n, mask)  # once more: over the loops it would hold registers
+    exists = key_exists(j, None, n, mask)
     row = source64 + tl.cast(part, tl.int64) * sources
     if NEED_K:
         offsets = row * dk.row + (k0 + j) * dk.item + g64 * dk.head

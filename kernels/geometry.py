@@ -32,7 +32,7 @@ class Rows(NamedTuple):
     cu_q: Any
     cu_k: Any
     lengths: Any
-    mask: Any  # key_mask [B, S] as bytes
+    mask: Any  # key_mask [B, S] as int16
 
 
 class Prefix(NamedTuple):

@@ -52,7 +52,19 @@ PLAN: tuple[Part, ...] = (
     (OTHERS, (128,), (torch.bfloat16,)),
     (TRAINER, (64, 128), (torch.bfloat16,)),
 )
-COLUMNS = ("tile", "registers", "stack", "shared", "occupancy", "spills", "edge_spills", "selects", "serial", "overlap")
+COLUMNS = (
+    "tile",
+    "registers",
+    "stack",
+    "shared",
+    "occupancy",
+    "spills",
+    "edge_spills",
+    "selects",
+    "work",
+    "serial",
+    "overlap",
+)
 HEAD = f"| kernel | case | target | D | dtype | {' | '.join(COLUMNS)} | problems |\n|" + "---|" * (6 + len(COLUMNS))
 
 
@@ -121,7 +133,7 @@ def make(keys: Sequence[str], jobs: int) -> Iterator[tuple[str, dict[str, Any]]]
 def line(key: str, row: dict[str, Any]) -> str:
     cells = {name: str(row[name]) for name in COLUMNS}
     if not row["matrix"]:
-        cells["serial"] = cells["overlap"] = "–"
+        cells["work"] = cells["serial"] = cells["overlap"] = "–"
     own, step, warps, stages = row["tile"]
     cells["tile"] = f"{own}×{step}, {warps}w {stages}s"
     cells["occupancy"] += f" ({row['limit']})"
@@ -136,7 +148,8 @@ def page(rows: dict[str, dict[str, Any]], planned: int) -> str:
         f"Kernels compiled offline for each target with triton {triton.__version__}: {len(rows)} of {planned} "
         f"binaries, {bad} with a problem.",
         "Made by `make compile-matrix`; method in [kernels.md](kernels.md). `spills`, `selects`: in the full-tile loops;",
-        "`edge_spills`: in the loops that mask. `serial`, `overlap`: the worse full-tile loop.",
+        "`edge_spills`: in the loops that mask. `serial`, `overlap`: the worse full-tile loop. `work`: matrix products done",
+        "for each that is needed; bounds count the needed.",
         "",
         f"Spills inside a loop with matrix instructions are left in {len(spilling)} binaries:",
         "",

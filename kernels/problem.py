@@ -107,7 +107,8 @@ class Problem:
             S = k.shape[2]
             T_max, S_max, count = T, S, B * T
         A, P = (0, 0) if prefix_k is None else (prefix_k.shape[0], prefix_k.shape[2])
-        mask = None if key_mask is None else key_mask.contiguous().view(torch.uint8)
+        # 16 bits: Triton lays out matrix operands by the narrowest load behind them, and bytes would cost the loads ahead
+        mask = None if key_mask is None else key_mask.to(torch.int16, memory_format=torch.contiguous_format)
         rows = Rows(cu_seqlens_q, cu_seqlens_k, key_lengths, mask)
         position = None
         if prefix_k is not None and window is not None and window_covers_prefix:

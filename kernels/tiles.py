@@ -72,7 +72,7 @@ TABLE: dict[tuple[str, str | None], dict[int, Tile]] = {
     },
     ("forward", "gfx942"): {
         128: Tile(128, 64, 4, 1, "32×32 MFMA, one wave a SIMD; keys are loaded ahead through registers"),
-        256: Tile(64, 32, 4, 1, "64 KiB of LDS"),
+        256: Tile(128, 32, 4, 1, "all 64 KiB of LDS; with 64 rows two waves would make the same scores"),
     },
     ("dq", "sm_80"): {
         64: Tile(128, 32, 4, 2, "32 rows a warp, overlap bound 1.0; a longer step spills"),
@@ -89,13 +89,12 @@ TABLE: dict[tuple[str, str | None], dict[int, Tile]] = {
         256: Tile(128, 32, 8, 1, "M = 128: 0.47, 64×32 0.32"),
     },
     ("dq", "gfx942"): {
-        64: Tile(128, 32, 4, 1, "32×32 MFMA, one wave a SIMD"),
-        128: Tile(64, 32, 4, 1, "registers"),
+        128: Tile(128, 32, 4, 1, "32×32 MFMA, 32 rows a wave: with 64 rows two waves would make the same scores"),
         256: Tile(64, 16, 4, 1, "64 KiB of LDS"),
     },
     ("dkv", "sm_80"): {
         64: Tile(128, 32, 4, 2, "32 rows a warp, overlap bound 1.0"),
-        128: Tile(128, 64, 8, 2, "4 warps spill"),
+        128: Tile(64, 64, 4, 2, "two programs, overlap 0.82, no spill under any flag; 128×64 with 8 warps: one, 0.79"),
         256: Tile(64, 32, 8, 1, "shared memory; two accumulators"),
     },
     ("dkv", "sm_90"): {
@@ -107,9 +106,8 @@ TABLE: dict[tuple[str, str | None], dict[int, Tile]] = {
         256: Tile(64, 32, 8, 1, "tensor and shared memory"),
     },
     ("dkv", "gfx942"): {
-        64: Tile(128, 32, 4, 1, "32×32 MFMA, one wave a SIMD"),
-        128: Tile(64, 32, 4, 1, "registers: two accumulators"),
-        256: Tile(32, 32, 4, 1, "64 KiB of LDS"),
+        128: Tile(128, 32, 4, 1, "as dq"),
+        256: Tile(64, 16, 4, 1, "16×16 MFMA, 16 rows a wave: 0.56; steps of 32 make scores twice or more"),
     },
     ("forward", "sm_120"): {
         64: Tile(128, 64, 4, 2, "as sm_80"),
