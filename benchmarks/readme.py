@@ -294,6 +294,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "attention-decoding-batch": lambda: _decoding("decoding-batch", f"growing B; {CACHED}"),
     "attention-decoding-bank": lambda: _decoding("decoding-bank", f"a bank of A prefixes; {CACHED}", axes="BPA"),
     "static-bounds": static_bounds.table,
+    "kernel-bounds": static_bounds.kernels,
 }
 
 

@@ -70,6 +70,7 @@ MUTANTS = (
     Mutant("dprefix: order ignored", "problem.py", "return Groups(order.to(torch.int32)", "return Groups(torch.arange(self.tokens, dtype=torch.int32)"),
     Mutant("dprefix: a part lost", "reduce.py", "for _ in range(parts)", "for _ in range(parts - 1)"),
     Mutant("dprefix: slots' window off by one", "problem.py", "- length + self.window", "- length + self.window - 1"),
+    Mutant("dprefix: readers of a slot not by position", "problem.py", "* far + position, stable", "* far + 0 * position, stable"),
     Mutant("masked keys keep a gradient", "backward.py", "tl.where(exists[:, None], dv_tile, 0.0)", "dv_tile"),
     Mutant("dsinks: sign", "backward.py", "dsinks = -(", "dsinks = ("),
     Mutant("merge: parts not rescaled", "decode.py", "acc = acc * a[:, None] + p[:, None]", "acc = acc + p[:, None]"),
