@@ -129,7 +129,7 @@ class Problem:
         return target_of(self.q)
 
     def tile(self, name: str) -> Tile:
-        return tile(name, self.target, self.D, self.q.dtype)
+        return tile(name, self.target, self.D, self.q.dtype, self.softcap is not None)
 
     def arguments(self) -> dict[str, Any]:
         """What every kernel takes."""

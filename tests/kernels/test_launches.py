@@ -5,7 +5,7 @@ import softkv.kernels
 import torch
 from softkv.kernels.compile import TARGETS, Case, name_of, record
 from softkv.kernels.launch import recording
-from softkv.kernels.tiles import TABLE, block_d, tile
+from softkv.kernels.tiles import CAPPED, TABLE, block_d, tile
 
 from tests.attention_cases import CASES
 
@@ -68,6 +68,13 @@ def test_every_head_dim_has_a_row(target: str) -> None:
             row = tile(name, TARGETS[target][1], head_dim, torch.bfloat16)
             assert row.why
             assert block_d(head_dim) >= max(16, head_dim)
+
+
+def test_a_soft_cap_has_rows_of_its_own() -> None:
+    for (name, target, head_dim), row in CAPPED.items():
+        assert tile(name, TARGETS[target][1], head_dim, torch.bfloat16) != row
+        used = {name_of(x): x.tile for x in record(Case("capped", softcap=30.0), target, head_dim, torch.bfloat16)}
+        assert used[name] == row
 
 
 def test_what_the_kernels_do_not_take_is_refused() -> None:
