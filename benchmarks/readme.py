@@ -295,6 +295,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "attention-decoding-bank": lambda: _decoding("decoding-bank", f"a bank of A prefixes; {CACHED}", axes="BPA"),
     "static-bounds": static_bounds.table,
     "static-published": static_bounds.published,
+    "kernel-bounds": static_bounds.kernels,
 }
 
 

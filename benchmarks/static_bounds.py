@@ -1,8 +1,8 @@
-"""The static bounds of softkv's kernels beside its peers', as docs/profiling.md shows them. They are no times.
+"""Static bounds as the docs show them: softkv's kernels, and beside its peers'. They are no times.
 
 `results/static.json` is what `softkv profile static --json` printed with the peers installed;
 `results/static_published.json` what it printed, of the peers whose speed others have published, under a compiler that
-still takes them (docs/profiling.md has the command).
+still takes them (docs/profiling.md has the command); `results/compile_matrix.json` what `make compile-matrix` wrote.
 """
 
 from __future__ import annotations
@@ -90,6 +90,29 @@ def bound_of(one: Published, rows: list[dict[str, Any]]) -> dict[str, Any]:
         if (row["source"].split()[0], row["kernel"], row["target"]) == (one.package, "forward", one.target)
     )
     return row
+
+
+KERNELS = """\
+Triton {triton}, bf16, causal over a shared prefix (`make compile-matrix`).
+
+| pass | target | D | tile, warps, stages | registers | programs | work | serial | overlap |
+|---|---|---:|---|---:|---:|---:|---:|---:|
+{rows}
+"""
+
+
+def kernels() -> str:
+    content = read_json(FOLDER / "compile_matrix.json")
+    lines = []
+    for kernel in ("forward", "dq", "dkv", "dkv over the prefix"):
+        for target in ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942"):
+            for dim in (64, 128, 256):
+                row = content["rows"][f"{kernel} | causal, shared prefix | {target} | {dim} | bf16"]
+                own, step, warps, stages = row["tile"]
+                cells = (kernel, target, dim, f"{own}×{step}, {warps}, {stages}", row["registers"], row["occupancy"])
+                bounds = (f"{row[name]:.2f}" for name in ("work", "serial", "overlap"))
+                lines.append(f"| {' | '.join(map(str, (*cells, *bounds)))} |")
+    return KERNELS.format(triton=content["triton"], rows="\n".join(lines))
 
 
 def table() -> str:

@@ -51,7 +51,7 @@ from softkv.kernels.tiles import block_d
 from torch import Tensor
 
 WAVES = 2  # programs a multiprocessor that a split reduction over a prefix aims at
-NO_GROUPS = Groups(None, None)
+NO_GROUPS = Groups(None, None, None)
 
 
 @triton.jit(do_not_specialize=[*SIZES, "count"])
@@ -85,12 +85,11 @@ def prepare_kernel(
 
 
 @triton.jit
-def score_gradient(p, s, dp, delta, CAPPED: tl.constexpr):
-    """ds, by the raw scores s."""
-    ds = p * (dp - delta)
+def slope(p, s, CAPPED: tl.constexpr):
+    """p times the soft cap's slope, by the raw scores s: taken before dp is there, so that s needs no registers then."""
     if CAPPED:
-        ds = ds * (1 - s * s)
-    return ds
+        p = p * (1 - s * s)
+    return p
 
 
 @triton.jit
@@ -113,10 +112,10 @@ def collect_dq(
     for _start in range(full_lo, full_hi, BLOCK_N):
         k = load_whole(k_at + k_offsets, HEAD_DIM, BLOCK_D)
         s = raw_scores(q, k, softcap_scale, PRECISION)
-        p = tl.exp2(s * score_scale - lse2[:, None])
+        p = slope(tl.exp2(s * score_scale - lse2[:, None]), s, softcap_scale is not None)
         v = load_whole(v_at + v_offsets, HEAD_DIM, BLOCK_D)
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-        ds = score_gradient(p, s, dp, delta[:, None], softcap_scale is not None)
+        ds = p * (dp - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
         k_at += k_step
         v_at += v_step
@@ -126,10 +125,10 @@ def collect_dq(
         exists = key_exists(j, lower, hi, mask_ptr)
         k = load_some(tile_pointers(k_ptr, start, k_stride, BLOCK_D, BLOCK_E), exists, HEAD_DIM, BLOCK_D)
         s = raw_scores(q, k, softcap_scale, PRECISION)
-        p = tl.exp2(s * score_scale - lse2[:, None])
+        p = slope(tl.exp2(s * score_scale - lse2[:, None]), s, softcap_scale is not None)
         v = load_some(tile_pointers(v_ptr, start, v_stride, BLOCK_D, BLOCK_E), exists, HEAD_DIM, BLOCK_D)
         dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-        ds = score_gradient(p, s, dp, delta[:, None], softcap_scale is not None)
+        ds = p * (dp - delta[:, None])
         ds = tl.where(exists[None, :] & visible(j, lower, upper), ds, 0.0)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     return dq
@@ -177,6 +176,12 @@ def dq_kernel(
 
 
 @triton.jit
+def load_per_item(ptrs, live, hidden):
+    """One number an item, read where it is used: it then holds no registers during a product."""
+    return tl.load(ptrs, mask=live, other=hidden) if live is not None else tl.load(ptrs)
+
+
+@triton.jit
 def collect_dkv(
     dk, dv, k, v, q_ptr, do_ptr, lse2_ptr, delta_ptr, at, live, seen, score_scale, softcap_scale,
     NEED_K: tl.constexpr, NEED_V: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
@@ -187,24 +192,18 @@ def collect_dkv(
     at_q, at_do, at_item = at
     q_ptrs = item_pointers(q_ptr, at_q, BLOCK_D)
     do_ptrs = item_pointers(do_ptr, at_do, BLOCK_D)
-    if live is not None:
-        q_tile = load_some(q_ptrs, live, HEAD_DIM, BLOCK_D)
-        lse2_tile = tl.load(lse2_ptr + at_item, mask=live, other=float("inf"))
-        delta_tile = tl.load(delta_ptr + at_item, mask=live, other=0.0)
-    else:
-        q_tile = load_whole(q_ptrs, HEAD_DIM, BLOCK_D)
-        lse2_tile = tl.load(lse2_ptr + at_item)
-        delta_tile = tl.load(delta_ptr + at_item)
+    q_tile = load_some(q_ptrs, live, HEAD_DIM, BLOCK_D) if live is not None else load_whole(q_ptrs, HEAD_DIM, BLOCK_D)
     s = raw_scores(k, q_tile, softcap_scale, PRECISION)
-    p = tl.exp2(s * score_scale - lse2_tile[None, :])
+    p = tl.exp2(s * score_scale - load_per_item(lse2_ptr + at_item, live, float("inf"))[None, :])
     if seen is not None:
         p = tl.where(seen, p, 0.0)
     do = load_some(do_ptrs, live, HEAD_DIM, BLOCK_D) if live is not None else load_whole(do_ptrs, HEAD_DIM, BLOCK_D)
     if NEED_V:
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
     if NEED_K:
+        p = slope(p, s, softcap_scale is not None)
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-        ds = score_gradient(p, s, dp, delta_tile[None, :], softcap_scale is not None)
+        ds = p * (dp - load_per_item(delta_ptr + at_item, live, 0.0)[None, :])
         if seen is not None:  # dp of a hidden key may be anything
             ds = tl.where(seen, ds, 0.0)
         dk = tl.dot(ds.to(q_tile.dtype), q_tile, dk, input_precision=PRECISION)
@@ -216,7 +215,7 @@ def place_items(
     items, live, q, grad_out, delta, order, first, g, T,
     FLAT: tl.constexpr, LINEAR: tl.constexpr, WIDE: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """(flat token, offsets in q, dout, Δ) of items: of one row, counted from its start, or (FLAT) of all tokens that read
+    """Offsets in (q, dout, Δ) of items: of one row, counted from its start, or (FLAT) of all tokens that read
     a prefix. LINEAR: flat token u lies u items from the start. Offsets are 64-bit only where they must be (WIDE)."""
     head = g * GROUP + items % GROUP
     token = first + items // GROUP
@@ -233,7 +232,7 @@ def place_items(
     else:
         at_q = token * q.item
         at_do = token * grad_out.item
-    return token, (at_q + head * q.head, at_do + head * grad_out.head, token * delta.item + head * delta.head)
+    return at_q + head * q.head, at_do + head * grad_out.head, token * delta.item + head * delta.head
 
 
 @triton.jit
@@ -246,6 +245,17 @@ def readers_of_key(j, n, T, window, CAUSAL: tl.constexpr, GROUP: tl.constexpr):
         lower = tl.maximum(diagonal, 0) * GROUP
         if window is not None:
             upper = tl.minimum((diagonal + window) * GROUP - 1, upper)
+    return lower, upper
+
+
+@triton.jit
+def readers_of_slot(j, a, readers, P, groups, GROUP: tl.constexpr):
+    """(first, last) item that sees slot j of prefix a: all that read it, or (window) those up to a position."""
+    lower = j * 0
+    if groups.seen is not None:
+        upper = tl.load(groups.seen + a * P + j, mask=j < P, other=0) * GROUP - 1
+    else:
+        upper = j * 0 + (readers * GROUP - 1)
     return lower, upper
 
 
@@ -268,6 +278,7 @@ def dkv_kernel(
     j = j_first + tl.arange(0, BLOCK_N)
     source64 = tl.cast(source, tl.int64)
 
+    mask = None
     if OVER_PREFIX:
         k_start = 0
         n = prefix_length(source, prefix, A, P)
@@ -277,20 +288,21 @@ def dkv_kernel(
         if groups.start is not None:
             first = tl.load(groups.start + source)
             readers = tl.load(groups.start + source + 1) - first
-        exists = j < n
     else:
         first, readers, k_start, n = row_extent(source, rows, T, S)
         stored = n if PACKED else S
-        exists = j < n
         if rows.mask is not None:
-            exists = exists & (tl.load(rows.mask + source64 * S + j, mask=exists, other=0) != 0)
+            mask = rows.mask + source64 * S
     # Bounds grow with j: those of the first and of the last existing key say which tiles need a mask.
     last = tl.maximum(tl.minimum(j_first + BLOCK_N, n) - 1, j_first)
-    lower_min, upper_min = readers_of_key(j_first, n, readers, window, CAUSAL and not OVER_PREFIX, GROUP)
-    lower_max, upper_max = readers_of_key(last, n, readers, window, CAUSAL and not OVER_PREFIX, GROUP)
+    if OVER_PREFIX:
+        lower_min, upper_min = readers_of_slot(j_first, source, readers, P, groups, GROUP)
+        lower_max, upper_max = readers_of_slot(last, source, readers, P, groups, GROUP)
+    else:
+        lower_min, upper_min = readers_of_key(j_first, n, readers, window, CAUSAL, GROUP)
+        lower_max, upper_max = readers_of_key(last, n, readers, window, CAUSAL, GROUP)
     upper_max = tl.where(j_first < n, upper_max, -1)
-    mask_all = OVER_PREFIX and prefix.position is not None
-    tiles = span(lower_min, lower_max, upper_min, upper_max, mask_all, BLOCK_M)
+    tiles = span(lower_min, lower_max, upper_min, upper_max, False, BLOCK_M)
     if OVER_PREFIX:
         tiles = share(tiles, part, parts, BLOCK_M)
     _, full_lo, full_hi, hi = tiles
@@ -299,8 +311,8 @@ def dkv_kernel(
     g64 = tl.cast(g, tl.int64)
     k_base = k.ptr + source64 * k.row + k0 * k.item + g64 * k.head
     v_base = v.ptr + source64 * v.row + k0 * v.item + g64 * v.head
-    k_tile = load_some(tile_pointers(k_base, j_first, k.item, BLOCK_D, BLOCK_N), exists, HEAD_DIM, BLOCK_D)
-    v_tile = load_some(tile_pointers(v_base, j_first, v.item, BLOCK_D, BLOCK_N), exists, HEAD_DIM, BLOCK_D)
+    k_tile = load_some(tile_pointers(k_base, j_first, k.item, BLOCK_D, BLOCK_N), j < n, HEAD_DIM, BLOCK_D)
+    v_tile = load_some(tile_pointers(v_base, j_first, v.item, BLOCK_D, BLOCK_N), j < n, HEAD_DIM, BLOCK_D)
     row64 = source64 * 0 if OVER_PREFIX else source64
     q_base = q.ptr + row64 * q.row
     do_base = grad_out.ptr + row64 * grad_out.row
@@ -310,7 +322,7 @@ def dkv_kernel(
     dv_tile = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     for start in range(full_lo, full_hi, BLOCK_M):
         items = start + tl.arange(0, BLOCK_M)
-        token, places = place_items(
+        places = place_items(
             items, None, q, grad_out, delta, groups.order, first, g, T, OVER_PREFIX, LINEAR, WIDE, GROUP
         )
         dk_tile, dv_tile = collect_dkv(
@@ -320,20 +332,21 @@ def dkv_kernel(
     for i in range(masked_count(tiles, BLOCK_E)):
         items = masked_start(i, tiles, BLOCK_E) + tl.arange(0, BLOCK_E)
         live = items < hi
-        token, places = place_items(
+        places = place_items(
             items, live, q, grad_out, delta, groups.order, first, g, T, OVER_PREFIX, LINEAR, WIDE, GROUP
         )
-        lower, upper = readers_of_key(j, n, readers, window, CAUSAL and not OVER_PREFIX, GROUP)
+        if OVER_PREFIX:
+            lower, upper = readers_of_slot(j, source, readers, P, groups, GROUP)
+        else:
+            lower, upper = readers_of_key(j, n, readers, window, CAUSAL, GROUP)
         seen = (items[None, :] >= lower[:, None]) & (items[None, :] <= upper[:, None])
-        if OVER_PREFIX and prefix.position is not None:
-            position = tl.load(prefix.position + token, mask=live, other=0)
-            seen = seen & (j[:, None] > position[None, :] - window + n)
         dk_tile, dv_tile = collect_dkv(
             dk_tile, dv_tile, k_tile, v_tile, q_base, do_base, lse2_base, delta_base, places, live, seen, score_scale, softcap_scale,
             NEED_K, NEED_V, HEAD_DIM, BLOCK_D, PRECISION,
         )  # fmt: skip
 
     keep = j < stored
+    exists = key_exists(j, None, n, mask)
     row = source64 + tl.cast(part, tl.int64) * sources
     if NEED_K:
         offsets = row * dk.row + (k0 + j) * dk.item + g64 * dk.head
@@ -392,7 +405,7 @@ def run_dkv(
     launch(
         dkv_kernel, programs * parts, tile, **arguments, grad_out=tokens(grad_out), lse2=p.workspace(lse2),
         delta=p.workspace(delta), dk=part_operand(dk, operand), dv=part_operand(dv, operand),
-        groups=p.groups() if over_prefix else NO_GROUPS, grad_scale=p.scale, count=p.tokens, parts=parts,
+        groups=p.readers() if over_prefix else NO_GROUPS, grad_scale=p.scale, count=p.tokens, parts=parts,
         OVER_PREFIX=over_prefix, PACKED=p.packed, LINEAR=linear(p.q) and linear(grad_out), WIDE=wide(p.q) or wide(grad_out), NEED_K=need_k, NEED_V=need_v, BLOCK_M=tile.step, BLOCK_N=tile.own, BLOCK_E=tile.edge,
     )  # fmt: skip
     return add_parts(dk, keys), add_parts(dv, values)

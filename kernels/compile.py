@@ -36,7 +36,7 @@ TARGETS = {
 }
 POINTERS = {
     torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32",
-    torch.int32: "*i32", torch.int64: "*i64", torch.uint8: "*u8",
+    torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64", torch.uint8: "*u8",
 }  # fmt: skip
 
 
@@ -161,7 +161,9 @@ def label(launch: Launch) -> str:
 
 
 def judge(launch: Launch, target: str, head_dim: int) -> dict[str, Any]:
-    """Compile one launch and say what the binary is like."""
+    """Compile one launch and say what the binary is like.
+
+    `work`: matrix products done for each that is needed, where a tile is made by one program; bounds count the needed."""
     began = time.perf_counter()
     compiled = build(launch, target)
     seconds = time.perf_counter() - began
@@ -170,7 +172,9 @@ def judge(launch: Launch, target: str, head_dim: int) -> dict[str, Any]:
         for loop in report.loops:
             width = launch.tile.step if loop in report.full else launch.tile.edge
             loop.flops = PRODUCTS[kernel] * 2 * launch.tile.own * width * block_d(head_dim)
-    spills, hot = sum(loop.count(SPILL) for loop in report.full), report.hot
+    spills, hot, work = sum(loop.count(SPILL) for loop in report.full), report.hot, 1.0
+    if hot is not None and kernel in ("forward", "dq", "dkv"):
+        work = hot.matrix_flops / (PRODUCTS[kernel] * 2 * launch.tile.own * launch.tile.step * block_d(head_dim))
     return {
         "tile": list(launch.tile[:4]), "registers": report.registers, "stack": report.stack, "shared": report.shared,
         "occupancy": report.occupancy, "limit": report.limit, "spills": spills,
@@ -178,7 +182,8 @@ def judge(launch: Launch, target: str, head_dim: int) -> dict[str, Any]:
         "selects": max((loop.count(SELECT) for loop in report.full), default=0),
         "matrix": sorted({op.split(".")[0] for loop in report.loops for op, _ in loop.instructions if MATRIX.search(op)}),
         "cycles": {} if hot is None else {pipe: round(c) for pipe, c in hot.cycles().items()},
-        "serial": None if hot is None else round(hot.serial, 3), "overlap": None if hot is None else round(hot.overlap, 3),
+        "work": round(work, 3), "serial": None if hot is None else round(hot.serial / work, 3),
+        "overlap": None if hot is None else round(hot.overlap / work, 3),
         "seconds": round(seconds, 1),
     }  # fmt: skip
 

@@ -207,7 +207,7 @@ def run_decode(problem: Problem) -> tuple[Tensor, Tensor]:
     units = p.target.units
     prefix_tile = problem.tile("decode_prefix")
     items = p.tokens * p.group
-    block_a, groups, prefix_parts, prefix_programs = 1, Groups(None, None), 0, 0
+    block_a, groups, prefix_parts, prefix_programs = 1, Groups(None, None, None), 0, 0
     if p.prefix_k is not None:
         groups = p.groups()
         blocks = triton.cdiv(items, prefix_tile.own)

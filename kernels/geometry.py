@@ -32,7 +32,7 @@ class Rows(NamedTuple):
     cu_q: Any
     cu_k: Any
     lengths: Any
-    mask: Any  # key_mask [B, S] as bytes
+    mask: Any  # key_mask [B, S] as int16
 
 
 class Prefix(NamedTuple):
@@ -45,10 +45,12 @@ class Prefix(NamedTuple):
 
 
 class Groups(NamedTuple):
-    """Tokens grouped by the prefix they read: group a is `order[start[a] : start[a + 1]]`. None: all, or in order."""
+    """Tokens grouped by the prefix they read: group a is `order[start[a] : start[a + 1]]`. None: all, or in order.
+    `seen` [A, P] is set where the window covers the prefix and a group goes by position: so many of it see a slot."""
 
     order: Any
     start: Any
+    seen: Any
 
 
 @triton.jit

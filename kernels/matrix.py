@@ -51,19 +51,24 @@ PLAN: tuple[Part, ...] = (
     (COMMON, DIMS, (torch.float16,)),
     (OTHERS, (128,), (torch.bfloat16,)),
     (TRAINER, (64, 128), (torch.bfloat16,)),
+    (COMMON, (64, 128, 256), (torch.float32,)),
 )
-COLUMNS = ("tile", "registers", "stack", "shared", "occupancy", "spills", "edge_spills", "selects", "serial", "overlap")
+COLUMNS = (
+    "tile", "registers", "stack", "shared", "occupancy", "spills", "edge_spills", "selects", "work", "serial", "overlap",
+)  # fmt: skip
 HEAD = f"| kernel | case | target | D | dtype | {' | '.join(COLUMNS)} | problems |\n|" + "---|" * (6 + len(COLUMNS))
 
 
 def problems(key: str, row: dict[str, Any]) -> list[str]:
     """What is wrong with a binary; nothing, when it is as it should be."""
-    kernel, _, target, head_dim, _ = key.split(" | ")
+    kernel, _, target, head_dim, dtype = key.split(" | ")
     found = []
     if row["shared"] > MACHINES[target].shared_limit:
         found.append(f"{row['shared']} bytes of shared memory, {MACHINES[target].shared_limit} allowed")
     if row["atomics"]:
         found.append("atomics")
+    if dtype == "fp32":  # its products may run on the FP32 lanes
+        return found
     if row["spills"] and int(head_dim) <= 128:
         found.append(f"{row['spills']} spills in full-tile loops")
     if kernel.split()[0] not in MATRIX_PASSES:
@@ -122,7 +127,7 @@ def make(keys: Sequence[str], jobs: int) -> Iterator[tuple[str, dict[str, Any]]]
 def line(key: str, row: dict[str, Any]) -> str:
     cells = {name: str(row[name]) for name in COLUMNS}
     if not row["matrix"]:
-        cells["serial"] = cells["overlap"] = "–"
+        cells["work"] = cells["serial"] = cells["overlap"] = "–"
     own, step, warps, stages = row["tile"]
     cells["tile"] = f"{own}×{step}, {warps}w {stages}s"
     cells["occupancy"] += f" ({row['limit']})"
@@ -137,7 +142,8 @@ def page(rows: dict[str, dict[str, Any]], planned: int) -> str:
         f"Kernels compiled offline for each target with triton {triton.__version__}: {len(rows)} of {planned} "
         f"binaries, {bad} with a problem.",
         "Made by `make compile-matrix`; method in [kernels.md](kernels.md). `spills`, `selects`: in the full-tile loops;",
-        "`edge_spills`: in the loops that mask. `serial`, `overlap`: the worse full-tile loop.",
+        "`edge_spills`: in the loops that mask. `serial`, `overlap`: the worse full-tile loop. `work`: matrix products done",
+        "for each that is needed; bounds count the needed.",
         "",
         f"Spills inside a loop with matrix instructions are left in {len(spilling)} binaries:",
         "",

@@ -107,7 +107,8 @@ class Problem:
             S = k.shape[2]
             T_max, S_max, count = T, S, B * T
         A, P = (0, 0) if prefix_k is None else (prefix_k.shape[0], prefix_k.shape[2])
-        mask = None if key_mask is None else key_mask.contiguous().view(torch.uint8)
+        # 16 bits: Triton lays out matrix operands by the narrowest load behind them, and bytes would cost the loads ahead
+        mask = None if key_mask is None else key_mask.to(torch.int16, memory_format=torch.contiguous_format)
         rows = Rows(cu_seqlens_q, cu_seqlens_k, key_lengths, mask)
         position = None
         if prefix_k is not None and window is not None and window_covers_prefix:
@@ -128,7 +129,7 @@ class Problem:
         return target_of(self.q)
 
     def tile(self, name: str) -> Tile:
-        return tile(name, self.target, self.D, self.q.dtype)
+        return tile(name, self.target, self.D, self.q.dtype, self.softcap is not None)
 
     def arguments(self) -> dict[str, Any]:
         """What every kernel takes."""
@@ -155,16 +156,38 @@ class Problem:
         """
         index, device = self.prefix.index, self.q.device
         if index is None and self.A == 1:
-            return Groups(None, None)
+            return Groups(None, None, None)
         if index is None and self.packed:
-            return Groups(None, self.rows.cu_q)
+            return Groups(None, self.rows.cu_q, None)
         if index is None:
-            return Groups(None, torch.arange(self.B + 1, device=device, dtype=torch.int32) * self.T)
-        group = torch.where((index >= 0) & (index < self.A), index, self.A).to(torch.int32)
-        group = group[row_of_token(self.rows, self.tokens)] if self.packed else group.repeat_interleave(self.T)
-        group, order = torch.sort(group, stable=True)
-        start = torch.searchsorted(group, torch.arange(self.A + 2, device=device, dtype=torch.int32))
-        return Groups(order.to(torch.int32), start.to(torch.int32))
+            return Groups(None, torch.arange(self.B + 1, device=device, dtype=torch.int32) * self.T, None)
+        group, order = torch.sort(self.prefix_of_token(), stable=True)
+        start = torch.searchsorted(group, torch.arange(self.A + 2, device=device))
+        return Groups(order.to(torch.int32), start.to(torch.int32), None)
+
+    def prefix_of_token(self) -> Tensor:
+        """[tokens] the prefix that a flat token reads; A where it reads none."""
+        index, device = self.prefix.index, self.q.device
+        if index is None and self.A == 1:
+            return torch.zeros(self.tokens, device=device, dtype=torch.int64)
+        if index is None:
+            index = torch.arange(self.B, device=device)
+        index = torch.where((index >= 0) & (index < self.A), index, self.A).long()
+        return index[row_of_token(self.rows, self.tokens)] if self.packed else index.repeat_interleave(self.T)
+
+    def readers(self) -> Groups:
+        """As `groups`. Under a window over the prefix a group goes by position: what sees a slot is then a run of it."""
+        position = self.prefix.position
+        if position is None:
+            return self.groups()
+        far, device = 2**32, self.q.device
+        place, order = torch.sort(self.prefix_of_token() * far + position, stable=True)
+        start = torch.searchsorted(place, torch.arange(self.A + 2, device=device) * far - far // 2)
+        length = self.P if self.prefix.lengths is None else self.prefix.lengths.clamp(0, self.P).long()[:, None]
+        first_hidden = torch.arange(self.P, device=device) - length + self.window  # position that no longer sees a slot
+        a = torch.arange(self.A, device=device)[:, None]
+        seen = torch.searchsorted(place, a * far + first_hidden) - start[: self.A, None]
+        return Groups(*(x.to(torch.int32) for x in (order, start, seen)))
 
 
 def row_of_token(rows: Rows, count: int) -> Tensor:

@@ -27,7 +27,8 @@ def raw_scores(q, k, softcap_scale, PRECISION: tl.constexpr):
     """q kᵀ [M, N], under a soft cap tanh(q kᵀ·softcap_scale)."""
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if softcap_scale is not None:
-        s = 1 - 2 / (tl.exp2(s * (softcap_scale * 2 * LOG2E)) + 1)
+        root = tl.rsqrt(tl.exp2(s * (softcap_scale * 2 * LOG2E)) + 1)
+        s = 1 - 2 * root * root  # a division would compare and select for each score
     return s
 
 

@@ -7,7 +7,7 @@ import softkv.kernels
 import torch
 from softkv.kernels.compile import TARGETS, Case, name_of, record
 from softkv.kernels.launch import recording, target_of
-from softkv.kernels.tiles import TABLE, block_d, tile
+from softkv.kernels.tiles import CAPPED, TABLE, block_d, tile
 
 from tests.attention_cases import CASES
 
@@ -78,6 +78,13 @@ def test_a_device_takes_the_tiles_that_fit_it(capability: int, row: int, monkeyp
     properties = SimpleNamespace(major=capability // 10, minor=capability % 10, multi_processor_count=7)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     assert target_of(SimpleNamespace(device=torch.device("cuda"))) == (f"sm_{row}", 7)
+
+
+def test_a_soft_cap_has_rows_of_its_own() -> None:
+    for (name, target, head_dim), row in CAPPED.items():
+        assert tile(name, TARGETS[target][1], head_dim, torch.bfloat16) != row
+        used = {name_of(x): x.tile for x in record(Case("capped", softcap=30.0), target, head_dim, torch.bfloat16)}
+        assert used[name] == row
 
 
 def test_what_the_kernels_do_not_take_is_refused() -> None:
