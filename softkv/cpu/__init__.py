@@ -30,7 +30,7 @@ def forward(
     scale, softcap = options["scale"], options["softcap"]
     if prefix_k is not None and prefix_v is not None and decode.serves(q, k, prefix_k, options):
         return decode.forward(q, k, v, prefix_k, prefix_v, options["key_mask"], scale)
-    fused = q.device.type == "cpu" and softcap is None
+    fused = _fused(q, scale, softcap)
     call = Call(q, k, prefix_k, options, fused, backward=False)
     line, merged = call.line(q), _Merged(call)
     for keys, values, plan in _segments(call, k, v, prefix_k, prefix_v):
@@ -59,7 +59,7 @@ def backward(
     **options: Any,
 ) -> tuple[Tensor | None, ...]:
     scale, softcap, sinks = options["scale"], options["softcap"], options["sinks"]
-    fused = q.device.type == "cpu" and softcap is None and grad_lse is None
+    fused = _fused(q, scale, softcap) and grad_lse is None
     call = Call(q, k, prefix_k, options, fused, backward=True)
     line, grad, merged = call.line(q), call.line(grad_out), call.line(out)
     denominator = call.line_lse(lse)
@@ -104,6 +104,11 @@ def backward(
         *(None if x is None else x.result() for x in of_prefix),
         dsinks,
     )
+
+
+def _fused(q: Tensor, scale: float, softcap: float | None) -> bool:
+    """Whether the library's kernel serves: its causal mask is −∞ before the scale, so NaN or +∞ unless scale > 0."""
+    return q.device.type == "cpu" and softcap is None and scale > 0
 
 
 def _segments(
