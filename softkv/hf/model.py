@@ -64,8 +64,9 @@ def attach(
         A `SoftModel`; its only trainable parameters are the method's, in fp32.
 
     Raises:
-        ValueError: when the model can't be reached through the attention interface, is an encoder-decoder, or its
-            layers don't fit the method.
+        ValueError: when the model can't be reached through the attention interface, takes no position_ids or does not
+            count them from 0, is an encoder-decoder, or its layers don't fit the method (a bidirectional encoder has
+            no place for soft tokens but in a template).
     """
     return SoftModel(model, method, tokenizer=tokenizer, backend=backend, head_once=head_once)
 
@@ -106,6 +107,7 @@ class SoftModel(nn.Module):
         try:
             blocks = self._hooks.probe()
             self._windowed = any(captured.window is not None for captured in blocks.values())
+            self._causal = all(captured.causal for captured in blocks.values())
             self._original.silence_dropout([captured.block for captured in blocks.values()])
             self._frozen = FrozenBase(model, {layer: captured.key for layer, captured in blocks.items()}, tokenizer)
             self.training = model.training
@@ -164,6 +166,12 @@ class SoftModel(nn.Module):
             from softkv import checkpoint
 
             soft = checkpoint.saved(self.base, *checkpoint.read(checkpoint.local(adapter))).build(frozen)
+        if not self._causal and (soft.encodes_rows or soft.placement in ("before", "after")):
+            raise ValueError(
+                f"{type(self.base).__name__} is bidirectional, its rows have no prompt that comes before an answer: "
+                "expected PTuning, PrefixTuning or PTuningV2 without an encoder, got "
+                f"{type(soft.config).__name__}"
+            )
         if soft.encodes_rows:
             self._hooks.hook_blocks()
         self.adapters[name] = soft.to(self.base.device).train(self.training)
