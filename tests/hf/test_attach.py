@@ -285,7 +285,7 @@ def test_a_bidirectional_model() -> None:
     torch.manual_seed(0)
     base = transformers.BertForMaskedLM(config).eval()
     for method in ("prompt-tuning before", "prompt-tuning after", "p-tuning v2 encoder"):
-        with pytest.raises(ValueError, match="BertForMaskedLM is bidirectional.*got P"):
+        with pytest.raises(ValueError, match=r"BertForMaskedLM is bidirectional.*got P"):
             softkv.attach(base, METHODS[method])
     soft = softkv.attach(base, softkv.PTuningV2(length=3, init="random")).eval()
     row, other = torch.tensor([[5, 6, 7, 8]]), torch.tensor([[5, 6, 7, 9]])
