@@ -146,6 +146,7 @@ class SoftModel(nn.Module):
 
         Raises:
             ValueError: when the name is taken or none, or the adapter does not fit the base. Nothing is added then.
+            TypeError: when the adapter is none of these.
             FileNotFoundError: when the folder holds no adapter.
         """
         if self._original is None:
@@ -162,6 +163,10 @@ class SoftModel(nn.Module):
             soft: SoftPrompt = matrices_of(adapter, frozen.shape)
         elif isinstance(adapter, Method):
             soft = adapter.build(frozen)
+        elif not isinstance(adapter, str | os.PathLike):
+            raise TypeError(
+                f"an adapter expects a method such as PTuningV2(length=16), a prefix or a folder, got {adapter!r}"
+            )
         else:
             from softkv import checkpoint
 
@@ -305,8 +310,8 @@ class SoftModel(nn.Module):
 
         Raises:
             ValueError: when adapter_names don't fit the rows or the cache; when training needs the end of the prompts
-                and neither labels nor prompt_lengths are given; on `output_attentions`; on positions past a learned
-                position table.
+                and neither labels nor prompt_lengths are given; on prompt_lengths that are not `[B]` integers or, on
+                CPU, longer than rows; on `output_attentions`; on positions past a learned position table.
         """
         batch = {
             "input_ids": input_ids,

@@ -244,6 +244,8 @@ def test_attention_that_cannot_be_reached(kind: type, settable: bool, monkeypatc
 def test_not_a_causal_language_model() -> None:
     with pytest.raises(TypeError, match="expects a transformers model, got Linear"):
         softkv.attach(nn.Linear(2, 2), METHODS["p-tuning v2"])
+    with pytest.raises(TypeError, match="expects a method such as"):
+        softkv.attach(model_of("Llama"), softkv.PTuningV2)
     config = transformers.T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=11)
     with pytest.raises(ValueError, match="encoder-decoder T5ForConditionalGeneration"):
         softkv.attach(transformers.T5ForConditionalGeneration(config), METHODS["p-tuning v2"])
