@@ -429,6 +429,7 @@ class SoftModel(nn.Module):
     def generate(
         self,
         inputs: Tensor | None = None,
+        generation_config: Any = None,
         *,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -440,6 +441,7 @@ class SoftModel(nn.Module):
 
         Args:
             inputs / input_ids: int64 `[B, T]`; negative ids are a template's soft tokens. Or `inputs_embeds`.
+            generation_config: transformers' `GenerationConfig`; the base's own by default.
             attention_mask: `[B, T]`, padding on either side.
             adapter_names: the adapter of each row, as in `forward`.
             **kwargs: whatever the base's `generate` takes.
@@ -448,6 +450,7 @@ class SoftModel(nn.Module):
             What the base returns. Sequences begin with the ids given; soft tokens come back as padding.
         """
         ids = inputs if input_ids is None else input_ids
+        kwargs |= _given(generation_config=generation_config)
         if not self._enabled:
             _check_no_names(adapter_names)
             return self.base.generate(
@@ -456,7 +459,7 @@ class SoftModel(nn.Module):
         self._check_options(kwargs)
         if ids is None and inputs_embeds is None:
             raise ValueError("SoftModel.generate expects input_ids or inputs_embeds")
-        config = kwargs.get("generation_config") or self.base.generation_config
+        config = generation_config or self.base.generation_config
         _check_ways(
             {name: kwargs.get(name, getattr(config, name)) for name in ("cache_implementation", "token_healing")}
         )
