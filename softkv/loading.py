@@ -32,7 +32,12 @@ def on_device(model: Any, device: str | None) -> Any:
     if device is None:
         found = torch.accelerator.current_accelerator(check_available=True)
         device = found.type if found is not None else "cpu"
-    return model.to(device)
+    try:
+        return model.to(device)
+    except (RuntimeError, AssertionError) as error:  # a name that torch doesn't know, a device that it can't reach
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        fail(f"--device expects a device that this machine's torch can use, got {device!r}: {error}")
 
 
 def load_adapter(adapter: str, model: str | None, dtype: str, device: str | None) -> tuple[SoftModel, Any]:
