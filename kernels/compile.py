@@ -25,6 +25,7 @@ from softkv.kernels.tiles import Target, block_d
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.compiler.compiler import make_backend
 
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), Target("sm_80", 108)),
@@ -39,8 +40,10 @@ POINTERS = {
 }  # fmt: skip
 
 
-def specialise(kernel: Any, arguments: dict[str, Any]) -> ASTSource:
-    """The source as the JIT would specialise it: None and 1 are constants, addresses and strides divisible by 16 say so."""
+def specialise(kernel: Any, arguments: dict[str, Any], target: str) -> ASTSource:
+    """The source as the JIT would specialise it: None and 1 are constants, addresses and strides divisible by 16 say so,
+    and on AMD tensors within 2 GB (their loads need no 64-bit addresses)."""
+    backend = make_backend(TARGETS[target][0])
     signature: dict[str, Any] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
@@ -50,7 +53,7 @@ def specialise(kernel: Any, arguments: dict[str, Any]) -> ASTSource:
         if isinstance(value, tuple):
             return type(value)(*(walk(x, (*path, i), True) for i, x in enumerate(value)))
         if isinstance(value, Tensor):
-            attributes[path] = [["tt.divisibility", 16]]
+            attributes[path] = backend.parse_attr(backend.get_tensor_specialization(value, align=True))
             return POINTERS[value.dtype]
         if isinstance(value, float):
             return "fp32"
@@ -71,7 +74,8 @@ def specialise(kernel: Any, arguments: dict[str, Any]) -> ASTSource:
 
 def build(launch: Launch, target: str) -> Any:
     options = {"num_warps": launch.tile.warps, "num_stages": launch.tile.stages, "enable_fp_fusion": True}
-    return triton.compile(specialise(launch.kernel, launch.arguments), target=TARGETS[target][0], options=options)
+    source = specialise(launch.kernel, launch.arguments, target)
+    return triton.compile(source, target=TARGETS[target][0], options=options)
 
 
 @dataclass(frozen=True)
@@ -186,7 +190,7 @@ def matrix(
     seen = set()
     for head_dim, dtype, target, case in itertools.product(dims, dtypes, targets, cases):
         for launch in record(case, target, head_dim, dtype):
-            source = specialise(launch.kernel, launch.arguments)
+            source = specialise(launch.kernel, launch.arguments, target)
             binary = (source.hash(), launch.tile, target)
             if binary not in seen:
                 seen.add(binary)

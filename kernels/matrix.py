@@ -86,7 +86,8 @@ def _reader() -> bytes:
 
 
 def _made_from(launch: Launch, target: str) -> str:
-    made_from = (specialise(launch.kernel, launch.arguments).hash(), launch.tile[:4], target, triton.__version__)
+    source = specialise(launch.kernel, launch.arguments, target)
+    made_from = (source.hash(), launch.tile[:4], target, triton.__version__)
     return hashlib.sha256(repr(made_from).encode() + _reader()).hexdigest()[:16]
 
 

@@ -20,6 +20,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from softkv import ranges
 
@@ -145,5 +147,18 @@ for _name, _kernel, _fake in (
 torch.library.register_autograd("softkv::attention", _derive, setup_context=_save, lib=_library)
 torch.library.register_autograd("softkv::attention_backward", _refuse_double_backward, lib=_library)
 
-attention = cast(Any, torch.ops.softkv.attention.default)
+_attention_op = cast(Any, torch.ops.softkv.attention.default)
 _attention_backward_op = cast(Any, torch.ops.softkv.attention_backward.default)
+
+
+def attention(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """`softkv::attention`. Where the dispatcher has nothing to add (no gradient, no tracing, plain tensors), the engine
+    is called at once: for one token of a few rows the way through it would take as long as the attention."""
+    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode()
+    if tracing or not all(_plain(x) for x in arguments if isinstance(x, Tensor)):
+        return _attention_op(*arguments)
+    return _attention(*arguments)
+
+
+def _plain(x: Tensor) -> bool:
+    return type(x) in (Tensor, Parameter) and not (x.requires_grad and torch.is_grad_enabled())

@@ -107,6 +107,9 @@ CASES: dict[str, Callable[[], Case]] = {
     "one row": lambda: dense(B=1, P=7),
     "one query": lambda: dense(T=1, S=9, P=7, A=1),
     "one query, ragged cache": lambda: dense(B=3, T=1, S=9, P=7, A=1, key_lengths=index(9, 0, 4)),
+    "few queries, ragged bank, more readers of some": lambda: dense(
+        B=7, T=2, S=9, A=4, P=7, prefix_index=index(2, 1, 3, 2, -1, 3, 2), prefix_lengths=index(7, 2, 7, 5)
+    ),
     "one query, bank": lambda: dense(B=4, T=1, S=9, A=2, P=7, prefix_index=index(1, -1, 0, 1)),
     "one query, a prefix a row": lambda: dense(B=3, T=1, S=9, P=7, prefix_lengths=index(7, 2, 0)),
     "one query, padding": lambda: dense(T=1, S=6, P=3, A=1, key_mask=mask("001111", "110110")),

@@ -44,7 +44,9 @@ def forward(
     prefix_out, prefix_lse = piece.flash(whole, prefix_k, prefix_v, 0.0, False, scale=scale)  # [1, G, B·R, D]
     prefix_lse = prefix_lse.view(G, B, -1).transpose(0, 1)
     weight = torch.sub(prefix_lse, lse).sigmoid_().unsqueeze_(-1)
-    out.lerp_(prefix_out.squeeze(0).unflatten(1, (B, -1)).transpose(0, 1), weight)
-    result = torch.empty_like(q)
-    result.view(B, G, -1, D).copy_(out)
-    return result, torch.logaddexp(lse, prefix_lse).reshape(B, H, 1).contiguous()
+    out.lerp_(prefix_out.view(G, B, -1, D).transpose(0, 1), weight)
+    lse = torch.logaddexp(lse, prefix_lse).reshape(B, H, 1)
+    out = out.view(B, H, 1, D)
+    if out.stride()[:2] == q.stride()[:2]:
+        return out.as_strided(q.shape, q.stride()), lse
+    return torch.empty_like(q).copy_(out), lse

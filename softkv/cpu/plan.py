@@ -35,7 +35,7 @@ class Queries:
     def of(self, line: Tensor) -> Tensor:
         """[N, H, ...] → [rows, H, t, ...]: a view, or a copy of picked tokens."""
         if self.index is not None:
-            return line[self.index].unsqueeze(0).transpose(1, 2)
+            return line[self.index].unflatten(0, (self.rows, self.length)).transpose(1, 2)
         n, t = self.rows * self.length, self.t1 - self.t0
         part = line if n == line.shape[0] else line[self.start : self.start + n]
         part = part.view(self.rows, self.length, *part.shape[1:])
@@ -230,6 +230,8 @@ def plan_prefix(call: Call) -> list[Piece]:
     for b, a in enumerate(range(call.B) if index is None else index.tolist()):
         if 0 <= a < call.A and lengths[a] and call.starts[b] < call.starts[b + 1]:
             readers.setdefault(a, []).append(b)
+    if _few_each(call, readers):
+        return [_bank(call, readers, lengths)]
     pieces = []
     for a, rows in readers.items():
         if rows[-1] - rows[0] == len(rows) - 1:
@@ -261,6 +263,29 @@ def _prefix_per_row(call: Call, lengths: list[int]) -> list[Piece]:
         seen = torch.arange(P, device=call.device) < torch.tensor(lengths, device=call.device)[:, None]
         return [_masked(call, seen[:, None].expand(-1, T, -1), slice(0, call.B))]
     return [Piece(Queries(b * T, 1, T, 0, T), slice(b, b + 1), 0, length) for b, length in enumerate(lengths) if length]
+
+
+def _few_each(call: Call, readers: dict[int, list[int]]) -> bool:
+    """Whether neighbours in a bank have few queries each, about as many: generation with an adapter a row."""
+    if call.backward or not call.dense or len(readers) < 2:
+        return False
+    most = max(len(rows) for rows in readers.values())
+    neighbours = max(readers) - min(readers) == len(readers) - 1
+    return neighbours and most * call.T <= _FEW_QUERIES and most * len(readers) <= 2 * sum(map(len, readers.values()))
+
+
+def _bank(call: Call, readers: dict[int, list[int]], lengths: list[int]) -> Piece:
+    """All prefixes that are read, in one call. Where one has fewer readers than another, its last stands in again, with
+    the same result."""
+    most = max(len(rows) for rows in readers.values())
+    used = sorted(readers)
+    rows = [row for a in used for row in readers[a] + readers[a][-1:] * (most - len(readers[a]))]
+    size = torch.tensor([lengths[a] for a in used], device=call.device)
+    longest, mask = max(lengths[a] for a in used), None
+    if min(lengths[a] for a in used) < longest:
+        mask = _additive(torch.arange(longest, device=call.device) < size[:, None], call.dtype)[:, None, None]
+    queries = Queries(0, len(used), most * call.T, 0, most * call.T, call.tokens_of(rows))
+    return Piece(queries, slice(used[0], used[-1] + 1), 0, longest, mask)
 
 
 def _windowed_prefix(call: Call, window: int, lengths: list[int], index: list[int] | None) -> list[Piece]:

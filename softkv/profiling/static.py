@@ -62,7 +62,7 @@ def compile_kernel(kernel: Any, arguments: dict[str, Any], target: str, warps: i
     """Compile a `@triton.jit` function as its launcher would with these arguments: tensors on the meta device, numbers,
     and constexprs."""
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
-    return triton.compile(specialise(kernel, arguments), target=TARGETS[target][0], options=options)
+    return triton.compile(specialise(kernel, arguments, target), target=TARGETS[target][0], options=options)
 
 
 def judge(subject: Subject) -> dict[str, Any]:

@@ -17,14 +17,24 @@ KERNELS = ("forward", "prepare", "dq", "dkv", "dkv over the prefix", "decode", "
 ROWS: dict[str, dict[str, Any]] = json.loads(COMMITTED.read_text())["rows"]
 
 
+def _without_interpreter(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_kernel_compiles_as_it_should(target: str) -> None:
     """Shared memory within the limit; no spill, no atomics, no select a score; the target's own matrix instructions."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "softkv.kernels.compile", "--jobs", "1", "--target", target]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = _without_interpreter("-m", "softkv.kernels.compile", "--jobs", "1", "--target", target)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("\n") > 10
+
+
+def test_what_is_compiled_offline_is_what_the_jit_compiles() -> None:
+    """The same signature, constants and alignment of every argument."""
+    done = _without_interpreter("-m", "tests.kernels.jit")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert int(done.stdout.split()[-2]) > 300
 
 
 def test_the_committed_table_holds_every_kernel_and_target() -> None:
