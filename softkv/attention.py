@@ -68,7 +68,7 @@ def prefix_attention(
         `return_lse` also lse [B, H, T], the natural logarithm of the denominator, sinks included, float32 (float64 for
         float64 inputs), differentiable. A query that sees nothing has out 0 and lse −inf (with sinks, its head's sink).
 
-    What no query sees (masked keys, keys and slots past a length) must hold finite numbers: it is multiplied by 0.
+    What no query sees (masked keys, keys and slots past a length) may hold anything, NaN too.
 
     Gradients flow to q, k, v, prefix_k, prefix_v and sinks, and only those asked for are computed. A prefix's gradient
     is summed over the rows and query heads that read it, in at least float32 and in a fixed order: bitwise the same
