@@ -86,6 +86,16 @@ def test_gradient_of_a_sum_has_no_strides(name: str) -> None:
     assert_matches(*results, 1e-11)
 
 
+def test_a_sink_of_minus_infinity_is_no_sink() -> None:
+    """Also where nothing is seen: out 0, lse −∞."""
+    case = CASES["sinks where nothing is seen"]()
+    with torch.no_grad():
+        case.leaves["sinks"].fill_(float("-inf"))
+    got, want = case.run(), CASES["T > S without prefix: out 0, lse −inf"]().run()
+    assert got.pop("sinks").eq(0).all()
+    assert_matches(got, want, 1e-11)
+
+
 def test_a_gradient_of_lse_alone() -> None:
     case = CASES["sinks"]()
     results = []

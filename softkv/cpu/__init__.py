@@ -79,11 +79,11 @@ def backward(
         delta = (grad.to(lse.dtype) * merged).sum(-1)
         if grad_lse is not None:
             delta -= call.line_lse(grad_lse)
+    # A query that sees nothing: exp(−∞ − 0) = 0, not exp(−∞ + ∞).
+    denominator = denominator.masked_fill(denominator == float("-inf"), 0)
     dsinks = None
     if needs[5]:
         dsinks = -((sinks - denominator).exp() * delta).sum(0).to(sinks.dtype)
-    # A query that sees nothing: exp(−∞ − 0) = 0, not exp(−∞ + ∞).
-    denominator = denominator.masked_fill(denominator == float("-inf"), 0)
 
     dq = _Sum(line) if needs[0] else None
     sums: list[_Sum | None] = []
@@ -191,7 +191,8 @@ class _Merged:
         if sinks is None:
             return out, lse
         total = torch.logaddexp(lse, sinks.to(lse.dtype))
-        return out.mul_((lse - total).exp_().unsqueeze(-1)), total
+        weight = (lse - total).exp_().nan_to_num_(0)  # nothing seen and a sink of −∞: −∞ − −∞
+        return out.mul_(weight.unsqueeze(-1)), total
 
 
 class _Sum:
