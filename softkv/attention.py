@@ -3,6 +3,8 @@
 """
 
 import itertools
+import warnings
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
@@ -66,7 +68,7 @@ def prefix_attention(
         `return_lse` also lse [B, H, T], the natural logarithm of the denominator, sinks included, float32 (float64 for
         float64 inputs), differentiable. A query that sees nothing has out 0 and lse −inf (with sinks, its head's sink).
 
-    What no query sees (masked keys, keys and slots past a length) must hold finite numbers: it is multiplied by 0.
+    What no query sees (masked keys, keys and slots past a length) may hold anything, NaN too.
 
     Gradients flow to q, k, v, prefix_k, prefix_v and sinks, and only those asked for are computed. A prefix's gradient
     is summed over the rows and query heads that read it, in at least float32 and in a fixed order: bitwise the same
@@ -82,8 +84,12 @@ def prefix_attention(
     Source: exact attention in parts merged by log-sum-exp, as in FlashDecoding and Hydragen (arXiv 2402.05099), with
     the backward of FlashAttention-2 (arXiv 2307.08691) run on each part with the merged log-sum-exp.
     """
-    if backend != "reference":
-        _refuse_transforms(q, k, v, prefix_k, prefix_v, sinks)
+    _check_operands(
+        {"q": q, "k": k, "v": v},
+        {"prefix_k": prefix_k, "prefix_v": prefix_v, "prefix_index": prefix_index, "prefix_lengths": prefix_lengths,
+         "key_mask": key_mask, "key_lengths": key_lengths, "sinks": sinks},
+        backend,
+    )  # fmt: skip
     if q.dim() != 4:
         raise ValueError(f"q: expected 4 dims [B, H, T, D], got {_shape(q)}")
     B, H, T, D = q.shape
@@ -159,8 +165,12 @@ def prefix_attention_varlen(
 
     Source: the packed layout is flash-attn's `flash_attn_varlen_func`.
     """
-    if backend != "reference":
-        _refuse_transforms(q, k, v, prefix_k, prefix_v, sinks)
+    _check_operands(
+        {"q": q, "k": k, "v": v, "cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k},
+        {"prefix_k": prefix_k, "prefix_v": prefix_v, "prefix_index": prefix_index, "prefix_lengths": prefix_lengths,
+         "sinks": sinks},
+        backend,
+    )  # fmt: skip
     if q.dim() != 3:
         raise ValueError(f"q: expected 3 dims [N, H, D], got {_shape(q)}")
     H, D = q.shape[1], q.shape[2]
@@ -192,6 +202,15 @@ def prefix_attention_varlen(
 
 def _shape(x: Tensor) -> str:
     return str(list(x.shape))
+
+
+def _check_operands(needed: dict[str, Tensor], optional: dict[str, Tensor | None], backend: str | None) -> None:
+    given = needed | {name: x for name, x in optional.items() if x is not None}
+    for name, x in given.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    if backend != "reference":
+        _refuse_transforms(given.values())
 
 
 def _check_tokens(q: Tensor, k: Tensor, v: Tensor, H: int, D: int, layout: str) -> None:
@@ -305,16 +324,12 @@ def _check_cu_seqlens(q: Tensor, name: str, x: Tensor, rows: int, total: int, lo
             raise ValueError(f"{name}: expected row lengths from 0 to max_seqlen = {longest}, got {lengths}")
 
 
-def _refuse_transforms(*tensors: Tensor | None) -> None:
+def _refuse_transforms(tensors: Collection[Tensor]) -> None:
     if torch.compiler.is_compiling():
         return
-    if functorch.maybe_current_level() is not None and any(
-        functorch.is_functorch_wrapped_tensor(x) for x in tensors if x is not None
-    ):
+    if functorch.maybe_current_level() is not None and any(functorch.is_functorch_wrapped_tensor(x) for x in tensors):
         raise RuntimeError("prefix_attention: torch.func transforms are not supported; backend='reference' is")
-    if forward_ad._current_level >= 0 and any(
-        forward_ad.unpack_dual(x).tangent is not None for x in tensors if x is not None
-    ):
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors):
         raise RuntimeError("prefix_attention: forward-mode AD is not supported; backend='reference' is")
 
 
@@ -325,4 +340,6 @@ def _engine(backend: str | None, q: Tensor) -> str:
         raise ValueError(f"backend: expected None or one of {', '.join(_BACKENDS)}, got {backend!r}")
     if backend == "triton" and not q.is_cuda and not load_engine("triton").interpreter_enabled():
         raise RuntimeError(f"backend 'triton': expected a CUDA or ROCm tensor, or TRITON_INTERPRET=1, got {q.device}")
+    if backend == "triton" and not q.is_cuda and q.dtype == torch.bfloat16:
+        warnings.warn("Triton's interpreter computes bfloat16 wrongly: expected float16 or float32 there", stacklevel=3)
     return backend

@@ -140,6 +140,8 @@ def report(output: Output = FOLDER) -> None:
     """Make the plots and report.html of the results in a folder anew."""
     from softkv.benchmarks import report
 
+    if not any(output.glob("*.json")):
+        fail(f"{output} holds no results: softkv bench attention, train and generate put theirs there")
     out.print(f"report: {report.write(output)}")
 
 

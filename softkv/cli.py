@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from enum import Enum
 from pathlib import Path
@@ -336,7 +337,10 @@ def evaluate(
         examples = _examples(soft_model, tokenizer, columns, rows, ending, Loss.ANSWER)
         results = {"perplexity": perplexity(soft_model, examples, batch_size=batch_size)}
     if as_json:
-        measured = {name: {"value": each.value, "interval": each.interval} for name, each in results.items()}
+        measured = {
+            name: {"value": each.value, "interval": [x if math.isfinite(x) else None for x in each.interval]}
+            for name, each in results.items()
+        }  # JSON knows no infinity
         print(json.dumps(measured | {"rows": len(rows)}))
     else:
         for name, each in results.items():

@@ -82,11 +82,13 @@ def _api() -> Any:
         raise RuntimeError("backend 'flash': expected flash-attn, `pip install softkv[flash]`, got none") from missing
 
 
-def _refuse(q: Tensor, **asked: Any) -> None:
+def _refuse(q: Tensor, scale: float, **asked: Any) -> None:
     if q.dtype not in (torch.float16, torch.bfloat16):
         raise NotImplementedError(f"backend 'flash': expected float16 or bfloat16, got {q.dtype}")
     if q.shape[-1] > 256 or q.shape[-1] % 8:
         raise NotImplementedError(f"backend 'flash': expected D ≤ 256 and a multiple of 8, got {q.shape[-1]}")
+    if scale <= 0:
+        raise NotImplementedError(f"backend 'flash': expected a scale above 0, which its kernels need, got {scale}")
     for name, value in asked.items():
         if value is not None and value is not False:
             raise NotImplementedError(f"backend 'flash': expected no {name}: flash-attn's kernels do not take it")
@@ -97,7 +99,7 @@ def _parts(
 ) -> list[_Part]:
     """The prefix (first, if there is one) and the tokens (if there are any), in flash-attn's layout."""
     _refuse(
-        q, prefix_index=o["prefix_index"], prefix_lengths=o["prefix_lengths"], key_mask=o["key_mask"],
+        q, o["scale"], prefix_index=o["prefix_index"], prefix_lengths=o["prefix_lengths"], key_mask=o["key_mask"],
         key_lengths=o["key_lengths"], window_covers_prefix=prefix_k is not None and o["window_covers_prefix"],
     )  # fmt: skip
     is_packed = o["cu_seqlens_q"] is not None
@@ -153,7 +155,7 @@ def backward(
     None where not asked for, or where nothing was read (zero). A part none of whose gradients is asked for is not
     called; of one that is, flash-attn's kernel computes all three.
     """
-    _refuse(q, **{"gradient of lse": grad_lse})
+    _refuse(q, options["scale"], **{"gradient of lse": grad_lse})
     need_q, need_k, need_v, need_pk, need_pv, need_sinks = needs
     dense = q.dim() == 4
 

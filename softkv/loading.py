@@ -40,8 +40,9 @@ def on_device(model: Any, device: str | None) -> Any:
         device = found.type if found is not None else "cpu"
     try:
         return model.to(device)
-    except (AssertionError, RuntimeError) as error:
-        fail(f"the model can't be put on --device {device}: {str(error).strip().splitlines()[0]}")
+    except (AssertionError, RuntimeError) as error:  # unknown to torch, out of its reach, or too small
+        reason = str(error).strip().splitlines()[0]
+        fail(f"--device expects a device that this machine's torch can put the model on, got {device!r}: {reason}")
 
 
 def load_adapter(adapter: str, model: str | None, dtype: str, device: str | None) -> tuple[SoftModel, Any]:

@@ -161,4 +161,4 @@ def attention(*arguments: Any) -> tuple[Tensor, Tensor]:
 
 
 def _plain(x: Tensor) -> bool:
-    return type(x) in (Tensor, Parameter) and not (x.requires_grad and torch.is_grad_enabled())
+    return type(x) in (Tensor, Parameter) and not x.is_meta and not (x.requires_grad and torch.is_grad_enabled())

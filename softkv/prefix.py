@@ -78,14 +78,23 @@ class Prefix:
 
         Args:
             cache: a cache whose every layer holds `keys` and `values` `[A, G, P, D]` of the same P tokens
-                (a `DynamicCache` after one unpadded forward).
+                (a `DynamicCache` after one unpadded forward). Of a static cache, the filled part is taken.
 
         Raises:
-            ValueError: when layers differ in shape, as when a sliding-window layer has dropped tokens, or hold no K/V.
+            ValueError: when a sliding-window layer has dropped tokens, or layers hold no K/V.
         """
         if not all(isinstance(getattr(layer, "keys", None), Tensor) for layer in cache.layers):
             raise ValueError("a prefix needs K/V in every layer: this cache has layers without any (empty, or states)")
-        keys, values = [layer.keys for layer in cache.layers], [layer.values for layer in cache.layers]
+        keys, values = [], []
+        for layer in cache.layers:
+            filled, held = int(layer.get_seq_length()), layer.keys.shape[2]
+            if filled > held:
+                raise ValueError(
+                    f"a prefix needs K/V of every token, but a sliding-window layer has dropped some: it holds {held} "
+                    f"of {filled} (fill a cache made without the config)"
+                )
+            keys.append(layer.keys[:, :, :filled])
+            values.append(layer.values[:, :, :filled])
         return cls.from_layers(keys, values)
 
     @classmethod

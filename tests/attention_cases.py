@@ -155,6 +155,9 @@ CASES: dict[str, Callable[[], Case]] = {
     "tiles of queries, padding and holes": lambda: dense(
         B=3, T=140, P=5, A=1, key_mask=mask("0" * 30 + "1" * 110, "1" * 99 + "0" * 41, "011" * 46 + "00")
     ),
+    "more than a few queries, left padding and holes": lambda: dense(
+        T=40, P=5, A=1, key_mask=mask("000" + "1101" * 9 + "1", "1" * 40)
+    ),
     "tiles of queries, window": lambda: dense(T=200, S=230, P=5, A=1, window=70),
     "tiles of queries, window over the prefix": lambda: dense(
         B=5, H=2, G=1, T=150, P=90, A=1, window=100, window_covers_prefix=True
@@ -182,6 +185,8 @@ CASES: dict[str, Callable[[], Case]] = {
     "sinks": lambda: dense(P=7, A=1, sinks=True),
     "sinks where nothing is seen": lambda: dense(T=9, S=4, sinks=True),
     "scale": lambda: dense(P=7, A=1, scale=0.3),
+    "scale below 0": lambda: dense(P=7, A=1, scale=-0.3),
+    "scale of 0: the mean of what is seen": lambda: dense(P=7, A=1, scale=0.0),
     "everything at once": lambda: dense(
         B=3, T=5, S=7, A=2, P=6, sinks=True, softcap=2.0, window=4, window_covers_prefix=True, scale=0.4,
         prefix_index=index(1, -1, 0), prefix_lengths=index(6, 3), key_lengths=index(7, 4, 0),

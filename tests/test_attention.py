@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from softkv.attention import prefix_attention, prefix_attention_varlen
-from tests.attention_cases import CASES, Case, dense, packed
+from tests.attention_cases import CASES, Case, dense, index, mask, packed
 
 
 def assert_matches(got: dict, want: dict, tolerance: float) -> None:
@@ -86,6 +86,16 @@ def test_gradient_of_a_sum_has_no_strides(name: str) -> None:
     assert_matches(*results, 1e-11)
 
 
+def test_a_sink_of_minus_infinity_is_no_sink() -> None:
+    """Also where nothing is seen: out 0, lse −∞."""
+    case = CASES["sinks where nothing is seen"]()
+    with torch.no_grad():
+        case.leaves["sinks"].fill_(float("-inf"))
+    got, want = case.run(), CASES["T > S without prefix: out 0, lse −inf"]().run()
+    assert got.pop("sinks").eq(0).all()
+    assert_matches(got, want, 1e-11)
+
+
 def test_a_gradient_of_lse_alone() -> None:
     case = CASES["sinks"]()
     results = []
@@ -103,6 +113,38 @@ def test_padding_moves_nothing() -> None:
     padded = {n: torch.nn.functional.pad(alone.leaves[n], (0, 0, 3, 0), value=9.0) for n in ("q", "k", "v")}
     out, _ = Case(alone.leaves | padded, alone.options | {"key_mask": keep}).call()
     torch.testing.assert_close(out[:, :, 3:], alone.call()[0])
+
+
+HIDING = {
+    "part-filled cache": lambda T: dense(B=3, T=T, S=T + 4, P=3, A=1, key_lengths=index(T + 1, T + 4, 0)),
+    "padding with holes": lambda T: dense(
+        T=T, P=3, A=1, key_mask=mask("0" * (T // 2) + "1" * (T - T // 2), "1" * (T // 3) + "0" + "1" * (T - T // 3 - 1))
+    ),
+    "ragged rows": lambda T: dense(B=3, T=T, P=7, prefix_lengths=index(7, 2, 0)),
+    "ragged bank": lambda T: dense(
+        B=3, T=T, A=2, P=7, prefix_index=index(0, -1, 1), prefix_lengths=index(4, 7), softcap=2.0
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HIDING)
+@pytest.mark.parametrize("T", [1, 5, 40])  # few queries get a mask, more get slices
+@pytest.mark.parametrize("with_lse", [True, False], ids=["lse", "out"])
+def test_what_no_query_sees_may_hold_anything(name: str, T: int, with_lse: bool) -> None:
+    case = HIDING[name](T)
+    want = case.run("reference", with_lse=with_lse)
+    lengths, slots = case.options.get("key_lengths"), case.options.get("prefix_lengths")
+    with torch.no_grad():
+        for kind in ("k", "v"):
+            keys = case.leaves[kind].transpose(1, 2)
+            if "key_mask" in case.options:
+                keys[~case.options["key_mask"]] = float("nan")
+            if lengths is not None:
+                keys[torch.arange(keys.shape[1]) >= lengths[:, None]] = float("inf")
+            if slots is not None:
+                prefix = case.leaves[f"prefix_{kind}"].transpose(1, 2)
+                prefix[torch.arange(prefix.shape[1]) >= slots[:, None]] = float("nan")
+    assert_matches(case.run(with_lse=with_lse), want, 1e-11)
 
 
 def test_packed_rows_equal_dense_rows() -> None:

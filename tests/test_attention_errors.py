@@ -22,6 +22,7 @@ def _rand(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
 # B = 2, H = 4, G = 2, T = S = 5, P = 7, D = 16
 DENSE = {
     "q of five dims": ({"q": _rand(1, 2, 4, 5, 16)}, ValueError, r"q: expected 4 dims \[B, H, T, D\], got \[1, 2, 4, 5, 16\]"),
+    "no k": ({"k": None}, TypeError, r"k: expected a tensor, got NoneType"),
     "q of integers": ({"q": torch.ones(2, 4, 5, 16).long()}, TypeError, r"q: expected float16.*got torch.int64"),
     "k of another D": ({"k": _rand(2, 2, 5, 8)}, ValueError, r"k: expected \[B, G, S, D\] with D = 16, got \[2, 2, 5, 8\]"),
     "k of three dims": ({"k": _rand(2, 5, 16)}, ValueError, r"k: expected \[B, G, S, D\]"),
@@ -40,6 +41,7 @@ DENSE = {
     "index of another length": ({"prefix_index": index(0)}, ValueError, r"prefix_index: expected \[2\], got \[1\]"),
     "index of floats": ({"prefix_index": torch.zeros(2)}, TypeError, r"prefix_index: expected torch.int32 or torch.int64, got torch.float32"),
     "index on another device": ({"prefix_index": torch.zeros(2, device="meta").int()}, ValueError, r"prefix_index: expected the device of q"),
+    "index as a list": ({"prefix_index": [0, 0]}, TypeError, r"prefix_index: expected a tensor, got list"),
     "index past the bank": ({"prefix_index": index(0, 1)}, ValueError, r"prefix_index: expected values from -1 to 0, got 1"),
     "index below −1": ({"prefix_index": index(0, -2)}, ValueError, r"prefix_index: expected values from -1 to 0, got -2"),
     "prefix length past P": ({"prefix_lengths": index(8)}, ValueError, r"prefix_lengths: expected values from 0 to 7, got 8"),
@@ -62,6 +64,7 @@ DENSE = {
 # rows of 2 and 3 tokens
 PACKED = {
     "k of another D": ({"k": _rand(5, 2, 8)}, ValueError, r"k: expected \[M, G, D\] with D = 16"),
+    "ends as a list": ({"cu_seqlens_q": [0, 2, 5]}, TypeError, r"cu_seqlens_q: expected a tensor, got list"),
     "ends of int64": ({"cu_seqlens_q": torch.tensor([0, 2, 5])}, TypeError, r"cu_seqlens_q: expected torch.int32, got torch.int64"),
     "ends of two dims": ({"cu_seqlens_q": index(0, 2, 5)[None]}, ValueError, r"cu_seqlens_q: expected \[B \+ 1\], got \[1, 3\]"),
     "no ends": ({"cu_seqlens_q": index()}, ValueError, r"cu_seqlens_q: expected \[B \+ 1\], got \[0\]"),
@@ -102,9 +105,11 @@ def test_values_are_not_read_off_the_cpu() -> None:
     for name, x in case.leaves.items():
         case.leaves[name] = x.to("meta")
     case.options = {name: x.to("meta") for name, x in case.options.items()}
-    out, lse = case.call()
-    assert out.shape == (2, 4, 5, 16)
-    assert lse.shape == (2, 4, 5)
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients):
+            out, lse = case.call()
+        assert out.shape == (2, 4, 5, 16)
+        assert lse.shape == (2, 4, 5)
 
 
 def test_double_backward() -> None:
@@ -122,6 +127,20 @@ def test_function_transforms(transform: object) -> None:
         transform(lambda k: _with(case, prefix_k=k).call()[0].sum())(
             case.leaves["prefix_k"][None] if transform is torch.func.vmap else case.leaves["prefix_k"]
         )
+
+
+def test_a_transform_of_options_alone() -> None:
+    case = dense(P=7, A=1)
+    with pytest.raises(RuntimeError, match=r"torch\.func transforms are not supported"):
+        torch.func.vmap(lambda x: _with(case, prefix_index=x).call()[0])(torch.zeros(3, 2).int())
+
+
+def test_bfloat16_in_the_interpreter_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There its products are of raw 16-bit integers: wrong by 1e8, without a word."""
+    monkeypatch.setattr("softkv.kernels.interpreter_enabled", lambda: True)
+    monkeypatch.setattr("softkv.kernels.forward", lambda q, *rest, **options: (q, q[..., 0].float()))
+    with pytest.warns(UserWarning, match="interpreter computes bfloat16 wrongly"):
+        dense(P=7, A=1).to(torch.bfloat16).call(backend="triton")
 
 
 def test_forward_mode() -> None:

@@ -254,6 +254,8 @@ MISTAKES: dict[str, tuple[list[Any], str]] = {
     "no adapter": (["inspect", "out"], "out holds no soft prompt"),
     "no adapter to evaluate": (["eval", "out", "-d", "rows.jsonl"], "out holds no soft prompt"),
     "no adapter to generate with": (["generate", "out", "w3"], "out holds no soft prompt"),
+    "an unknown device": (["generate", "trained", "w3", "--device", "cudaa"], "torch can put the model on, got 'cudaa'"),
+    "nothing to report": (["bench", "report"], "runs/bench holds no results"),
     "a wrong dtype": (["generate", "trained", "w3", "--dtype", "int3"], "--dtype expects auto"),
     "no fields": (["generate", "trained", "-f", "review=w3"], "the template has the fields text, got review"),
 }
@@ -278,6 +280,12 @@ def test_mistakes_are_one_line(
     assert len(result.output.strip().splitlines()) == 1
     assert "Traceback" not in result.output
     assert not Path("out").exists()
+
+
+def test_json_of_one_row_has_no_infinity(folder: Path, trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "one.jsonl").write_text(json.dumps(ROWS[0]))
+    said = softkv("eval", trained, "-d", tmp_path / "one.jsonl", "--answer", "label", "--json")
+    assert json.loads(said, parse_constant=pytest.fail)["perplexity"]["interval"][1] is None
 
 
 def test_a_damaged_adapter_is_one_line(trained: Path, tmp_path: Path) -> None:

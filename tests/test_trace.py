@@ -86,7 +86,7 @@ def test_the_command_writes_a_trace_and_a_picture(what: str, tmp_path: Path) -> 
     ("options", "message"),
     [
         (["--answer", "8"], "--answer expects fewer than --tokens 8, got 8"),
-        (["--device", "nowhere"], "the model can't be put on --device nowhere: "),
+        (["--device", "nowhere"], "that this machine's torch can put the model on, got 'nowhere': "),
         (["-o", __file__], f"--output expects a folder, got the file {__file__}"),
     ],
 )

@@ -27,10 +27,19 @@ from softkv.cpu.plan import Call, Piece, plan_prefix, plan_tokens
 def forward(
     q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, **options: Any
 ) -> tuple[Tensor, Tensor]:
+    out, lse = _forward(q, k, v, prefix_k, prefix_v, options)
+    if _hides(options) and not out.isfinite().all():
+        out, lse = _forward(q, *_seen(k, v, prefix_k, prefix_v, options), options)
+    return out, lse
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, options: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
     scale, softcap = options["scale"], options["softcap"]
     if prefix_k is not None and prefix_v is not None and decode.serves(q, k, prefix_k, options):
         return decode.forward(q, k, v, prefix_k, prefix_v, options["key_mask"], scale)
-    fused = q.device.type == "cpu" and softcap is None
+    fused = _fused(q, scale, softcap)
     call = Call(q, k, prefix_k, options, fused, backward=False)
     line, merged = call.line(q), _Merged(call)
     for keys, values, plan in _segments(call, k, v, prefix_k, prefix_v):
@@ -59,7 +68,9 @@ def backward(
     **options: Any,
 ) -> tuple[Tensor | None, ...]:
     scale, softcap, sinks = options["scale"], options["softcap"], options["sinks"]
-    fused = q.device.type == "cpu" and softcap is None and grad_lse is None
+    if _hides(options) and not all(x.sum().isfinite() for x in (k, v, prefix_k, prefix_v) if x is not None):
+        k, v, prefix_k, prefix_v = _seen(k, v, prefix_k, prefix_v, options)
+    fused = _fused(q, scale, softcap) and grad_lse is None
     call = Call(q, k, prefix_k, options, fused, backward=True)
     line, grad, merged = call.line(q), call.line(grad_out), call.line(out)
     denominator = call.line_lse(lse)
@@ -68,11 +79,11 @@ def backward(
         delta = (grad.to(lse.dtype) * merged).sum(-1)
         if grad_lse is not None:
             delta -= call.line_lse(grad_lse)
+    # A query that sees nothing: exp(−∞ − 0) = 0, not exp(−∞ + ∞).
+    denominator = denominator.masked_fill(denominator == float("-inf"), 0)
     dsinks = None
     if needs[5]:
         dsinks = -((sinks - denominator).exp() * delta).sum(0).to(sinks.dtype)
-    # A query that sees nothing: exp(−∞ − 0) = 0, not exp(−∞ + ∞).
-    denominator = denominator.masked_fill(denominator == float("-inf"), 0)
 
     dq = _Sum(line) if needs[0] else None
     sums: list[_Sum | None] = []
@@ -104,6 +115,34 @@ def backward(
         *(None if x is None else x.result() for x in of_prefix),
         dsinks,
     )
+
+
+def _hides(options: dict[str, Any]) -> bool:
+    return any(options[name] is not None for name in ("key_mask", "key_lengths", "prefix_lengths"))
+
+
+def _seen(
+    k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, options: dict[str, Any]
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The operands with 0 where keys or slots are hidden from every query: these may hold anything, and a mask
+    multiplies it by 0, which NaN and ∞ survive. Copies, so only made where that shows."""
+    mask, lengths = options["key_mask"], options["key_lengths"]
+    hidden = None if mask is None else ~mask
+    if lengths is not None:
+        past = torch.arange(k.shape[-2], device=k.device) >= lengths[:, None]
+        hidden = past if hidden is None else hidden | past
+    if hidden is not None:
+        k, v = (x.masked_fill(hidden[:, None, :, None], 0) for x in (k, v))
+    lengths = options["prefix_lengths"]
+    if lengths is not None and prefix_k is not None and prefix_v is not None:
+        past = (torch.arange(prefix_k.shape[2], device=k.device) >= lengths[:, None])[:, None, :, None]
+        prefix_k, prefix_v = prefix_k.masked_fill(past, 0), prefix_v.masked_fill(past, 0)
+    return k, v, prefix_k, prefix_v
+
+
+def _fused(q: Tensor, scale: float, softcap: float | None) -> bool:
+    """Whether the library's kernel serves: its causal mask is −∞ before the scale, so NaN or +∞ unless scale > 0."""
+    return q.device.type == "cpu" and softcap is None and scale > 0
 
 
 def _segments(
@@ -152,7 +191,8 @@ class _Merged:
         if sinks is None:
             return out, lse
         total = torch.logaddexp(lse, sinks.to(lse.dtype))
-        return out.mul_((lse - total).exp_().unsqueeze(-1)), total
+        weight = (lse - total).exp_().nan_to_num_(0)  # nothing seen and a sink of −∞: −∞ − −∞
+        return out.mul_(weight.unsqueeze(-1)), total
 
 
 class _Sum:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from softkv.cpu import piece
 
-_HIDDEN = 1e30
+_HIDDEN = 0.9 * torch.finfo(torch.float32).max  # past any score
 _LEFT_TO_PLANS = ("prefix_index", "prefix_lengths", "key_lengths", "window", "sinks", "softcap")
 
 

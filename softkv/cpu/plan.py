@@ -197,7 +197,7 @@ def plan_tokens(call: Call) -> list[Piece]:
             if run.holes is not None:
                 holes = _additive(run.holes[run.lo + s0 : run.lo + s1], call.dtype).expand(t1 - t0, -1)
                 if flag:
-                    mask = _band_mask(call, t1 - t0, s1 - s0, t0 - s0, True, call.S)
+                    mask = _band_mask(call, t1 - t0, s1 - s0, 0, True, call.S)
                 mask, flag = holes.contiguous() if mask is None else mask + holes, False
                 blind = (mask == float("-inf")).all(-1)
             keys = run.key_start + run.lo

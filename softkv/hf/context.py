@@ -26,6 +26,7 @@ class Captured(NamedTuple):
     key: Tensor  # [B, G, S, D]
     value: Tensor
     window: int | None
+    causal: bool
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,8 @@ class DecoderHooks:
         self.blocks: dict[int, nn.Module] = {}
         self.calls = _Calls()
         self._reads_blocks = False
-        self._table = _learned_positions(self.decoder)
+        table = _learned_positions(self.decoder)
+        self._table = None if table is None else table.num_embeddings - int(getattr(table, "offset", 0))
         self._handles = [
             self.decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True),
             self.decoder.register_forward_hook(self._leave_decoder, with_kwargs=True),
@@ -133,8 +134,20 @@ class DecoderHooks:
                 f"{name} does not pass keywords through to transformers' attention interface, so softkv can't reach "
                 "its attention"
             )
+        self._check_positions_are_taken(name)
         self.blocks = {layer: captured.block for layer, captured in blocks.items()}
         return blocks
+
+    def _check_positions_are_taken(self, name: str) -> None:
+        """Tokens stand behind a prefix by their position ids: a decoder must take them, and count from 0."""
+        if "position_ids" not in inspect.signature(self.decoder.forward).parameters:
+            raise ValueError(f"{name} takes no position_ids, so softkv can't place its tokens behind a prefix")
+        table = _learned_positions(self.decoder)
+        if table is not None and table.padding_idx is not None:
+            raise ValueError(
+                f"{name} counts positions from {table.padding_idx + 1}, past those of padding; softkv expects a model "
+                "that counts from 0"
+            )
 
     def embed(self, ids: Tensor, soft_tokens: Tensor) -> Tensor:
         """Embeddings `[B, T, C]` of ids, with soft token -i-1 where an id i is negative."""
@@ -271,13 +284,13 @@ class DecoderHooks:
             )
 
 
-def _learned_positions(decoder: nn.Module) -> int | None:
-    """The number of positions of a learned table, or None for models that compute positions."""
+def _learned_positions(decoder: nn.Module) -> nn.Embedding | None:
+    """The learned table of positions, or None for models that compute them."""
     for name, module in decoder.named_modules():
         if isinstance(module, nn.Embedding) and name.split(".")[-1] in (
             "wpe",
             "embed_positions",
             "position_embeddings",
         ):
-            return module.num_embeddings - int(getattr(module, "offset", 0))
+            return module
     return None

@@ -104,8 +104,9 @@ def attention(
         )
     context = softkv_prefix if softkv_prefix is not None else SoftContext()
     layer = getattr(module, "layer_idx", 0)
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     if context.capture is not None:
-        context.capture[layer] = Captured(module, key, value, sliding_window)
+        context.capture[layer] = Captured(module, key, value, sliding_window, causal)
 
     device = query.device.type
     autocasts = device != "meta" and torch.is_autocast_enabled(device)  # torch knows no autocast there, and raises
@@ -113,7 +114,7 @@ def attention(
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     options: dict[str, Any] = {
         "scale": scaling,
-        "is_causal": is_causal if is_causal is not None else getattr(module, "is_causal", True),
+        "is_causal": causal,
         "window": sliding_window,
         "softcap": softcap,
         "sinks": s_aux if s_aux is None else s_aux.to(dtype),

@@ -64,8 +64,9 @@ def attach(
         A `SoftModel`; its only trainable parameters are the method's, in fp32.
 
     Raises:
-        ValueError: when the model can't be reached through the attention interface, is an encoder-decoder, or its
-            layers don't fit the method.
+        ValueError: when the model can't be reached through the attention interface, takes no position_ids or does not
+            count them from 0, is an encoder-decoder, or its layers don't fit the method (a bidirectional encoder has
+            no place for soft tokens but in a template).
     """
     return SoftModel(model, method, tokenizer=tokenizer, backend=backend, head_once=head_once)
 
@@ -106,6 +107,7 @@ class SoftModel(nn.Module):
         try:
             blocks = self._hooks.probe()
             self._windowed = any(captured.window is not None for captured in blocks.values())
+            self._causal = all(captured.causal for captured in blocks.values())
             self._original.silence_dropout([captured.block for captured in blocks.values()])
             self._frozen = FrozenBase(model, {layer: captured.key for layer, captured in blocks.items()}, tokenizer)
             self.training = model.training
@@ -144,6 +146,7 @@ class SoftModel(nn.Module):
 
         Raises:
             ValueError: when the name is taken or none, or the adapter does not fit the base. Nothing is added then.
+            TypeError: when the adapter is none of these.
             FileNotFoundError: when the folder holds no adapter.
         """
         if self._original is None:
@@ -160,10 +163,20 @@ class SoftModel(nn.Module):
             soft: SoftPrompt = matrices_of(adapter, frozen.shape)
         elif isinstance(adapter, Method):
             soft = adapter.build(frozen)
+        elif not isinstance(adapter, str | os.PathLike):
+            raise TypeError(
+                f"an adapter expects a method such as PTuningV2(length=16), a prefix or a folder, got {adapter!r}"
+            )
         else:
             from softkv import checkpoint
 
             soft = checkpoint.saved(self.base, *checkpoint.read(checkpoint.local(adapter))).build(frozen)
+        if not self._causal and (soft.encodes_rows or soft.placement in ("before", "after")):
+            raise ValueError(
+                f"{type(self.base).__name__} is bidirectional, its rows have no prompt that comes before an answer: "
+                "expected PTuning, PrefixTuning or PTuningV2 without an encoder, got "
+                f"{type(soft.config).__name__}"
+            )
         if soft.encodes_rows:
             self._hooks.hook_blocks()
         self.adapters[name] = soft.to(self.base.device).train(self.training)
@@ -297,8 +310,8 @@ class SoftModel(nn.Module):
 
         Raises:
             ValueError: when adapter_names don't fit the rows or the cache; when training needs the end of the prompts
-                and neither labels nor prompt_lengths are given; on `output_attentions`; on positions past a learned
-                position table.
+                and neither labels nor prompt_lengths are given; on prompt_lengths that are not `[B]` integers or, on
+                CPU, longer than rows; on `output_attentions`; on positions past a learned position table.
         """
         batch = {
             "input_ids": input_ids,
@@ -416,6 +429,7 @@ class SoftModel(nn.Module):
     def generate(
         self,
         inputs: Tensor | None = None,
+        generation_config: Any = None,
         *,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -427,6 +441,7 @@ class SoftModel(nn.Module):
 
         Args:
             inputs / input_ids: int64 `[B, T]`; negative ids are a template's soft tokens. Or `inputs_embeds`.
+            generation_config: transformers' `GenerationConfig`; the base's own by default.
             attention_mask: `[B, T]`, padding on either side.
             adapter_names: the adapter of each row, as in `forward`.
             **kwargs: whatever the base's `generate` takes.
@@ -435,6 +450,7 @@ class SoftModel(nn.Module):
             What the base returns. Sequences begin with the ids given; soft tokens come back as padding.
         """
         ids = inputs if input_ids is None else input_ids
+        kwargs |= _given(generation_config=generation_config)
         if not self._enabled:
             _check_no_names(adapter_names)
             return self.base.generate(
@@ -443,7 +459,7 @@ class SoftModel(nn.Module):
         self._check_options(kwargs)
         if ids is None and inputs_embeds is None:
             raise ValueError("SoftModel.generate expects input_ids or inputs_embeds")
-        config = kwargs.get("generation_config") or self.base.generation_config
+        config = generation_config or self.base.generation_config
         _check_ways(
             {name: kwargs.get(name, getattr(config, name)) for name in ("cache_implementation", "token_healing")}
         )

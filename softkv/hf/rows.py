@@ -69,8 +69,20 @@ class Lines:
             )
             return torch.minimum(start, self.last)
         if prompt_lengths is not None:
-            return torch.minimum(self.first + prompt_lengths.to(self.first), self.last)
+            return torch.minimum(self.first + self._checked(prompt_lengths), self.last)
         return self.last
+
+    def _checked(self, prompt_lengths: Tensor) -> Tensor:
+        lengths, rows = torch.as_tensor(prompt_lengths, device=self.first.device), len(self.first)
+        if lengths.shape != (rows,) or lengths.is_floating_point():
+            raise ValueError(f"prompt_lengths expects [{rows}] integers, got {list(lengths.shape)} of {lengths.dtype}")
+        if lengths.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere a look would wait
+            tokens = self.last - self.first
+            if bool(((lengths < 0) | (lengths > tokens)).any()):
+                raise ValueError(
+                    f"prompt_lengths expects no more than each row's tokens, {tokens.tolist()}, got {lengths.tolist()}"
+                )
+        return lengths.to(self.first)
 
     def prompts(self, split: Tensor) -> RowPrompts:
         """The prompt tokens of each row, as an index into the flat batch."""

@@ -244,6 +244,8 @@ def test_attention_that_cannot_be_reached(kind: type, settable: bool, monkeypatc
 def test_not_a_causal_language_model() -> None:
     with pytest.raises(TypeError, match="expects a transformers model, got Linear"):
         softkv.attach(nn.Linear(2, 2), METHODS["p-tuning v2"])
+    with pytest.raises(TypeError, match="expects a method such as"):
+        softkv.attach(model_of("Llama"), softkv.PTuningV2)
     config = transformers.T5Config(d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2, vocab_size=11)
     with pytest.raises(ValueError, match="encoder-decoder T5ForConditionalGeneration"):
         softkv.attach(transformers.T5ForConditionalGeneration(config), METHODS["p-tuning v2"])
@@ -262,6 +264,12 @@ OTHERS = {
     "DeepseekV3": (transformers.DeepseekV3Config, {}, "values as wide as keys"),
 }
 
+_BART = {"d_model": 32, "decoder_layers": 1, "decoder_attention_heads": 4, "decoder_ffn_dim": 48, "dropout": 0.0}
+OTHERS |= {
+    "Bart": (transformers.BartConfig, _BART | {"is_encoder_decoder": False, "is_decoder": True}, "no position_ids"),
+    "Roberta": (transformers.RobertaConfig, {"is_decoder": True}, "counts positions from 1"),
+}
+
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_models_that_do_not_fit(name: str) -> None:
@@ -271,6 +279,22 @@ def test_models_that_do_not_fit(name: str) -> None:
     with pytest.raises(ValueError, match=message):
         softkv.attach(model, METHODS["p-tuning v2"])
     assert_same_state(state_of(model), before)
+
+
+def test_a_bidirectional_model() -> None:
+    """K/V in front serve it as any model; soft tokens beside a prompt would be run as if nothing followed them."""
+    config = transformers.BertConfig(**SIZES, initializer_range=0.25)
+    torch.manual_seed(0)
+    base = transformers.BertForMaskedLM(config).eval()
+    for method in ("prompt-tuning before", "prompt-tuning after", "p-tuning v2 encoder"):
+        with pytest.raises(ValueError, match=r"BertForMaskedLM is bidirectional.*got P"):
+            softkv.attach(base, METHODS[method])
+    soft = softkv.attach(base, softkv.PTuningV2(length=3, init="random")).eval()
+    row, other = torch.tensor([[5, 6, 7, 8]]), torch.tensor([[5, 6, 7, 9]])
+    alone = soft(row).logits
+    assert not torch.allclose(alone[:, 0], soft(other).logits[:, 0])  # it sees what follows
+    padded_row, mask = torch.tensor([[0, 0, 5, 6, 7, 8]]), torch.tensor([[0, 0, 1, 1, 1, 1]])
+    torch.testing.assert_close(soft(padded_row, attention_mask=mask).logits[:, 2:], alone)
 
 
 def test_attention_in_some_layers_only() -> None:

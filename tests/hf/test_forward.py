@@ -29,6 +29,16 @@ def test_prompt_lengths_stand_in_for_labels(method: str) -> None:
             close(got, want)
 
 
+def test_prompt_lengths_that_do_not_fit() -> None:
+    model, ids = attach("Llama", "prompt-tuning after"), torch.tensor([[0, 5, 6], [7, 8, 9]])
+    for lengths, message in (
+        ([3, 3], r"tokens, \[2, 3\], got \[3, 3\]"), ([-1, 2], r"got \[-1, 2\]"), ([2], r"expects \[2\] integers"),
+        ([1.0, 2.0], r"expects \[2\] integers"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            model(ids, attention_mask=ids.ne(0), prompt_lengths=torch.tensor(lengths))
+
+
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("method", METHODS)
 def test_without_either_a_row_is_all_prompt(name: str, method: str) -> None:

@@ -169,6 +169,8 @@ def test_lengths_streams_and_outputs(method: str) -> None:
     assert len(model.generate(**batch)[0]) == T + 20  # transformers' default
     assert model.generate(given, max_new_tokens=STEPS).tolist() == output.sequences.tolist()
     assert model.generate(inputs=given, max_new_tokens=STEPS).tolist() == output.sequences.tolist()
+    config = transformers.GenerationConfig(max_new_tokens=STEPS, pad_token_id=0)  # second, as transformers takes it
+    assert model.generate(given, config).tolist() == output.sequences.tolist()
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -85,5 +85,16 @@ def test_caches_that_are_no_text() -> None:
     with pytest.raises(ValueError, match="layers without any"):
         Prefix.from_cache(transformers.DynamicCache(config=model.config))
     windowed = model(ids, use_cache=True).past_key_values  # made with the config: keeps a window of tokens
-    with pytest.raises(ValueError, match="one shape in every layer"):
+    with pytest.raises(ValueError, match=r"dropped some: it holds 4 of 10"):
         Prefix.from_cache(windowed)
+    model = model_of("Mistral: a sliding window")  # all layers alike
+    with pytest.raises(ValueError, match=r"dropped some: it holds 4 of 10"):
+        Prefix.from_cache(model(ids, use_cache=True).past_key_values)
+
+
+def test_from_a_static_cache() -> None:
+    """Its layers are buffers: what is not filled yet is no slot."""
+    model, ids = model_of("Llama"), torch.arange(2, 12)[None]
+    cache = transformers.StaticCache(model.config, max_cache_len=16)
+    model(ids, past_key_values=cache)
+    torch.testing.assert_close(Prefix.from_cache(cache).k, Prefix.from_ids(model, ids).k)

@@ -128,7 +128,13 @@ def test_matches_the_oracle(name: str, flash: None) -> None:
 
 
 def test_what_flash_attn_does_not_take_is_refused(flash: None) -> None:
-    for name in ("bank with a row without prefix", "left padding", "part-filled cache", "window over the prefix"):
+    for name in (
+        "bank with a row without prefix",
+        "left padding",
+        "part-filled cache",
+        "window over the prefix",
+        "scale below 0",
+    ):
         with pytest.raises(NotImplementedError, match="flash"):
             CASES[name]().to(torch.float16).call(backend="flash")
     with pytest.raises(NotImplementedError, match="float16"):
