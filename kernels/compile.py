@@ -173,7 +173,7 @@ def judge(launch: Launch, target: str, head_dim: int) -> dict[str, Any]:
             width = launch.tile.step if loop in report.full else launch.tile.edge
             loop.flops = PRODUCTS[kernel] * 2 * launch.tile.own * width * block_d(head_dim)
     spills, hot, work = sum(loop.count(SPILL) for loop in report.full), report.hot, 1.0
-    if hot is not None and kernel in ("forward", "dq", "dkv"):
+    if hot is not None and hot.matrix_flops and kernel in ("forward", "dq", "dkv"):
         work = hot.matrix_flops / (PRODUCTS[kernel] * 2 * launch.tile.own * launch.tile.step * block_d(head_dim))
     return {
         "tile": list(launch.tile[:4]), "registers": report.registers, "stack": report.stack, "shared": report.shared,

@@ -3,6 +3,7 @@
 """
 
 import itertools
+import math
 import warnings
 from collections.abc import Collection
 
@@ -97,7 +98,7 @@ def prefix_attention(
     S = k.shape[2]
     if k.shape[0] != B:
         raise ValueError(f"k: expected the batch of q, {B} rows, got {k.shape[0]}")
-    _check_options(window, is_causal, softcap)
+    _check_options(scale, window, is_causal, softcap)
     if key_mask is not None or key_lengths is not None:
         _check_keys(q, key_mask, key_lengths, B, S)
     if prefix_k is not None or prefix_v is not None or prefix_index is not None or prefix_lengths is not None:
@@ -175,7 +176,7 @@ def prefix_attention_varlen(
         raise ValueError(f"q: expected 3 dims [N, H, D], got {_shape(q)}")
     H, D = q.shape[1], q.shape[2]
     _check_tokens(q, k, v, H, D, "[M, G, D]")
-    _check_options(window, is_causal, softcap)
+    _check_options(scale, window, is_causal, softcap)
     rows = cu_seqlens_q.shape[0] - 1 if cu_seqlens_q.dim() == 1 else -1
     _check_cu_seqlens(q, "cu_seqlens_q", cu_seqlens_q, rows, q.shape[0], max_seqlen_q)
     _check_cu_seqlens(q, "cu_seqlens_k", cu_seqlens_k, rows, k.shape[0], max_seqlen_k)
@@ -229,11 +230,20 @@ def _check_tokens(q: Tensor, k: Tensor, v: Tensor, H: int, D: int, layout: str) 
         raise ValueError(f"heads: expected D ≥ 1 and H a multiple of G ≥ 1, got H = {H}, G = {k.shape[1]}, D = {D}")
 
 
-def _check_options(window: int | None, is_causal: bool, softcap: float | None) -> None:
+def _check_options(scale: float | None, window: int | None, is_causal: bool, softcap: float | None) -> None:
+    if isinstance(scale, float) and not math.isfinite(scale):
+        raise ValueError(f"scale: expected a finite number, or None for D^-0.5, got {scale}")
+    if window is not None:
+        _check_integer("window", window)
     if window is not None and (window < 1 or not is_causal):
         raise ValueError(f"window: expected at least 1, with is_causal=True, got {window} with is_causal={is_causal}")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap: expected a number above 0, or None, got {softcap}")
+
+
+def _check_integer(name: str, x: int) -> None:
+    if not isinstance(x, int | torch.SymInt):
+        raise TypeError(f"{name}: expected an int, got {x!r}")
 
 
 def _check_integers(q: Tensor, name: str, x: Tensor, size: int, dtypes: tuple[torch.dtype, ...] = _INTEGERS) -> None:
@@ -315,6 +325,7 @@ def _check_cu_seqlens(q: Tensor, name: str, x: Tensor, rows: int, total: int, lo
     if rows < 0:
         raise ValueError(f"{name}: expected [B + 1], got {_shape(x)}")
     _check_integers(q, name, x, rows + 1, (torch.int32,))
+    _check_integer(name.replace("cu_seqlens", "max_seqlen"), longest)
     if _readable(x):
         ends = x.tolist()
         if ends[0] != 0 or ends[-1] != total:

@@ -51,6 +51,8 @@ DENSE = {
     "mask on another device": ({"key_mask": torch.ones(2, 5, device="meta").bool()}, ValueError, r"key_mask: expected the device of q"),
     "key length past S": ({"key_lengths": index(5, 6)}, ValueError, r"key_lengths: expected values from 0 to 5, got 6"),
     "key length below 0": ({"key_lengths": index(5, -1)}, ValueError, r"key_lengths: expected values from 0 to 5, got -1"),
+    "scale of NaN": ({"scale": float("nan")}, ValueError, r"scale: expected a finite number, or None for D\^-0.5, got nan"),
+    "window of a part": ({"window": 2.5}, TypeError, r"window: expected an int, got 2.5"),
     "window of nothing": ({"window": 0}, ValueError, r"window: expected at least 1, with is_causal=True, got 0"),
     "window without causality": ({"window": 3, "is_causal": False}, ValueError, r"window: expected .* got 3 with is_causal=False"),
     "softcap of 0": ({"softcap": 0.0}, ValueError, r"softcap: expected a number above 0, or None, got 0.0"),
@@ -73,6 +75,7 @@ PACKED = {
     "ends that decrease": ({"cu_seqlens_q": index(0, 6, 5)}, ValueError, r"cu_seqlens_q: expected row lengths from 0 to max_seqlen = 3, got \[6, -1\]"),
     "ends that start late": ({"cu_seqlens_q": index(1, 2, 5)}, ValueError, r"cu_seqlens_q: expected it to start at 0 and end at 5, got 1 and 5"),
     "ends that stop early": ({"cu_seqlens_k": index(0, 2, 4)}, ValueError, r"cu_seqlens_k: expected it to start at 0 and end at 5, got 0 and 4"),
+    "no max_seqlen": ({"max_seqlen_q": None}, TypeError, r"max_seqlen_q: expected an int, got None"),
     "a row too long": ({"max_seqlen_k": 2}, ValueError, r"cu_seqlens_k: expected row lengths from 0 to max_seqlen = 2, got \[2, 3\]"),
     "index of another length": ({"prefix_index": index(0)}, ValueError, r"prefix_index: expected \[2\], got \[1\]"),
 }  # fmt: skip

@@ -254,7 +254,7 @@ MISTAKES: dict[str, tuple[list[Any], str]] = {
     "no adapter": (["inspect", "out"], "out holds no soft prompt"),
     "no adapter to evaluate": (["eval", "out", "-d", "rows.jsonl"], "out holds no soft prompt"),
     "no adapter to generate with": (["generate", "out", "w3"], "out holds no soft prompt"),
-    "an unknown device": (["generate", "trained", "w3", "--device", "cudaa"], "torch can put the model on, got 'cudaa'"),
+    "an unknown device": (["generate", "trained", "w3", "--device", "cudaa"], "put the model on, got 'cudaa'"),
     "nothing to report": (["bench", "report"], "runs/bench holds no results"),
     "a wrong dtype": (["generate", "trained", "w3", "--dtype", "int3"], "--dtype expects auto"),
     "no fields": (["generate", "trained", "-f", "review=w3"], "the template has the fields text, got review"),

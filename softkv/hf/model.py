@@ -225,6 +225,12 @@ class SoftModel(nn.Module):
         """The number of trainable parameters."""
         return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
 
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """As transformers' `num_parameters`, what is learned included."""
+        from transformers import PreTrainedModel
+
+        return PreTrainedModel.num_parameters(self, only_trainable, exclude_embeddings)
+
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
     ) -> None:

@@ -68,6 +68,7 @@ def test_detach_restores_exactly(method: str, attention: str) -> None:
     assert [module.training for module in model.modules()] == list(before[2].values())
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert soft.num_trainable() == sum(parameter.numel() for parameter in soft.soft.parameters())
+    assert soft.num_parameters(only_trainable=True) == soft.num_trainable()
     soft.train()
     soft.gradient_checkpointing_enable()
     ids = [[-1, 5, -2, -3, 6]] if method == "p-tuning" else [[4, 5, 6]]
