@@ -281,7 +281,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "train": _train,
     "step-profile": _step_profile,
     "generate": _generate,
-    "kernel-bounds": static_bounds.kernels,
     "adapters-generation": lambda: _adapters("generation", "generating 8 tokens each, greedy"),
     "adapters-forward": lambda: _adapters("forward", "one forward pass"),
     "attention-training": lambda: _attention("training", f"training shapes; {CAT}"),
@@ -295,6 +294,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "attention-decoding-batch": lambda: _decoding("decoding-batch", f"growing B; {CACHED}"),
     "attention-decoding-bank": lambda: _decoding("decoding-bank", f"a bank of A prefixes; {CACHED}", axes="BPA"),
     "static-bounds": static_bounds.table,
+    "kernel-bounds": static_bounds.kernels,
 }
 
 

@@ -1,6 +1,7 @@
-"""The static bounds of softkv's kernels beside its peers', as docs/profiling.md shows them. They are no times.
+"""Static bounds as the docs show them: softkv's kernels, and beside its peers'. They are no times.
 
-`results/static.json` is what `softkv profile static --json` printed with the peers installed.
+`results/static.json` is what `softkv profile static --json` printed with the peers installed,
+`results/compile_matrix.json` what `make compile-matrix` wrote.
 """
 
 from __future__ import annotations
@@ -16,6 +17,29 @@ HOW = """\
 |---|---|---|---|---:|---:|---|---:|---:|---:|---:|
 {rows}
 """
+
+
+KERNELS = """\
+Triton {triton}, bf16, causal over a shared prefix (`make compile-matrix`).
+
+| pass | target | D | tile, warps, stages | registers | programs | work | serial | overlap |
+|---|---|---:|---|---:|---:|---:|---:|---:|
+{rows}
+"""
+
+
+def kernels() -> str:
+    content = read_json(FOLDER / "compile_matrix.json")
+    lines = []
+    for kernel in ("forward", "dq", "dkv", "dkv over the prefix"):
+        for target in ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942"):
+            for dim in (64, 128, 256):
+                row = content["rows"][f"{kernel} | causal, shared prefix | {target} | {dim} | bf16"]
+                own, step, warps, stages = row["tile"]
+                cells = (kernel, target, dim, f"{own}×{step}, {warps}, {stages}", row["registers"], row["occupancy"])
+                bounds = (f"{row[name]:.2f}" for name in ("work", "serial", "overlap"))
+                lines.append(f"| {' | '.join(map(str, (*cells, *bounds)))} |")
+    return KERNELS.format(triton=content["triton"], rows="\n".join(lines))
 
 
 def table() -> str:
@@ -53,27 +77,3 @@ def _line(row: dict[str, Any]) -> str:
         *(number(row[key]) for key in ("work", "overlap", "serial", "exponentials_per_score")),
     )
     return f"| {' | '.join(map(str, cells))} |"
-
-
-KERNELS = """\
-Triton {triton}, bf16, causal over a shared prefix (`make compile-matrix`).
-
-| pass | target | D | tile, warps, stages | registers | programs | work | serial | overlap |
-|---|---|---:|---|---:|---:|---:|---:|---:|
-{rows}
-"""
-
-
-def kernels() -> str:
-    """As docs/kernels.md shows them, from what `make compile-matrix` wrote."""
-    content = read_json(FOLDER / "compile_matrix.json")
-    lines = []
-    for kernel in ("forward", "dq", "dkv", "dkv over the prefix"):
-        for target in ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942"):
-            for dim in (64, 128, 256):
-                row = content["rows"][f"{kernel} | causal, shared prefix | {target} | {dim} | bf16"]
-                own, step, warps, stages = row["tile"]
-                cells = (kernel, target, dim, f"{own}×{step}, {warps}, {stages}", row["registers"], row["occupancy"])
-                bounds = (f"{row[name]:.2f}" for name in ("work", "serial", "overlap"))
-                lines.append(f"| {' | '.join(map(str, (*cells, *bounds)))} |")
-    return KERNELS.format(triton=content["triton"], rows="\n".join(lines))
