@@ -51,7 +51,7 @@ EVERYWHERE = {
 }
 
 # (pass, architecture) → padded head dim up to which a row serves → row.
-TABLE: dict[tuple[str, str | None], dict[int, Tile]] = {
+TABLE: dict[tuple[str, str], dict[int, Tile]] = {
     ("forward", "sm_80"): {
         64: Tile(
             128, 64, 4, 2, "32 rows a warp: key fragments are read from shared memory half as often as with 8 warps"
@@ -138,7 +138,7 @@ TABLE: dict[tuple[str, str | None], dict[int, Tile]] = {
 # fp32 products are exact (ieee) unless TF32 is allowed. There is nothing to load ahead for.
 LANES = "FP32 lanes: a thread holds whole rows of operands; longer steps or fewer warps spill, by thousands at D = 256"
 MFMA = "gfx942 has matrix instructions for fp32; steps of 32 spill at D = 256"
-FP32: dict[tuple[str, str | None], dict[int, Tile]] = {
+FP32: dict[tuple[str, str], dict[int, Tile]] = {
     ("forward", "any"): {256: Tile(32, 16, 8, 1, LANES)},
     ("dq", "any"): {256: Tile(16, 16, 8, 1, LANES)},
     ("dkv", "any"): {128: Tile(32, 16, 8, 1, LANES), 256: Tile(16, 16, 8, 1, "99 KiB of shared memory, in TF32 too")},
@@ -154,8 +154,6 @@ CAPPED: dict[tuple[str, str, int], Tile] = {
     ("dkv", "sm_90", 128): Tile(128, 32, 8, 2, "0.55; 128×64: 0.57 but for 9 spills a step"),
 }
 
-# sm_120 has sm_80's matrix instructions, and 99 KiB of shared memory.
-SAME_AS = {"sm_120": "sm_80"}
 MEASURED: dict[tuple[str, str, int, torch.dtype], Tile] = {}  # filled by `softkv.kernels.tuning`, and nobody else
 
 
@@ -177,7 +175,7 @@ def tile(name: str, target: Target, head_dim: int, dtype: torch.dtype, capped: b
         table, capped = FP32, False
     if capped and (row := CAPPED.get((name, target.arch, block_d(head_dim)))):
         return row
-    for arch in (target.arch, SAME_AS.get(target.arch), "any"):
+    for arch in (target.arch, "any"):
         if rows := table.get((name, arch)):
             return rows[min(d for d in rows if d >= block_d(head_dim))]
     raise KeyError((name, target.arch))
