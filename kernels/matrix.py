@@ -145,7 +145,7 @@ def page(rows: dict[str, dict[str, Any]], planned: int) -> str:
         "`edge_spills`: in the loops that mask. `serial`, `overlap`: the worse full-tile loop. `work`: matrix products done",
         "for each that is needed; bounds count the needed.",
         "",
-        f"Spills inside a loop with matrix instructions are left in {len(spilling)} binaries:",
+        f"Spills inside a loop of matrix products are left in {len(spilling)} binaries:",
         "",
         *(f"- {key}: {rows[key]['spills']} in full tiles, {rows[key]['edge_spills']} in edges" for key in spilling),
         "",
