@@ -47,7 +47,6 @@ EVERYWHERE = {
     "merge": Tile(16, 1, 4, 1, ONE_PASS),
     "prepare": Tile(32, 1, 4, 1, ONE_PASS),
     "add_parts": Tile(1024, 1, 4, 1, ONE_PASS),
-    "decode_prefix": Tile(64, 1, 4, 1, BATCHED),
 }
 
 # (pass, architecture) → padded head dim up to which a row serves → row.
@@ -129,6 +128,7 @@ TABLE: dict[tuple[str, str], dict[int, Tile]] = {
         128: Tile(64, 32, 4, 2, "longer rows spill here"),
         256: Tile(32, 32, 4, 1, "99 KiB of shared memory"),
     },
+    ("decode_prefix", "any"): {256: Tile(64, 1, 4, 1, BATCHED)},
     ("decode", "any"): {
         128: Tile(16, 64, 4, 2, SKINNY),
         256: Tile(16, 32, 4, 2, SKINNY),
@@ -142,6 +142,7 @@ FP32: dict[tuple[str, str], dict[int, Tile]] = {
     ("forward", "any"): {256: Tile(32, 16, 8, 1, LANES)},
     ("dq", "any"): {256: Tile(16, 16, 8, 1, LANES)},
     ("dkv", "any"): {128: Tile(32, 16, 8, 1, LANES), 256: Tile(16, 16, 8, 1, "99 KiB of shared memory, in TF32 too")},
+    ("decode_prefix", "any"): {256: Tile(32, 1, 8, 1, "64 items spill on sm_90: by 92 at D = 128, 1115 at 256")},
     ("decode", "any"): {256: Tile(16, 16, 8, 1, LANES)},
     ("forward", "gfx942"): {256: Tile(32, 16, 4, 1, MFMA)},
     ("dq", "gfx942"): {256: Tile(32, 16, 4, 1, MFMA)},
