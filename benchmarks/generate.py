@@ -21,7 +21,7 @@ from typing import Any
 
 from . import movie_snippets
 from .machine import machine
-from .model_jobs import ModelJob, ModelSettings
+from .model_jobs import ModelJob, ModelSettings, fetch
 from .peft_peer import in_peft, rows_of_matrices
 from .processes import take_turns
 from .timing import summary
@@ -88,6 +88,7 @@ def run(
     chosen: dict[str, Case], rounds: int, settings: ModelSettings, command: str, progress: Callable[[int], None]
 ) -> Iterator[tuple[str, Any]]:
     """(name, record) of each case."""
+    fetch(settings)
     about = {"machine": machine(settings.device), "command": command, "settings": asdict(settings)}
     for name, case in chosen.items():
         yield name, measure(case, rounds, settings, progress) | about
@@ -113,7 +114,7 @@ def measure(case: Case, rounds: int, settings: ModelSettings, progress: Callable
 
 def same_tokens(first: dict[str, Any]) -> dict[str, str]:
     """Why PEFT is not to be timed, if it gave other tokens than softkv."""
-    if first.get("PEFT", first["softkv"]) == first["softkv"]:
+    if not {"softkv", "PEFT"} <= first.keys() or first["PEFT"] == first["softkv"]:
         return {}
     pairs = zip(first["softkv"], first["PEFT"], strict=True)
     differ = sum(a != b for a, b in pairs)

@@ -25,6 +25,12 @@ class ModelSettings:
         return cls(name, device, "bfloat16" if device == "cuda" else "float32")
 
 
+def fetch(settings: ModelSettings) -> None:
+    """Download the model before several processes ask for it at once."""
+    if settings.model != "tiny":
+        smollm2.obtain()
+
+
 class ModelJob:
     """A provider in a process of its own (`processes.Job`)."""
 

@@ -32,7 +32,11 @@ def obtain() -> Path:
     with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
         converted = Path(scratch) / "model"
         _convert(_download(Path(scratch)), converted)
-        os.replace(converted, folder)
+        try:
+            os.replace(converted, folder)
+        except OSError:  # another process was first
+            if not (folder / "config.json").exists():
+                raise
     return folder
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from . import movie_snippets
 from .machine import machine
-from .model_jobs import ModelJob, ModelSettings
+from .model_jobs import ModelJob, ModelSettings, fetch
 from .peft_peer import in_peft, rows_of_matrices, without_soft_tokens
 from .processes import take_turns
 from .timing import summary
@@ -178,6 +178,7 @@ def run(
     chosen: dict[str, Case], steps: int, settings: ModelSettings, command: str, progress: Callable[[int], None]
 ) -> Iterator[tuple[str, Any]]:
     """(name, record) of each case."""
+    fetch(settings)
     about = {"machine": machine(settings.device), "command": command, "settings": asdict(settings)}
     for name, case in chosen.items():
         yield name, measure(case, steps, settings, progress) | about
