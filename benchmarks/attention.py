@@ -59,9 +59,12 @@ def run(cases: list[Case], settings: Settings, command: str, quick: bool = False
     about = {"machine": machine(settings.device), "command": command, "settings": asdict(settings)}
     sizes = {"size": 64, "mebibytes": 1} if quick else {"size": 2048, "mebibytes": 256}
     peak: dict[str, float] = {}
+    sweep = None
     for case in cases:
-        seen = peak_rates(settings.device, settings.dtype, clock, **sizes)
-        peak = {name: max(rate, peak.get(name, 0)) for name, rate in seen.items()}
+        if case.sweep != sweep:
+            sweep = case.sweep
+            seen = peak_rates(settings.device, settings.dtype, clock, **sizes)
+            peak = {name: max(rate, peak.get(name, 0)) for name, rate in seen.items()}
         yield case.name, measure(case, settings, clock) | about | {"peak": peak}
 
 
