@@ -171,10 +171,8 @@ def tile(name: str, target: Target, head_dim: int, dtype: torch.dtype, capped: b
         return INTERPRETER[name]
     if name in EVERYWHERE:
         return EVERYWHERE[name]
-    table = TABLE
-    if dtype == torch.float32:
-        table, capped = FP32, False
-    if capped and (row := CAPPED.get((name, target.arch, block_d(head_dim)))):
+    table = FP32 if dtype == torch.float32 else TABLE
+    if capped and table is TABLE and (row := CAPPED.get((name, target.arch, block_d(head_dim)))):
         return row
     for arch in (target.arch, "any"):
         if rows := table.get((name, arch)):

@@ -46,7 +46,6 @@ MethodName = Literal["p-tuning-v2", "prefix-tuning", "prompt-tuning", "p-tuning"
 METHODS: tuple[MethodName, ...] = ("p-tuning-v2", "prefix-tuning", "prompt-tuning", "p-tuning")
 EncoderName = Literal["lstm", "attention"]
 ADAM = 8  # bytes of optimizer state a trained value, fp32
-MOST_HEAD_DIM = 256  # of the Triton kernels
 META = torch.device("meta")
 
 
@@ -510,11 +509,14 @@ def _kernels(job: Job, base: Any, packed: bool) -> int:
     H, G, D = base.config.get_text_config().num_attention_heads, shape.kv_heads, shape.head_dim
     lengths = _seen_lengths(job) if packed else (job.longest + job.length,) * job.rows
     statistics = 2 * 4 * H * sum(lengths)
-    if not packed or job.method == "p-tuning" or D > MOST_HEAD_DIM or find_spec("triton") is None:
+    if not packed or job.method == "p-tuning" or find_spec("triton") is None:
         return statistics
     import softkv.kernels as engine
     from softkv.kernels.compile import TARGETS
     from softkv.kernels.launch import recording
+
+    if D > engine.MOST_HEAD_DIM:
+        return statistics
 
     rows = _packed(job)
     with META:

@@ -56,6 +56,29 @@ def test_static_cache_in_steps() -> None:
             close(torch.cat(got, 1), eager(ids).logits)
 
 
+def test_sinks() -> None:
+    """gpt-oss: a learned logit a head in the denominator, on windowed layers too."""
+    torch.manual_seed(0)
+    config = transformers.GptOssConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=16, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, num_local_experts=2, num_experts_per_tok=1, sliding_window=5,
+        layer_types=["sliding_attention", "full_attention"], initializer_range=0.2,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+    )  # fmt: skip
+    model = transformers.GptOssForCausalLM(config).eval()
+    ids = torch.randint(2, 60, (2, 11))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    logits = []
+    with torch.no_grad():
+        for block in model.model.layers:
+            block.self_attn.sinks.normal_()
+        for attention in ("softkv", "eager"):
+            model.set_attn_implementation(attention)
+            logits.append(model(ids, attention_mask=mask).logits[mask.bool()])
+    close(*logits)
+
+
 def test_refusals() -> None:
     model, ids = model_of("Llama", "softkv"), torch.ones(1, 4).long()
     with pytest.raises(ValueError, match="never forms attention weights"):
