@@ -201,6 +201,7 @@ def train(
     import transformers
 
     import softkv
+    from softkv.processes import leave_together
     from softkv.training import ProgressBar, StopOnSignal, last_checkpoint
 
     if resume and last_checkpoint(output) is None:
@@ -280,6 +281,8 @@ def train(
         evaluated = f", evaluation {measured[-1]:.4f}" if measured else ""
         out.print(f"{result.global_step} steps, loss {result.training_loss:.4f} on average{evaluated}")
         out.print(f"Soft prompt: {output}\nLearning curve: {output / 'learning_curve.png'}", soft_wrap=True)
+    if trainer.args.world_size > 1:
+        leave_together()
 
 
 EVAL_EXAMPLES = """

@@ -17,6 +17,7 @@ import softkv
 import softkv.training
 from softkv.methods import PTuning
 from softkv.methods.base import Method
+from softkv.processes import leave_together
 from tests.hf.tiny import VOCAB, model_of, tokenizer
 
 METHODS: dict[str, Method] = {
@@ -100,6 +101,7 @@ def main(out: str, *options: str) -> None:
         results[method] = {"losses": losses(one), "weights": weights, "processes": one.args.world_size}
     if one.is_world_process_zero():
         Path(out).write_text(json.dumps(results))
+    leave_together()
 
 
 if __name__ == "__main__":
