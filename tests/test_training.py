@@ -18,7 +18,7 @@ from softkv.batches import PaddingCollator, TokenBatches, whole_row_labels
 from softkv.label_logits import label_logits, with_prompt_lengths
 from softkv.training import last_checkpoint
 from tests.hf.tiny import tokenizer
-from tests.training_runs import METHODS, attach, losses, rows, trainer
+from tests.training_runs import METHODS, PLAIN_STEPS, attach, losses, rows, trainer
 
 ROOT = Path(__file__).parents[1]
 
@@ -143,7 +143,7 @@ def test_accumulation_equals_one_large_batch(method: str, tmp_path: Path) -> Non
     runs = []
     for size, parts in ((8, 1), (2, 4)):
         one = trainer(
-            method, tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=parts, max_steps=3
+            method, tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=parts, **PLAIN_STEPS
         )
         one.train()
         runs.append((losses(one), {name: value.clone() for name, value in one.model.soft.state_dict().items()}))
@@ -374,9 +374,9 @@ def test_two_processes_learn_as_one(launcher: str, tmp_path: Path) -> None:
     """On gloo: the same global batch, the same losses and weights, for every method."""
     two = run(tmp_path / "two.json", 2, sys.executable, "-m", *LAUNCHERS[launcher])
     for method in METHODS:
-        one = trainer(method, tmp_path, max_steps=3)
+        one = trainer(method, tmp_path, **PLAIN_STEPS)
         one.train()
         assert two[method]["processes"] == 2
         torch.testing.assert_close(two[method]["losses"], losses(one), atol=2e-5, rtol=1e-4)
         weights = {name: value.double().sum().item() for name, value in one.model.soft.state_dict().items()}
-        torch.testing.assert_close(two[method]["weights"], weights, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(two[method]["weights"], weights, atol=2e-4, rtol=1e-4)
