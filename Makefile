@@ -23,7 +23,7 @@ test: $(READY) lint
 # softkv beside what it replaces: tables, plots and runs/bench/report.html (about 25 minutes on 2 cores).
 bench: $(READY)
 	$(BIN)/softkv bench attention --seconds 0.3
-	$(BIN)/softkv bench generate --rounds 2
+	$(BIN)/softkv bench generate --rounds 2 --case P64 --case P1024 --case P2048
 	$(BIN)/softkv bench train --steps 1
 	$(BIN)/softkv bench adapters --seconds 0 --case generation-16
 

@@ -27,7 +27,7 @@ def working_mib(case: Case, provider: str, variant: str, device: str, dtype: str
     if sys.platform != "linux":
         return None
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])  # torch is imported once, not in each process
+    context.set_forkserver_preload([__name__, "torch._inductor.compile_fx"])  # imported once, not in each process
     ours, theirs = context.Pipe()
     arguments = (theirs, case, provider, variant, dtype, torch.get_num_threads())
     process = context.Process(target=_resident, args=arguments)

@@ -63,7 +63,7 @@ CPU = {
         ("- packing", "- head once", "- label logits"),
     ),
     "v2-512": _of_length(512),
-    "v2-2048": _of_length(2048, ("- packing", "- label logits")),
+    "v2-2048": _of_length(2048),
     "v2-4096": _of_length(4096),
     "prefix-64": Case("Prefix-tuning, P=64", "PrefixTuning", {"length": 64}),
     "after-20": Case('Prompt-tuning "after", k=20', "PromptTuning", {"length": 20, "init": "random"}),

@@ -396,7 +396,12 @@ def generate(
     streams = options.get("num_beams", 1) == 1
     if streams:
         options["streamer"] = transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    output = soft_model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    try:
+        output = soft_model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+    except (TypeError, AttributeError) as error:
+        if not given:
+            raise
+        raise ValueError(f"transformers' generate can't use --arg {' --arg '.join(arg or [])}: {error}") from error
     if not streams:
         print(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
 

@@ -265,6 +265,10 @@ MISTAKES: dict[str, tuple[list[Any], str]] = {
     "an unknown device": (["generate", "trained", "w3", "--device", "cudaa"], "put the model on, got 'cudaa'"),
     "nothing to report": (["bench", "report"], "runs/bench holds no results"),
     "a wrong dtype": (["generate", "trained", "w3", "--dtype", "int3"], "--dtype expects auto"),
+    "an argument of another kind": (
+        ["generate", "trained", "w3", "--arg", "generation_config=3"],
+        "transformers' generate can't use --arg generation_config=3",
+    ),
     "no fields": (["generate", "trained", "-f", "review=w3"], "the template has the fields text, got review"),
 }
 
