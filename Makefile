@@ -20,7 +20,7 @@ demo: $(READY)
 test: $(READY) lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n $(WORKERS)
 
-# softkv beside what it replaces: tables, plots and runs/bench/report.html (about 25 minutes on 2 cores).
+# softkv beside what it replaces: tables, plots and runs/bench/report.html (about 22 minutes on 2 cores).
 bench: $(READY)
 	$(BIN)/softkv bench attention --seconds 0.3
 	$(BIN)/softkv bench generate --rounds 2 --case P64 --case P1024 --case P2048
