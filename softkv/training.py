@@ -286,7 +286,7 @@ def draw_learning_curve(log_history: list[dict[str, float]], path: str | os.Path
 
 class StopOnSignal(TrainerCallback):
     """Ends training after the step under way, with a checkpoint, when Ctrl-C is pressed or the process is asked to
-    end. A second time, it ends at once."""
+    end. A second time, it ends at once. What was ignored (Ctrl-C, in a shell's background job) stays ignored."""
 
     def __init__(self) -> None:
         self.stopped = False
@@ -295,7 +295,8 @@ class StopOnSignal(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._stop)
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._stop)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.stopped:

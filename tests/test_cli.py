@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -129,22 +129,21 @@ def test_config_files(name: str, folder: Path, tmp_path: Path) -> None:
     assert (kept["learning_rate"], kept["packing"], kept["steps"]) == (0.1, False, 3)
 
 
-def ctrl_c(until: Callable[[], bool]) -> None:
-    """Presses it and waits for its effect: another thread may be given the signal, and this one goes on meanwhile."""
-    os.kill(os.getpid(), signal.SIGINT)
-    for _ in range(10_000):
-        if until():
-            return
-        time.sleep(0.001)
-    raise TimeoutError("Ctrl-C had no effect for 10 seconds")
+@pytest.fixture
+def foreground() -> Iterator[None]:
+    """Ctrl-C raises, as in a process in the foreground; a shell starts its background jobs with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.usefixtures("foreground")
 def test_ctrl_c_saves_and_says_how_to_resume(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from softkv.training import StopOnSignal
 
     def press(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 2:
-            ctrl_c(until=lambda: self.stopped)
+            os.kill(os.getpid(), signal.SIGINT)
 
     train(folder, tmp_path / "whole", "--length", 3)
     before = signal.getsignal(signal.SIGINT)
@@ -161,17 +160,33 @@ def test_ctrl_c_saves_and_says_how_to_resume(folder: Path, tmp_path: Path, monke
     assert all(torch.equal(cut[name], whole[name]) for name in whole)
 
 
+@pytest.mark.usefixtures("foreground")
 def test_a_second_ctrl_c_ends_at_once(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from softkv.training import StopOnSignal
 
     def press(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 3:
-            ctrl_c(until=lambda: self.stopped)  # two that come together are one
-            ctrl_c(until=lambda: False)  # it raises
+            os.kill(os.getpid(), signal.SIGINT)
+            while not self.stopped:  # two that come together are one
+                time.sleep(0.001)
+            os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(StopOnSignal, "on_step_begin", press)
     said = train(folder, tmp_path, "--length", 3, "--save-every", 2, code=130)
     assert f"{tmp_path / 'checkpoint-2'} is whole. Resume with: softkv train" in said
+
+
+@pytest.mark.usefixtures("foreground")
+def test_an_ignored_ctrl_c_stays_ignored(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from softkv.training import StopOnSignal
+
+    def press(*arguments: Any, **kwargs: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(StopOnSignal, "on_step_begin", press)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    assert "4 steps" in train(folder, tmp_path, "--length", 3)
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
 def test_inspect(trained: Path, folder: Path) -> None:
