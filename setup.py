@@ -1,17 +1,14 @@
-"""Packaging. `kernels/` lies at the top level and is imported as `softkv.kernels`: a top-level package called
-`kernels` would shadow the Hugging Face package of that name, which transformers imports. `benchmarks/` is installed as
-`softkv.benchmarks`, with the film reviews that it reads."""
+"""Packaging. The code lies at the top level (`softkv/`, `kernels/`, `benchmarks/`) and is packaged through the link
+`src/softkv`. `kernels/` and `benchmarks/` are imported as `softkv.kernels` and `softkv.benchmarks`: a top-level package
+called `kernels` would shadow the Hugging Face package of that name, which transformers imports. An editable install
+puts `src` on the path, so that the folder of a clone, if it is called `softkv`, is never taken for the package.
+"""
 
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 DEVELOPMENT = ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "ruff", "mypy", "pre-commit"]
-MAPPED = {
-    "softkv.kernels": "kernels",
-    "softkv.benchmarks": "benchmarks",
-    "softkv.benchmarks.movie_snippets_data": "data/movie_snippets",
-}
 BENCHMARKS = ["peft", "matplotlib", "psutil"]
 
 setup(
@@ -22,9 +19,9 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=[*MAPPED, *find_packages(include=["softkv", "softkv.*"])],
-    package_dir=MAPPED,
-    package_data={"softkv": ["py.typed"], "softkv.benchmarks.movie_snippets_data": ["*.jsonl", "*.md"]},
+    package_dir={"": "src"},
+    packages=find_packages("src"),
+    package_data={"softkv": ["py.typed"], "softkv.benchmarks": ["movie_snippets_data/*"]},
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",

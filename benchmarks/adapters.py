@@ -137,6 +137,6 @@ def measure(job: Job, case: Case, seconds: float) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    from softkv.bench import app
+    from softkv.cli.bench import app
 
     app(["adapters", *sys.argv[1:]])

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softkv.reference import reference_attention
+from softkv.ops.reference import reference_attention
 
 from .machine import machine, peak_rates
 from .memory import working_mib
@@ -159,6 +159,6 @@ def largest_error(got: list[Tensor], wanted: list[Tensor]) -> float:
 
 
 if __name__ == "__main__":
-    from softkv.bench import app
+    from softkv.cli.bench import app
 
     app(["attention", *sys.argv[1:]])

@@ -122,6 +122,6 @@ def same_tokens(first: dict[str, Any]) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    from softkv.bench import app
+    from softkv.cli.bench import app
 
     app(["generate", *sys.argv[1:]])

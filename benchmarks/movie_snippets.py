@@ -1,13 +1,11 @@
-"""The movie snippets: sentences of film reviews with a sentiment (credit and licence in data/movie_snippets)."""
+"""The movie snippets: sentences of film reviews with a sentiment (credit and licence in movie_snippets_data)."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-_HERE = Path(__file__).resolve().parent
-_INSTALLED = _HERE / "movie_snippets_data"
-FOLDER = _INSTALLED if _INSTALLED.exists() else _HERE.parent / "data" / "movie_snippets"
+FOLDER = Path(__file__).resolve().parent / "movie_snippets_data"
 LABELS = ("positive", "negative")
 
 

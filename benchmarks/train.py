@@ -156,7 +156,7 @@ class Job(ModelJob):
     def _label_loss(self, batch: dict[str, Any]) -> Any:
         import torch.nn.functional as F
 
-        from softkv.label_logits import label_logits
+        from softkv.train.label_logits import label_logits
 
         output, targets = label_logits(self.model, batch)
         return F.cross_entropy(output.logits, targets)
@@ -164,8 +164,8 @@ class Job(ModelJob):
     def _floor_loss(self, batch: dict[str, Any]) -> Any:
         import torch.nn.functional as F
 
-        from softkv.hf.rows import IGNORED
-        from softkv.label_logits import next_labels
+        from softkv.hf.layout import IGNORED
+        from softkv.train.label_logits import next_labels
 
         targets = next_labels(batch.pop("labels"))
         keep = targets != IGNORED
@@ -204,6 +204,6 @@ def measure(case: Case, steps: int, settings: ModelSettings, progress: Callable[
 
 
 if __name__ == "__main__":
-    from softkv.bench import app
+    from softkv.cli.bench import app
 
     app(["train", *sys.argv[1:]])

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 import softkv
 from benchmarks import movie_snippets, smollm2
-from softkv.classification import accuracy, classify, macro_f1
+from softkv.train.classification import accuracy, classify, macro_f1
 
 ANSWERS = ["positive", "negative"]
 

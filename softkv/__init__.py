@@ -4,15 +4,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from softkv.attention import prefix_attention, prefix_attention_varlen
-    from softkv.baking import bake
-    from softkv.batches import PackingCollator, PaddingCollator
-    from softkv.checkpoint import load
     from softkv.hf import SoftModel, attach
-    from softkv.interop.peft_model import from_peft
+    from softkv.io.baking import bake
+    from softkv.io.checkpoint import load
+    from softkv.io.peft_model import from_peft
     from softkv.methods import PrefixTuning, PromptTuning, PTuning, PTuningV2, Template
+    from softkv.ops.api import prefix_attention, prefix_attention_varlen
     from softkv.prefix import Prefix
-    from softkv.training import Trainer
+    from softkv.train.batches import PackingCollator, PaddingCollator
+    from softkv.train.trainer import Trainer
 
 __version__ = "0.1.0"
 
@@ -39,20 +39,20 @@ __all__ = [
 _LAZY = {
     "PTuning": "softkv.methods",
     "PTuningV2": "softkv.methods",
-    "PackingCollator": "softkv.batches",
-    "PaddingCollator": "softkv.batches",
+    "PackingCollator": "softkv.train.batches",
+    "PaddingCollator": "softkv.train.batches",
     "Prefix": "softkv.prefix",
     "PrefixTuning": "softkv.methods",
     "PromptTuning": "softkv.methods",
     "SoftModel": "softkv.hf",
     "Template": "softkv.methods",
-    "Trainer": "softkv.training",
+    "Trainer": "softkv.train.trainer",
     "attach": "softkv.hf",
-    "bake": "softkv.baking",
-    "from_peft": "softkv.interop.peft_model",
-    "load": "softkv.checkpoint",
-    "prefix_attention": "softkv.attention",
-    "prefix_attention_varlen": "softkv.attention",
+    "bake": "softkv.io.baking",
+    "from_peft": "softkv.io.peft_model",
+    "load": "softkv.io.checkpoint",
+    "prefix_attention": "softkv.ops.api",
+    "prefix_attention_varlen": "softkv.ops.api",
 }
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softkv.attention import prefix_attention, prefix_attention_varlen
+from softkv.ops.api import prefix_attention, prefix_attention_varlen
 
 LEAVES = ("q", "k", "v", "prefix_k", "prefix_v", "sinks")
 

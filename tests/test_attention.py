@@ -5,7 +5,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from softkv.attention import prefix_attention, prefix_attention_varlen
+from softkv.ops.api import prefix_attention, prefix_attention_varlen
 from tests.attention_cases import CASES, Case, dense, index, mask, packed
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 
-from softkv.attention import prefix_attention_varlen
+from softkv.ops.api import prefix_attention_varlen
 from tests.attention_cases import Case, dense, index, packed
 
 

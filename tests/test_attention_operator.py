@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.profiler import profile
 
-from softkv.attention import prefix_attention
+from softkv.ops.api import prefix_attention
 from tests.attention_cases import CASES, LEAVES, Case, dense, index, packed
 
 

@@ -21,8 +21,8 @@ from benchmarks.processes import take_turns
 from benchmarks.providers import PROVIDERS, Problem, Provider, Unavailable
 from benchmarks.shapes import QUICK, Shape, cases
 from benchmarks.timing import CudaClock, HostClock, Spread, interleaved, speedup
-from softkv.bench import app as bench_app
 from softkv.cli import app
+from softkv.cli.bench import app as bench_app
 
 SHAPES = {
     "grouped heads": Shape(2, 4, 2, 5, 3, 8),

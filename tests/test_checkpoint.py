@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import softkv
-from softkv import checkpoint
+from softkv.io import checkpoint
 from softkv.methods import PTuning
 from softkv.methods.base import Method
 from tests.hf.tiny import METHODS as PLAIN

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import softkv
-from softkv.classification import Accuracy, accuracy, classify, macro_f1, perplexity
+from softkv.train.classification import Accuracy, accuracy, classify, macro_f1, perplexity
 from tests.hf.tiny import METHODS, attach, tokenizer
 
 FIELDS = [{"X": "w3 w4 w5"}, {"X": "w6"}, {"X": "w9 w3 w12 w40 w7"}]

@@ -15,9 +15,9 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from softkv import checkpoint
 from softkv.cli import app
-from softkv.data import Columns, read_rows
+from softkv.io import checkpoint
+from softkv.train.data import Columns, read_rows
 from tests.hf.tiny import model_of, tokenizer
 
 ROWS = [{"text": f"w{i} w{i + 1} w{i + 2}", "label": ("w50", "w51")[i % 2]} for i in range(2, 22)]
@@ -39,7 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     gc.freeze()
-    monkeypatch.setattr("softkv.training.draw_learning_curve", lambda *arguments: None)
+    monkeypatch.setattr("softkv.train.trainer.draw_learning_curve", lambda *arguments: None)
     yield
     gc.unfreeze()
 
@@ -139,7 +139,7 @@ def foreground() -> Iterator[None]:
 
 @pytest.mark.usefixtures("foreground")
 def test_ctrl_c_saves_and_says_how_to_resume(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from softkv.training import StopOnSignal
+    from softkv.train.trainer import StopOnSignal
 
     def press(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 2:
@@ -162,7 +162,7 @@ def test_ctrl_c_saves_and_says_how_to_resume(folder: Path, tmp_path: Path, monke
 
 @pytest.mark.usefixtures("foreground")
 def test_a_second_ctrl_c_ends_at_once(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from softkv.training import StopOnSignal
+    from softkv.train.trainer import StopOnSignal
 
     def press(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 3:
@@ -178,7 +178,7 @@ def test_a_second_ctrl_c_ends_at_once(folder: Path, tmp_path: Path, monkeypatch:
 
 @pytest.mark.usefixtures("foreground")
 def test_an_ignored_ctrl_c_stays_ignored(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from softkv.training import StopOnSignal
+    from softkv.train.trainer import StopOnSignal
 
     def press(*arguments: Any, **kwargs: Any) -> None:
         os.kill(os.getpid(), signal.SIGINT)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import softkv
-from softkv import checkpoint
+from softkv.io import checkpoint
 from tests.fixtures.write import FOLDER, METHODS, numbered
 from tests.hf.tiny import model_of
 

@@ -14,11 +14,11 @@ from typer.testing import CliRunner
 
 import softkv
 from softkv.cli import app
-from softkv.label_logits import label_logits
 from softkv.methods import PTuning
 from softkv.profiling.allocations import peak
 from softkv.profiling.plan import Job, config_of, plan
 from softkv.profiling.presets import PRESETS
+from softkv.train.label_logits import label_logits
 
 P, B, T, ANSWER = 48, 4, 192, 24
 CONFIG = {

@@ -14,9 +14,9 @@ import torch
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, TrainerCallback
 
 import softkv
-from softkv.batches import PaddingCollator, TokenBatches, whole_row_labels
-from softkv.label_logits import label_logits, with_prompt_lengths
-from softkv.training import last_checkpoint
+from softkv.train.batches import PaddingCollator, TokenBatches, whole_row_labels
+from softkv.train.label_logits import label_logits, with_prompt_lengths
+from softkv.train.trainer import last_checkpoint
 from tests.hf.tiny import tokenizer
 from tests.training_runs import METHODS, PLAIN_STEPS, attach, losses, rows, trainer
 
@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[1]
 def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Without the search for garbage among all modules, and the picture, which take most of a short run."""
     gc.freeze()
-    monkeypatch.setattr("softkv.training.draw_learning_curve", lambda *arguments: None)
+    monkeypatch.setattr("softkv.train.trainer.draw_learning_curve", lambda *arguments: None)
     yield
     gc.unfreeze()
 

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import softkv
-from softkv import checkpoint
+from softkv.io import checkpoint
 from tests.fixtures.write import FOLDER, METHODS
 from tests.hf.tiny import model_of
 

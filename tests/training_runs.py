@@ -14,10 +14,10 @@ import torch
 import transformers
 
 import softkv
-import softkv.training
+import softkv.train.trainer
 from softkv.methods import PTuning
 from softkv.methods.base import Method
-from softkv.processes import leave_together
+from softkv.train.processes import leave_together
 from tests.hf.tiny import VOCAB, model_of, tokenizer
 
 METHODS: dict[str, Method] = {
@@ -90,7 +90,7 @@ def losses(one: softkv.Trainer) -> list[float]:
 def hurry() -> None:
     """Spares a run what takes most of its time: looking for garbage among all modules, and drawing."""
     gc.freeze()
-    softkv.training.draw_learning_curve = lambda *arguments: None
+    softkv.train.trainer.draw_learning_curve = lambda *arguments: None
 
 
 def main(out: str, *options: str) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from softkv.hf.prefill import Unpadded
+    from softkv.hf.generation.prefill import Unpadded
 
 LayerKV = tuple[Tensor, Tensor]
 

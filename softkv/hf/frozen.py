@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from softkv.hf import shown
-from softkv.hf.interface import NAME
+from softkv.hf.attention import NAME
+from softkv.hf.generation import real_tokens
 from softkv.methods.base import BaseShape
 from softkv.prefix import Prefix
 
@@ -111,7 +111,7 @@ class Original:
         if self.holders:
             return
         delattr(model, _ATTRIBUTE)
-        shown.uninstall(model)
+        real_tokens.uninstall(model)
         for config, implementation in self.implementations:
             config._attn_implementation = implementation
         for name, parameter in model.named_parameters():

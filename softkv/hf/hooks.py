@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from softkv.hf.adapters import SoftRows
 from softkv.hf.context import Captured, LayerKV, RowEncoder, RowPrompts, SoftContext
-from softkv.hf.filled import Filled
-from softkv.hf.generation import Prompts
-from softkv.hf.prefill import Unpadded
-from softkv.hf.rows import Lines, token_positions
+from softkv.hf.generation.cache_state import Filled
+from softkv.hf.generation.prefill import Unpadded
+from softkv.hf.generation.prompts import Prompts
+from softkv.hf.layout import Lines, token_positions
+from softkv.hf.prefixes import SoftRows
 from softkv.prefix import evaluating
 
 

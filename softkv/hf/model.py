@@ -16,13 +16,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from softkv.hf.adapters import SoftRows, check_known
 from softkv.hf.context import SoftContext
-from softkv.hf.filled import Filled, check_contiguous, past_length
 from softkv.hf.frozen import FrozenBase, Original
-from softkv.hf.generation import Prompts, lengthened, mask_of, pad_id
+from softkv.hf.generation.cache_state import Filled, check_contiguous, past_length
+from softkv.hf.generation.prompts import Prompts, lengthened, mask_of, pad_id
+from softkv.hf.generation.real_tokens import generating
 from softkv.hf.hooks import Call, DecoderHooks
-from softkv.hf.rows import (
+from softkv.hf.layout import (
     Insertion,
     Lines,
     in_order,
@@ -32,7 +32,7 @@ from softkv.hf.rows import (
     rows_of,
     scattered,
 )
-from softkv.hf.shown import generating
+from softkv.hf.prefixes import SoftRows, check_known
 from softkv.methods.base import BaseShape, Method, SoftPrompt
 from softkv.methods.p_tuning_v2 import matrices_of
 from softkv.prefix import Prefix
@@ -168,7 +168,7 @@ class SoftModel(nn.Module):
                 f"an adapter expects a method such as PTuningV2(length=16), a prefix or a folder, got {adapter!r}"
             )
         else:
-            from softkv import checkpoint
+            from softkv.io import checkpoint
 
             soft = checkpoint.saved(self.base, *checkpoint.read(checkpoint.local(adapter))).build(frozen)
         if not self._causal and (soft.encodes_rows or soft.placement in ("before", "after")):
@@ -273,14 +273,14 @@ class SoftModel(nn.Module):
     def save_pretrained(self, save_directory: Any, *, adapter_name: str | None = None, **kwargs: Any) -> None:
         """Writes `softkv_config.json` and `softkv.safetensors`: what an adapter has learned, not the base. Without a
         name, the active one is saved."""
-        from softkv.checkpoint import save
+        from softkv.io.checkpoint import save
 
         with self.using(self.active_adapter if adapter_name is None else adapter_name):
             save(self, save_directory, **kwargs)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
-        """Saves what is learned to a repository on the Hugging Face Hub (`softkv.checkpoint.push`)."""
-        from softkv.checkpoint import push
+        """Saves what is learned to a repository on the Hugging Face Hub (`softkv.io.checkpoint.push`)."""
+        from softkv.io.checkpoint import push
 
         return push(self, repo_id, **kwargs)
 

@@ -29,15 +29,15 @@ import transformers
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from softkv.attention import prefix_attention
+from softkv.hf.attention import NAME
 from softkv.hf.context import Captured, PackedRows, RowEncoder, RowPrompts, SoftContext
 from softkv.hf.frozen import Original
 from softkv.hf.hooks import DecoderHooks
-from softkv.hf.interface import NAME
 from softkv.methods.base import BaseShape, Computed, FrozenModel
 from softkv.methods.encoders import EncodedRows, LSTMEncoder
 from softkv.methods.p_tuning import PTuning
 from softkv.methods.p_tuning_v2 import PTuningV2
+from softkv.ops.api import prefix_attention
 from softkv.prefix import Prefix
 from softkv.profiling.ledger import Ledger
 from softkv.profiling.presets import PRESETS

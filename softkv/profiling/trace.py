@@ -14,10 +14,10 @@ import torch
 import transformers
 from torch.profiler import ProfilerActivity, profile
 
-from softkv.batches import PackingCollator
 from softkv.hf.model import SoftModel
 from softkv.profiling.allocations import timeline
-from softkv.training import Trainer
+from softkv.train.batches import PackingCollator
+from softkv.train.trainer import Trainer
 
 RANGE = "softkv: "
 

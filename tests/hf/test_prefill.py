@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from softkv.hf.prefill import Unpadded
+from softkv.hf.generation.prefill import Unpadded
 from tests.hf.test_generate import batch_of, prompts_of
 from tests.hf.tiny import attach
 

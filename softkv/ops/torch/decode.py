@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softkv.cpu import piece
+from softkv.ops.torch import piece
 
 _HIDDEN = 0.9 * torch.finfo(torch.float32).max  # past any score
 _LEFT_TO_PLANS = ("prefix_index", "prefix_lengths", "key_lengths", "window", "sinks", "softcap")

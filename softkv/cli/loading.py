@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from softkv.console import fail
+from softkv.cli.console import fail
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import
     from softkv.hf import SoftModel
@@ -58,6 +58,6 @@ def load_adapter(adapter: str, model: str | None, dtype: str, device: str | None
 
 def read_adapter(adapter: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """The config and the tensors of a soft prompt, from a folder or the Hub."""
-    from softkv.checkpoint import local, read
+    from softkv.io.checkpoint import local, read
 
     return read(local(adapter))

@@ -7,7 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from softkv.hf.rows import IGNORED, Lines, rows_of
+from softkv.hf.layout import IGNORED, Lines, rows_of
 
 
 def label_logits(model: Any, batch: dict[str, Any]) -> tuple[Any, Tensor]:

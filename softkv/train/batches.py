@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Sampler
 from transformers import DataCollatorWithFlattening
 
-from softkv.hf.rows import IGNORED
+from softkv.hf.layout import IGNORED
 
 
 class PackingCollator(DataCollatorWithFlattening):

@@ -1,5 +1,5 @@
 """The public attention op: the front door, which checks once. Behind it stand the operators and engines of
-`softkv.operators`.
+`softkv.ops.operator`.
 """
 
 import itertools
@@ -12,8 +12,8 @@ from torch import Tensor
 from torch._C import _functorch as functorch
 from torch.autograd import forward_ad
 
-from softkv.operators import ENGINES, attention, load_engine, rows_of_memory
-from softkv.reference import reference_attention, reference_attention_varlen
+from softkv.ops.operator import ENGINES, attention, load_engine, rows_of_memory
+from softkv.ops.reference import reference_attention, reference_attention_varlen
 
 _BACKENDS = (*ENGINES, "reference")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

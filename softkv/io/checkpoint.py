@@ -23,12 +23,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from softkv.hf.model import SoftModel
-from softkv.interop import foreign, peft
-from softkv.interop.flat import FLAT, unflatten
+from softkv.io import foreign, peft
+from softkv.io.flat import FLAT, unflatten
+from softkv.io.safe_files import check_values, checksum, read_tensors
 from softkv.methods import METHODS, PTuningV2
 from softkv.methods.base import BaseShape, FrozenModel, Method, SoftPrompt
 from softkv.prefix import Prefix
-from softkv.safe_file import check_values, checksum, read_tensors
 
 FORMAT = 2
 CONFIG, WEIGHTS = "softkv_config.json", "softkv.safetensors"
@@ -232,7 +232,7 @@ def read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The config and the tensors of an adapter, checked for damage; nothing is unpickled.
 
     Args:
-        directory: a folder of softkv's or PEFT's files, or a file of `softkv.interop.foreign`.
+        directory: a folder of softkv's or PEFT's files, or a file of `softkv.io.foreign`.
 
     Raises:
         FileNotFoundError: when there is no adapter.

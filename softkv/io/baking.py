@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softkv import checkpoint
 from softkv.hf.model import SoftModel
+from softkv.io import checkpoint
 from softkv.methods import PromptTuning, PTuning, PTuningV2, Template
 from softkv.methods.template import Answer, Field
 from softkv.prefix import Prefix, evaluating

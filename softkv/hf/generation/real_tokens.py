@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList, UnbatchedClassifierFreeGuidanceLogitsProcessor
 
-from softkv.hf.rows import left_padded
+from softkv.hf.layout import left_padded
 
 
 @dataclass(frozen=True)

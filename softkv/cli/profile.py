@@ -13,7 +13,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from softkv.console import err, fail, friendly, out
+from softkv.cli.console import err, fail, friendly, out
 
 app = typer.Typer(
     help="What kernels and steps cost: static bounds from machine code, traces of real runs.",
@@ -211,7 +211,7 @@ def trace(
         fail(f"--output expects a folder, got the file {output}")
 
     import softkv
-    from softkv.loading import load_model, on_device
+    from softkv.cli.loading import load_model, on_device
     from softkv.methods import PTuning
     from softkv.profiling import trace as tracing
 

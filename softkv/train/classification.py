@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from softkv.batches import PackingCollator
+from softkv.hf.layout import IGNORED
 from softkv.hf.model import SoftModel
-from softkv.hf.rows import IGNORED
-from softkv.label_logits import label_logits
+from softkv.train.batches import PackingCollator
+from softkv.train.label_logits import label_logits
 
 _Z = 1.959964  # 95% of a normal distribution lie within this many deviations
 _RESAMPLES = 2000

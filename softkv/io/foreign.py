@@ -3,7 +3,7 @@
 Both save pickles; docs/interop.md has the few lines that turn one into the safetensors read here, outside softkv.
 
 - P-tuning v2 (THUDM/P-tuning-v2, model/prefix_encoder.py): `prefix_encoder.embedding.weight`, a flat prefix
-  `[P, 2·L·G·D]` (`softkv.interop.flat`); or with prefix projection an `embedding.weight [P, C]` and an MLP of
+  `[P, 2·L·G·D]` (`softkv.io.flat`); or with prefix projection an `embedding.weight [P, C]` and an MLP of
   `trans.0` and `trans.2` with a tanh between, which computes one. Other tensors of the model may stand beside them.
 - Cartridges (HazyResearch/cartridges, cartridges/cache.py): for each layer `trainable_keys.{l}` and
   `trainable_values.{l}` `[1, G, P, D]`, with `frozen_keys.{l}` and `frozen_values.{l}` (`fixed_` in older files) in
@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softkv.interop.flat import FLAT
+from softkv.io.flat import FLAT
+from softkv.io.safe_files import read_tensors
 from softkv.methods import PTuningV2
-from softkv.safe_file import read_tensors
 
 _ENCODER = "prefix_encoder."
 _MOST_SLOTS = 64  # for each hidden unit of an encoder: more would be far larger than the file
@@ -31,7 +31,7 @@ _CARTRIDGE = re.compile(r"(trainable|frozen|fixed)_(keys|values)\.(\d{1,4})")
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The config and the tensors of a converted file, as `softkv.checkpoint.read` gives those of softkv's own.
+    """The config and the tensors of a converted file, as `softkv.io.checkpoint.read` gives those of softkv's own.
 
     Raises:
         ValueError: when the file is damaged or of neither kind.

@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
-from softkv.console import fail, out
-from softkv.loading import load_adapter, load_base, on_device
+from softkv.cli.console import fail, out
+from softkv.cli.loading import load_adapter, load_base, on_device
 
 EXAMPLES = """
 Examples:

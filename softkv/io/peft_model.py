@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 
-from softkv import checkpoint
 from softkv.hf.model import SoftModel
-from softkv.interop import peft
+from softkv.io import checkpoint, peft
 from softkv.prefix import evaluating
 
 

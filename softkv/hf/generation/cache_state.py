@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from softkv.hf.adapters import Names, SoftRows
 from softkv.hf.context import LayerKV
+from softkv.hf.prefixes import Names, SoftRows
 
 _ATTRIBUTE = "_softkv_filled"
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softkv.hf.adapters import RowTokens
-from softkv.hf.rows import left_padded, scattered
-from softkv.hf.shown import RealTokens
+from softkv.hf.generation.real_tokens import RealTokens
+from softkv.hf.layout import left_padded, scattered
+from softkv.hf.prefixes import RowTokens
 
 
 @dataclass

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from softkv import ranges
 
-ENGINES = {"torch": "softkv.cpu", "triton": "softkv.kernels", "flash": "softkv.flash"}
+ENGINES = {"torch": "softkv.ops.torch", "triton": "softkv.kernels", "flash": "softkv.ops.flash"}
 _loaded: dict[str, ModuleType] = {}
 
 

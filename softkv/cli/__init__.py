@@ -13,12 +13,13 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from softkv import baking_command, bench
-from softkv.console import err, fail, friendly, out
-from softkv.data import Columns, Row, read_rows
-from softkv.loading import load_adapter, load_base, read_adapter
-from softkv.profiling.commands import app as profile
-from softkv.profiling.commands import plan
+from softkv.cli import bake as baking_command
+from softkv.cli import bench
+from softkv.cli.console import err, fail, friendly, out
+from softkv.cli.loading import load_adapter, load_base, read_adapter
+from softkv.cli.profile import app as profile
+from softkv.cli.profile import plan
+from softkv.train.data import Columns, Row, read_rows
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import
     from softkv.hf import SoftModel
@@ -201,8 +202,8 @@ def train(
     import transformers
 
     import softkv
-    from softkv.processes import leave_together
-    from softkv.training import ProgressBar, StopOnSignal, last_checkpoint
+    from softkv.train.processes import leave_together
+    from softkv.train.trainer import ProgressBar, StopOnSignal, last_checkpoint
 
     if resume and last_checkpoint(output) is None:
         fail(f"{output} holds no whole checkpoint to resume from: leave --resume out")
@@ -324,8 +325,8 @@ def evaluate(
     prompts, answers = [columns.prompt(row) for row in rows], [columns.answers(row) for row in rows]
     soft_model, tokenizer = load_adapter(adapter, model, dtype, device)
 
-    from softkv.classification import accuracy, macro_f1, perplexity
-    from softkv.classification import classify as scores_of
+    from softkv.train.classification import accuracy, macro_f1, perplexity
+    from softkv.train.classification import classify as scores_of
 
     results: dict[str, Any]
     if classify or verbalizer:
@@ -516,7 +517,7 @@ def _examples(
     soft_model: SoftModel, tokenizer: Any, columns: Columns, rows: list[Row], ending: list[int], loss: Loss
 ) -> list[dict[str, Any]]:
     """An example for each right answer of each row."""
-    from softkv.batches import whole_row_labels
+    from softkv.train.batches import whole_row_labels
 
     examples = []
     for row in rows:

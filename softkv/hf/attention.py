@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from softkv.attention import prefix_attention, prefix_attention_varlen
 from softkv.hf.context import Captured, PackedRows, SoftContext
+from softkv.ops.api import prefix_attention, prefix_attention_varlen
 from softkv.ranges import named
 
 NAME = "softkv"

@@ -3,7 +3,7 @@
 `adapter_config.json` says what kind it is, `adapter_model.safetensors` holds one tensor, `prompt_embeddings`: what PEFT
 computes from whatever was trained (projections, prompt encoders).
 
-- PREFIX_TUNING, CARTRIDGE: a flat prefix `[P, 2·L·G·D]` (`softkv.interop.flat`), keys as attention sees them. Sliding
+- PREFIX_TUNING, CARTRIDGE: a flat prefix `[P, 2·L·G·D]` (`softkv.io.flat`), keys as attention sees them. Sliding
   windows count its slots.
 - PROMPT_TUNING, P_TUNING: embeddings `[P, C]`, in front of every row.
 """
@@ -18,10 +18,10 @@ from typing import Any
 from torch import Tensor
 
 from softkv.hf.model import SoftModel
-from softkv.interop.flat import flatten, unflatten
+from softkv.io.flat import flatten, unflatten
+from softkv.io.safe_files import read_tensors
 from softkv.methods import PrefixTuning, PromptTuning, PTuning, PTuningV2
 from softkv.methods.base import Method
-from softkv.safe_file import read_tensors
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 TENSOR = "prompt_embeddings"
@@ -35,7 +35,7 @@ def is_here(directory: Path) -> bool:
 
 
 def read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The config and the tensors of a PEFT checkpoint, as `softkv.checkpoint.read` gives those of softkv's own.
+    """The config and the tensors of a PEFT checkpoint, as `softkv.io.checkpoint.read` gives those of softkv's own.
 
     Raises:
         FileNotFoundError: when the weights are missing, or are a pickle.

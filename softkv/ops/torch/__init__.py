@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softkv.cpu import decode, piece
-from softkv.cpu.plan import Call, Piece, plan_prefix, plan_tokens
+from softkv.ops.torch import decode, piece
+from softkv.ops.torch.plan import Call, Piece, plan_prefix, plan_tokens
 
 
 def forward(

@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import ProgressCallback, TrainerCallback, TrainingArguments
 
-from softkv import checkpoint
-from softkv.batches import PackingCollator, TokenBatches
 from softkv.hf.model import SoftModel
-from softkv.label_logits import label_logits, next_labels, with_prompt_lengths
+from softkv.io import checkpoint
 from softkv.ranges import named
+from softkv.train.batches import PackingCollator, TokenBatches
+from softkv.train.label_logits import label_logits, next_labels, with_prompt_lengths
 
 
 class Trainer(transformers.Trainer):

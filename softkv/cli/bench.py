@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from softkv.console import err, fail, friendly, out
+from softkv.cli.console import err, fail, friendly, out
 
 if TYPE_CHECKING:
     from softkv.benchmarks.tables import Grid

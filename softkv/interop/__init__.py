@@ -1,1 +1,0 @@
-"""Adapters of other libraries, as softkv's own and back."""

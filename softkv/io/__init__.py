@@ -1,0 +1,1 @@
+"""Adapters on disk, in softkv's format and in others'."""
