@@ -531,7 +531,3 @@ def _examples(
                     del example["prompt_lengths"]
             examples.append(example)
     return examples
-
-
-if __name__ == "__main__":
-    app()
