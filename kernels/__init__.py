@@ -8,12 +8,13 @@ in a CUDA graph. Axes as in `softkv.prefix_attention`.
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from softkv.kernels.backward import run_backward
 from softkv.kernels.decode import MOST_QUERIES, run_decode
 from softkv.kernels.forward import run_forward
 from softkv.kernels.launch import interpreter_enabled
 from softkv.kernels.problem import Problem
-from torch import Tensor
 
 __all__ = ["DTYPES", "backward", "forward", "interpreter_enabled"]
 

@@ -21,6 +21,8 @@ from collections.abc import Callable
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from softkv.kernels.geometry import (
     Groups,
     Operand,
@@ -48,7 +50,6 @@ from softkv.kernels.problem import SIZES, Problem, per_item, slots, tokens
 from softkv.kernels.reduce import add_parts
 from softkv.kernels.softmax import LOG2E, raw_scores
 from softkv.kernels.tiles import block_d
-from torch import Tensor
 
 WAVES = 2  # programs a multiprocessor that a split reduction over a prefix aims at
 NO_GROUPS = Groups(None, None, None)

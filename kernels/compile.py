@@ -16,16 +16,17 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import softkv.kernels as engine
 import torch
 import triton
-from softkv.kernels.launch import Launch, recording
-from softkv.kernels.sass import MATRIX, SELECT, SPILL, analyse
-from softkv.kernels.tiles import Target, block_d
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
+
+import softkv.kernels as engine
+from softkv.kernels.launch import Launch, recording
+from softkv.kernels.sass import MATRIX, SELECT, SPILL, analyse
+from softkv.kernels.tiles import Target, block_d
 
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), Target("sm_80", 108)),

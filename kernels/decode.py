@@ -13,6 +13,8 @@ Axes: B rows, H query heads, G key/value heads, T query tokens, S key tokens, P 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from softkv.kernels.geometry import (
     Groups,
     item_offset,
@@ -30,7 +32,6 @@ from softkv.kernels.launch import launch
 from softkv.kernels.problem import SIZES, Problem, per_item, tokens
 from softkv.kernels.softmax import LOG2E, LOWEST, attend, finish
 from softkv.kernels.tiles import block_d
-from torch import Tensor
 
 MOST_QUERIES = 16  # queries a row up to which the decode kernels are used
 MOST_PARTS = 64  # parts of either kind

@@ -12,6 +12,8 @@ Axes: B rows, H query heads, G key/value heads, T query tokens, S key tokens, P 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from softkv.kernels.geometry import (
     block_of_program,
     item_offset,
@@ -26,7 +28,6 @@ from softkv.kernels.keys import slots_seen, tokens_seen
 from softkv.kernels.launch import launch
 from softkv.kernels.problem import SIZES, Problem, per_item, tokens
 from softkv.kernels.softmax import LOWEST, attend, finish
-from torch import Tensor
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -12,6 +12,7 @@ Axes: M items (query tokens × heads of the group), T query tokens, n keys of a 
 
 import triton
 import triton.language as tl
+
 from softkv.kernels.geometry import span
 
 

@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from softkv.kernels.tiles import Target, Tile
 from torch import Tensor
 from triton import knobs
+
+from softkv.kernels.tiles import Target, Tile
 
 __all__ = ["Launch", "interpreter_enabled", "launch", "recording", "target_of"]
 

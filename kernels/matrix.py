@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import triton
+
 from softkv.kernels import machines, sass
 from softkv.kernels.compile import (
     COMMON,

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from softkv.kernels.geometry import Groups, Operand, Prefix, Rows
 from softkv.kernels.launch import target_of
 from softkv.kernels.tiles import Target, Tile, block_d, tile
-from torch import Tensor
 
 SIZES = ["B", "G", "T", "S", "A", "P", "window"]  # values that must not make a new binary
 FARTHEST = 2**24  # elements from token to token: a tile of 256 is addressed by 32 bits

@@ -6,9 +6,10 @@ Axes: x [parts, ...] fp32 and contiguous, out [...].
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from softkv.kernels.launch import launch, target_of
 from softkv.kernels.tiles import tile
-from torch import Tensor
 
 
 @triton.jit(do_not_specialize=["parts"])

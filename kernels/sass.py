@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import triton
+
 from softkv.kernels.machines import KIB, MACHINES, Machine
 
 MATRIX = re.compile(r"^([HIQ]MMA|[HIQ]GMMA|UTC\w*MMA|v_s?mf[am]\w*_)")

@@ -14,6 +14,7 @@ Axes: M items (query tokens × heads of the group), N keys of a tile, D head dim
 
 import triton
 import triton.language as tl
+
 from softkv.kernels.geometry import load_some, load_whole, masked_count, masked_start, tile_offsets, tile_pointers
 from softkv.kernels.keys import key_exists, visible
 

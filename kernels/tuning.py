@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import softkv.kernels as engine
 import torch
 import triton
-from softkv.kernels.launch import interpreter_enabled, target_of
-from softkv.kernels.tiles import MEASURED, TABLE, Tile, block_d, tile
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
+
+import softkv.kernels as engine
+from softkv.kernels.launch import interpreter_enabled, target_of
+from softkv.kernels.tiles import MEASURED, TABLE, Tile, block_d, tile
 
 Timer = Callable[[Callable[[], Any]], float]  # a call → milliseconds
 BACKWARD = ("dq", "dkv")

@@ -8,11 +8,12 @@ import sys
 from typing import Any
 
 import torch
-from softkv.kernels.compile import COMMON, OTHERS, TARGETS, TRAINER, label, record, specialise
-from softkv.kernels.launch import Launch
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
+
+from softkv.kernels.compile import COMMON, OTHERS, TARGETS, TRAINER, label, record, specialise
+from softkv.kernels.launch import Launch
 
 
 class NoDevice:

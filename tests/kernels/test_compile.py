@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from softkv.kernels.compile import TARGETS
 from softkv.kernels.matrix import line, page, problems
 

@@ -1,11 +1,11 @@
 """The Triton kernels against the fp64 oracle: outputs, lse, every gradient. Interpreted on CPU, compiled on a GPU."""
 
 import pytest
-import softkv.kernels
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import softkv.kernels
 from tests.attention_cases import CASES, Case, dense, index, mask, packed
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -3,12 +3,12 @@
 from types import SimpleNamespace
 
 import pytest
-import softkv.kernels
 import torch
+
+import softkv.kernels
 from softkv.kernels.compile import TARGETS, Case, name_of, record
 from softkv.kernels.launch import recording, target_of
 from softkv.kernels.tiles import CAPPED, TABLE, block_d, tile
-
 from tests.attention_cases import CASES
 
 KEYWORDS = dict.fromkeys(

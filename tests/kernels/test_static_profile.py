@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 import triton
-from softkv.kernels.compile import TARGETS
-from softkv.kernels.machines import MACHINES
-from softkv.kernels.sass import pipe_of
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
 from typer.testing import CliRunner
 
 from softkv.cli import app
+from softkv.kernels.compile import TARGETS
+from softkv.kernels.machines import MACHINES
+from softkv.kernels.sass import pipe_of
 from softkv.profiling import peers
 
 

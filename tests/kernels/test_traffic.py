@@ -11,8 +11,9 @@ from unittest import mock
 
 import numpy as np
 import pytest
-import softkv.kernels
 import torch
+
+import softkv.kernels
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counts in Triton's interpreter")
 

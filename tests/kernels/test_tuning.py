@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import softkv.kernels
 import torch
-from softkv.kernels import tuning
-from softkv.kernels.tiles import MEASURED, TABLE, Target, Tile, tile
 from triton.runtime.errors import OutOfResources
 
+import softkv.kernels
+from softkv.kernels import tuning
+from softkv.kernels.tiles import MEASURED, TABLE, Target, Tile, tile
 from tests.attention_cases import Case, dense
 
 HERE = Target("interpreter", 4)

@@ -4,13 +4,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import softkv.kernels as engine
 import torch
 import transformers
-from softkv.kernels import compile as offline
-from softkv.kernels.launch import target_of
 from torch.profiler import ProfilerActivity, profile
 
+import softkv.kernels as engine
+from softkv.kernels import compile as offline
+from softkv.kernels.launch import target_of
 from softkv.profiling import plan as planning
 from softkv.profiling.allocations import peak
 
