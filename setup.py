@@ -34,7 +34,7 @@ setup(
     ],
     extras_require={
         "data": ["datasets"],
-        "dev": [*DEVELOPMENT, *BENCHMARKS, "gguf", "datasets", "tensorboard"],
+        "dev": [*DEVELOPMENT, *BENCHMARKS, "gguf", "datasets", "tensorboard", "trl"],
         "bench": BENCHMARKS,
         "demo": ["gguf", *BENCHMARKS],
         "flash": ["flash-attn>=2.7"],

@@ -14,8 +14,9 @@ import torch
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, TrainerCallback
 
 import softkv
+from softkv.hf.layout import with_prompt_lengths
 from softkv.train.batches import PaddingCollator, TokenBatches, whole_row_labels
-from softkv.train.label_logits import label_logits, with_prompt_lengths
+from softkv.train.label_logits import label_logits
 from softkv.train.trainer import last_checkpoint
 from tests.hf.tiny import tokenizer
 from tests.training_runs import METHODS, PLAIN_STEPS, attach, losses, rows, trainer

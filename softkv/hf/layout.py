@@ -7,6 +7,7 @@ one arithmetic on flat token numbers serves both.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -177,6 +178,22 @@ def rows_of(
         cu_seqlens = cu_seqlens.to(torch.int32)
         return PackedRows(cu_seqlens, int(cu_seqlens.diff().max()) if longest is None else longest)
     return packed_rows(position_ids) if attention_mask is None else None
+
+
+def with_prompt_lengths(batch: dict[str, Any]) -> dict[str, Any]:
+    """The batch with `prompt_lengths` `[R]`: the number of tokens of each row before its first label, unless given.
+
+    Nothing predicts a row's first token, so its label is dropped: in a padded batch as in a packed one.
+    """
+    tokens = batch["input_ids"] if batch.get("input_ids") is not None else batch["inputs_embeds"]
+    shape, mask = (tokens.shape[0], tokens.shape[1]), batch.get("attention_mask")
+    rows = rows_of(shape, mask, batch.get("position_ids"), batch.get("cu_seq_lens_q"), batch.get("max_length_q"))
+    lines = Lines.of(shape, mask, rows, tokens.device)
+    labels = batch["labels"].flatten().index_fill(0, lines.first[lines.first < lines.last], IGNORED).view(shape)
+    lengths = batch.get("prompt_lengths")
+    if lengths is None:
+        lengths = lines.split(labels, None) - lines.first
+    return batch | {"labels": labels, "prompt_lengths": lengths}
 
 
 def token_positions(

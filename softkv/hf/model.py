@@ -22,6 +22,7 @@ from softkv.hf.generation.cache_state import Filled, check_contiguous, past_leng
 from softkv.hf.generation.prompts import Prompts, lengthened, mask_of, pad_id
 from softkv.hf.generation.real_tokens import generating
 from softkv.hf.hooks import Call, DecoderHooks
+from softkv.hf.inner import inside, say_prompt_lengths
 from softkv.hf.layout import (
     Insertion,
     Lines,
@@ -82,6 +83,7 @@ class SoftModel(nn.Module):
     """
 
     _keys_to_ignore_on_save = None
+    _hf_peft_config_loaded = True  # transformers trains quantised models only where adapters are on them
 
     def __init__(
         self,
@@ -111,6 +113,7 @@ class SoftModel(nn.Module):
             self._original.silence_dropout([captured.block for captured in blocks.values()])
             self._frozen = FrozenBase(model, {layer: captured.key for layer, captured in blocks.items()}, tokenizer)
             self.training = model.training
+            self.register_forward_pre_hook(say_prompt_lengths, with_kwargs=True)
             self.add_adapter(FIRST, method)
         except BaseException:
             self.detach()
@@ -219,7 +222,16 @@ class SoftModel(nn.Module):
                 raise
             if name in _PAGED:
                 raise AttributeError(f"SoftModel has no {name}: {_NOT_PAGED}") from None
-            return getattr(self.base, name)
+            return inside(self, getattr(self.base, name))
+
+    def get_decoder(self, *args: Any, **kwargs: Any) -> Any:
+        """The base's decoder, which gives hidden states with the soft prompt in place when it is called."""
+        return inside(self, self.base.get_decoder(*args, **kwargs))
+
+    def get_base_model(self) -> SoftModel:
+        """This model: what others would patch or call around a wrapper carries the soft prompt here. The frozen model
+        is `base`."""
+        return self
 
     def num_trainable(self) -> int:
         """The number of trainable parameters."""
@@ -319,6 +331,7 @@ class SoftModel(nn.Module):
                 and neither labels nor prompt_lengths are given; on prompt_lengths that are not `[B]` integers or, on
                 CPU, longer than rows; on `output_attentions`; on positions past a learned position table.
         """
+        module = kwargs.pop("softkv_inner", self.base)  # what is run: the base, or that of its modules (`Inner`)
         batch = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
@@ -332,7 +345,7 @@ class SoftModel(nn.Module):
             batch["logits_to_keep"] = logits_to_keep
         if not self._enabled:
             _check_no_names(adapter_names)
-            return self.base(**_given(**batch))
+            return module(**_given(**batch))
         self._check_options(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("SoftModel expects either input_ids or inputs_embeds")
@@ -389,7 +402,7 @@ class SoftModel(nn.Module):
                 batch["position_ids"] = None
             elif position_ids is not None:
                 batch["position_ids"] = insertion.positions(position_ids.expand(B, T))
-        if columns is not None:
+        if columns is not None and module is self.base:
             batch["logits_to_keep"] = keep_in(columns, lines.shape[1], logits_to_keep)
         if not past:
             filled = Filled(T, B, soft.names, batch["attention_mask"])
@@ -413,12 +426,15 @@ class SoftModel(nn.Module):
             context = self._hooks.encoding(context, soft, prompts, memory, filled.order)
         return_dict = batch.pop("return_dict", None)
         with self._hooks.active(Call(context, soft, positions_given=position_ids is not None)):
-            output = self.base(**_given(**batch), return_dict=True)
+            output = module(**_given(**batch), return_dict=True)
         if not past and output.get("past_key_values") is not None:
             filled.leave_with(output.past_key_values)
-        if columns is not None and output.get("hidden_states") is not None:
+        if columns is not None:
             at = columns[:, :, None]
-            output["hidden_states"] = tuple(states.take_along_dim(at, 1) for states in output["hidden_states"])
+            if output.get("last_hidden_state") is not None:
+                output["last_hidden_state"] = output["last_hidden_state"].take_along_dim(at, 1)
+            if output.get("hidden_states") is not None:
+                output["hidden_states"] = tuple(states.take_along_dim(at, 1) for states in output["hidden_states"])
         return output.to_tuple() if return_dict is False else output
 
     def _caches(self, batch: dict[str, Any]) -> bool:
@@ -578,7 +594,14 @@ class SoftModel(nn.Module):
         return super()._apply(*args, **kwargs)
 
     def _check_ids(self, ids: Tensor, soft: SoftRows, lines: Lines) -> None:
-        if torch.compiler.is_compiling() or ids.device.type != "cpu" or not bool((ids < 0).any()):
+        if torch.compiler.is_compiling() or ids.device.type != "cpu":
+            return
+        if not bool((ids < 0).any()):
+            if self.training and torch.is_grad_enabled() and soft.softs and soft.inline:
+                raise ValueError(
+                    "PTuning learns soft tokens that its rows hold as negative ids, but input_ids hold none, so "
+                    "nothing would be learned: make the rows with method.encode(tokenizer, ...)"
+                )
             return
         placed = {name: int(each.config.length) for name, each in soft.softs.items() if each.placement == "inline"}  # type: ignore[attr-defined]
         of_token = torch.tensor(soft.of_rows(len(lines.first), placed, 0))[lines.line_of_token].view_as(ids)

@@ -55,6 +55,11 @@ class SoftRows:
         return next(iter(self.softs.values())) if len(self.names) == 1 and self.softs else None
 
     @property
+    def inline(self) -> bool:
+        """Whether rows hold all soft tokens by their ids."""
+        return all(soft.placement == "inline" for soft in self.softs.values())
+
+    @property
     def encodes(self) -> bool:
         """Whether K and V of some rows are made inside the attention blocks."""
         return any(soft.encodes_rows for soft in self.softs.values())

@@ -1,0 +1,66 @@
+"""The inside of the frozen model as code around a `SoftModel` reaches for it, with the soft prompt in place.
+
+Losses that want hidden states rather than logits call `model.base_model`, `model.model` or `model.get_decoder()`
+themselves (TRL's fused head does). Called past `SoftModel.forward`, those modules would answer as the bare base does.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from softkv.hf.layout import with_prompt_lengths
+
+if TYPE_CHECKING:
+    from softkv.hf.model import SoftModel
+
+
+# The order of `forward`'s arguments, in transformers' causal language models as in `SoftModel`.
+_FORWARD = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "labels")
+
+
+class Inner:
+    """A module of the base that holds its decoder. A call takes what `SoftModel.forward` takes, and gives the module's
+    own output, its hidden states aligned with the columns given; everything else is the module's.
+
+    Args:
+        model: the soft model.
+        module: of its base.
+    """
+
+    def __init__(self, model: SoftModel, module: nn.Module) -> None:
+        self.__dict__.update(_model=model, _module=module)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._model(*args, **kwargs, softkv_inner=self._module)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("_model", "_module"):  # of a copy under way
+            raise AttributeError(name)
+        return inside(self._model, getattr(self._module, name))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._module, name, value)
+
+    def __repr__(self) -> str:
+        return f"{type(self._module).__name__} with a soft prompt"
+
+
+def inside(model: SoftModel, value: Any) -> Any:
+    """An attribute of the base, with the soft prompt in place where it is a module that runs the decoder."""
+    if not isinstance(value, nn.Module):
+        return value
+    decoder = model.base.get_decoder()
+    return Inner(model, value) if any(module is decoder for module in value.modules()) else value
+
+
+def say_prompt_lengths(model: SoftModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Keyword pre-hook of a `SoftModel` whose `forward` was replaced by one that keeps the labels from what it calls:
+    where prompts end is then told by `prompt_lengths`."""
+    if "forward" not in vars(model):
+        return None
+    batch = dict(zip(_FORWARD, args, strict=False)) | kwargs
+    if batch.get("labels") is None or batch.get("prompt_lengths") is not None:
+        return None
+    return (), batch | {"prompt_lengths": with_prompt_lengths(batch)["prompt_lengths"]}
