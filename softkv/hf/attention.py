@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from softkv.hf.context import Captured, PackedRows, SoftContext
+from softkv.hf.local import two_sided_attention
 from softkv.ops.api import prefix_attention, prefix_attention_varlen
 from softkv.ranges import named
 
@@ -103,10 +104,10 @@ def attention(
             "(multi-head latent attention): this model can't use it"
         )
     context = softkv_prefix if softkv_prefix is not None else SoftContext()
-    layer = getattr(module, "layer_idx", 0)
+    layer = getattr(module, "layer_idx", 0) if context.order is None else context.order.number(module, context.turns)
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     if context.capture is not None:
-        context.capture[layer] = Captured(module, key, value, sliding_window, causal)
+        context.capture.append(Captured(module, key, value, sliding_window, causal))
 
     device = query.device.type
     autocasts = device != "meta" and torch.is_autocast_enabled(device)  # torch knows no autocast there, and raises
@@ -124,6 +125,8 @@ def attention(
     if softkv_prefix is None and attention_mask is None:
         rows = _rows_of_line(query, key, position_ids, cu_seq_lens_q, max_length_q)
     if rows is not None:
+        if sliding_window is not None and not causal:
+            raise ValueError("packed rows expect no windows in bidirectional attention: pad them (PaddingCollator)")
         attend: Callable[..., Any] = partial(
             prefix_attention_varlen,
             query[0].transpose(0, 1),
@@ -140,7 +143,8 @@ def attention(
         return out.unsqueeze(0), None
 
     key_mask, key_lengths = _decode_key_state(attention_mask, len(query))
-    attend = partial(prefix_attention, query, key, value, key_mask=key_mask, key_lengths=key_lengths, **options)
+    op = prefix_attention if causal or sliding_window is None else two_sided_attention
+    attend = partial(op, query, key, value, key_mask=key_mask, key_lengths=key_lengths, **options)
     with named("attention, layer", layer):
         out = _attend(attend, context, layer, len(query), dtype, sliding_window)
     return out.transpose(1, 2), None

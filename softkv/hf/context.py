@@ -6,8 +6,8 @@ checkpointing re-runs forwards later, and two forwards may come before one backw
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -27,6 +27,40 @@ class Captured(NamedTuple):
     value: Tensor
     window: int | None
     causal: bool
+
+
+class BlockOrder:
+    """The attention blocks of a model, numbered in the order in which it runs them.
+
+    A module that runs several times a forward pass (ALBERT's) is a block of its own each time.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module] = ()) -> None:
+        self.blocks = list(blocks)
+        self._numbers: dict[nn.Module, list[int]] = {}
+        for number, block in enumerate(blocks):
+            self._numbers.setdefault(block, []).append(number)
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        return list(self._numbers)
+
+    @property
+    def repeats(self) -> bool:
+        """Whether some module runs several times."""
+        return len(self._numbers) < len(self.blocks)
+
+    def number(self, module: nn.Module, turns: dict[nn.Module, int] | None = None) -> int:
+        """The number of a block that begins to run; of a module that runs several times, the next one after `turns`,
+        which counts them."""
+        numbers = self._numbers[module]
+        if len(numbers) == 1 or turns is None:
+            return numbers[0]
+        turn = turns[module] = turns.get(module, -1) + 1
+        return numbers[turn % len(numbers)]
 
 
 @dataclass(frozen=True)
@@ -76,7 +110,7 @@ class SoftContext:
     """The prefixes of a forward pass and where its rows lie.
 
     Attributes:
-        layers: K, V `[A, G, P, D]` of every attention block, by its `layer_idx`, or None.
+        layers: K, V `[A, G, P, D]` of attention blocks, by their numbers in `order`, or None.
         lengths: `[A]`, slots of each prefix that exist, or None.
         index: `[B]`, the prefix of each row (-1: none), or None.
         window_covers: whether sliding windows count the slots: of all prefixes, or of each, `[A]` (with an index).
@@ -84,7 +118,9 @@ class SoftContext:
         rows: the packed rows of a batch of one line, or None.
         unpadded: the padding left out of them, to be put back.
         encoder: makes K, V per row inside each attention block (encoder-mode P-tuning v2).
-        capture: collects what reaches each attention block, by layer.
+        order: numbers the attention blocks; None where none needs a number.
+        turns: how often each module that runs several times has begun to, in this forward pass.
+        capture: collects what reaches each attention block, in the order in which they run.
     """
 
     layers: dict[int, LayerKV] | None = None
@@ -96,7 +132,9 @@ class SoftContext:
     unpadded: Unpadded | None = None
     encoder: RowEncoder | None = None
     backend: str | None = None
-    capture: dict[int, Captured] | None = None
+    order: BlockOrder | None = None
+    turns: dict[nn.Module, int] = field(default_factory=dict)
+    capture: list[Captured] | None = None
 
     def of_layer(self, layer: int, rows: int, dtype: torch.dtype) -> dict[str, Any]:
         """The prefix keywords of the attention op for one block and `rows` rows, but for `window_covers_prefix`."""

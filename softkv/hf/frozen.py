@@ -19,22 +19,29 @@ _ATTRIBUTE = "_softkv_original"
 _DROPOUTS = ("attention_dropout", "attn_dropout", "attn_pdrop", "dropout")
 
 
+def decoder_of(model: Any) -> Any:
+    """The stack of attention blocks inside a transformers model: its text decoder, or its encoder where it has no
+    other."""
+    found = model.get_decoder()  # by attribute names: ModernBERT calls its output layer "decoder"
+    return found if isinstance(found, PreTrainedModel) else model.base_model
+
+
 class FrozenBase:
     """What a method may ask of the model that it steers (`softkv.methods.base.FrozenModel`).
 
     Args:
         model: the transformers model.
-        blocks: keys `[1, G, 1, D]` that reached each attention block in a forward pass of one token, by layer.
+        keys: `[1, G, 1, D]`, what reached each attention block in a forward pass of one token.
         tokenizer: for text inits, or None.
     """
 
-    def __init__(self, model: Any, blocks: dict[int, Tensor], tokenizer: Any = None) -> None:
+    def __init__(self, model: Any, keys: list[Tensor], tokenizer: Any = None) -> None:
         self.model, self.tokenizer = model, tokenizer
-        sizes = {(key.shape[1], key.shape[3]) for key in blocks.values()}
+        sizes = {(key.shape[1], key.shape[3]) for key in keys}
         kv_heads, head_dim = sizes.pop() if len(sizes) == 1 else (0, 0)
         rows, width = model.get_input_embeddings().weight.shape
         config = model.config.get_text_config()
-        self.shape = BaseShape(len(blocks), kv_heads, head_dim, config.hidden_size, width, rows)
+        self.shape = BaseShape(len(keys), kv_heads, head_dim, config.hidden_size, width, rows)
 
     def with_tokenizer(self, tokenizer: Any) -> FrozenBase:
         """The same model with another tokenizer."""
@@ -81,7 +88,7 @@ class Original:
             model.set_attn_implementation(NAME)
             model.requires_grad_(False)
         original.holders += 1
-        if model.get_decoder().config._attn_implementation != NAME:
+        if decoder_of(model).config._attn_implementation != NAME:
             original.release(model)
             raise ValueError(
                 f"{type(model).__name__} does not take its attention from transformers' attention interface, "

@@ -8,13 +8,14 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from softkv.hf.context import Captured, LayerKV, RowEncoder, RowPrompts, SoftContext
+from softkv.hf.context import BlockOrder, Captured, LayerKV, RowEncoder, RowPrompts, SoftContext
+from softkv.hf.frozen import decoder_of
 from softkv.hf.generation.cache_state import Filled
 from softkv.hf.generation.prefill import Unpadded
 from softkv.hf.generation.prompts import Prompts
@@ -57,15 +58,16 @@ class DecoderHooks:
 
     Attributes:
         base: the frozen model.
-        blocks: its attention modules, by their `layer_idx`; known after `probe`.
+        order: its attention blocks; known after `probe`.
         calls: the calls under way.
     """
 
     def __init__(self, base: Any, backend: str | None) -> None:
         self.base, self.backend = base, backend
-        self.blocks: dict[int, nn.Module] = {}
+        self.order = BlockOrder()
         self.calls = _Calls()
         self._reads_blocks = False
+        self._offset = 0
         table = _learned_positions(self.decoder)
         self._table = None if table is None else table.num_embeddings - int(getattr(table, "offset", 0))
         self._handles = [
@@ -75,25 +77,25 @@ class DecoderHooks:
 
     @property
     def decoder(self) -> nn.Module:
-        return self.base.get_decoder()
-
-    @property
-    def layers(self) -> list[int]:
-        """The `layer_idx` of every attention module."""
-        return list(self.blocks)
+        return cast(nn.Module, decoder_of(self.base))
 
     @property
     def _all_attention(self) -> bool:
         """Whether only attention looks at other tokens: states and convolutions would run from row to row."""
-        return len(self.blocks) == self.base.config.get_text_config().num_hidden_layers
+        return len(self.order) == self.base.config.get_text_config().num_hidden_layers
 
     def hook_blocks(self) -> None:
         """Has encoders read what enters the attention modules."""
         if self._reads_blocks:
             return
+        if self.order.repeats:
+            raise ValueError(
+                f"{type(self.base).__name__} runs an attention module several times a pass, where an encoder of "
+                "prompts can't tell the times apart: leave the encoder out"
+            )
         self._reads_blocks = True
         self._handles += [
-            block.register_forward_pre_hook(self._enter_block, with_kwargs=True) for block in self.blocks.values()
+            block.register_forward_pre_hook(self._enter_block, with_kwargs=True) for block in self.order.modules
         ]
 
     def remove(self) -> None:
@@ -111,15 +113,15 @@ class DecoderHooks:
         finally:
             self.calls.stack.pop()
 
-    def capture(self, **inputs: Tensor) -> dict[int, Captured]:
+    def capture(self, **inputs: Tensor) -> list[Captured]:
         """What reaches the attention blocks in a forward pass of the bare decoder."""
-        context = SoftContext(backend=self.backend, capture={})
+        context = SoftContext(backend=self.backend, capture=[])
         with self.active(Call(context)):
             self.decoder(**inputs, use_cache=False)
         assert context.capture is not None
-        return dict(sorted(context.capture.items()))
+        return context.capture
 
-    def probe(self) -> dict[int, Captured]:
+    def probe(self) -> list[Captured]:
         """Runs one token through the decoder to see its attention blocks."""
         name = type(self.base).__name__
         try:
@@ -128,26 +130,38 @@ class DecoderHooks:
         except TypeError as error:
             if "softkv_prefix" not in str(error):
                 raise
-            blocks = {}
+            blocks = []
         if not blocks:
             raise ValueError(
                 f"{name} does not pass keywords through to transformers' attention interface, so softkv can't reach "
                 "its attention"
             )
         self._check_positions_are_taken(name)
-        self.blocks = {layer: captured.block for layer, captured in blocks.items()}
+        self._offset = self._first_position()
+        self.order = BlockOrder([captured.block for captured in blocks])
         return blocks
 
     def _check_positions_are_taken(self, name: str) -> None:
-        """Tokens stand behind a prefix by their position ids: a decoder must take them, and count from 0."""
+        """Tokens stand behind a prefix by their position ids: a decoder must take them."""
         if "position_ids" not in inspect.signature(self.decoder.forward).parameters:
             raise ValueError(f"{name} takes no position_ids, so softkv can't place its tokens behind a prefix")
+
+    def _first_position(self) -> int:
+        """The position id of a row's first token: RoBERTa's stands past its table's row for padding."""
         table = _learned_positions(self.decoder)
-        if table is not None and table.padding_idx is not None:
-            raise ValueError(
-                f"{name} counts positions from {table.padding_idx + 1}, past those of padding; softkv expects a model "
-                "that counts from 0"
-            )
+        if table is None or table.padding_idx is None:
+            return 0
+        read: list[int] = []
+        token = int(self.base.config.get_text_config().pad_token_id == 0)  # any but padding
+        ids = torch.full((1, 1), token, device=self.base.device)
+        note = table.register_forward_pre_hook(lambda _, args: read.append(int(args[0].flatten()[0])))
+        try:
+            with torch.no_grad(), evaluating(self.base):
+                self.decoder(input_ids=ids)
+                self.decoder(input_ids=ids, position_ids=torch.zeros_like(ids))
+        finally:
+            note.remove()
+        return read[0] - read[1] if len(read) == 2 else 0
 
     def embed(self, ids: Tensor, soft_tokens: Tensor) -> Tensor:
         """Embeddings `[B, T, C]` of ids, with soft token -i-1 where an id i is negative."""
@@ -169,7 +183,7 @@ class DecoderHooks:
             kwargs["position_ids"] = self._positions(call, context, kwargs)
             if call.prompts is not None and context.encoder is None and self._all_attention:
                 context = self._without_padding(context, kwargs)
-        kwargs["softkv_prefix"] = context
+        kwargs["softkv_prefix"] = replace(context, order=self.order, turns={}) if len(self.order) else context
         return (), kwargs
 
     def _without_padding(self, context: SoftContext, kwargs: dict[str, Any]) -> SoftContext:
@@ -230,7 +244,7 @@ class DecoderHooks:
         if not isinstance(context, SoftContext) or context.encoder is None:
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
-        layer: int = block.layer_idx  # type: ignore[assignment]
+        layer = self.order.number(block)
         return args, kwargs | {"softkv_prefix": replace(context, layers={layer: context.encoder(layer, hidden)})}
 
     def encoding(
@@ -249,7 +263,7 @@ class DecoderHooks:
         banks = context.layers or {}
 
         def encode(layer: int, hidden: Tensor, lengths: Tensor) -> LayerKV:
-            return soft.encode(banks.get(layer), self.layers.index(layer), hidden, lengths)
+            return soft.encode(banks.get(layer), layer, hidden, lengths)
 
         index = order if context.index is None else context.index
         return replace(context, index=index, encoder=RowEncoder(encode, prompts, memory))
@@ -266,12 +280,12 @@ class DecoderHooks:
         slots = context.slots_of(B if rows is None else len(rows.cu_seqlens) - 1)
         if isinstance(slots, Tensor):
             slots = slots[:, None] if rows is None else slots.repeat_interleave(rows.cu_seqlens.diff(), output_size=T)
-        positions = positions + slots
+        positions = positions + slots if call.positions_given else positions + (self._offset + slots)
         if self._table is not None and not torch.compiler.is_compiling():
             # Columns bound positions without a look at the device.
             longest = past + T if rows is None else rows.longest
             bounded = not call.positions_given and isinstance(slots, int) and isinstance(longest, int)
-            if not bounded or longest + slots > self._table:
+            if not bounded or longest + slots + self._offset > self._table:
                 self._check_positions(int(positions.max()))
         return positions
 

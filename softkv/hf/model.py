@@ -108,10 +108,10 @@ class SoftModel(nn.Module):
         self._hooks = DecoderHooks(model, backend)
         try:
             blocks = self._hooks.probe()
-            self._windowed = any(captured.window is not None for captured in blocks.values())
-            self._causal = all(captured.causal for captured in blocks.values())
-            self._original.silence_dropout([captured.block for captured in blocks.values()])
-            self._frozen = FrozenBase(model, {layer: captured.key for layer, captured in blocks.items()}, tokenizer)
+            self._windowed = any(captured.window is not None for captured in blocks)
+            self._causal = all(captured.causal for captured in blocks)
+            self._original.silence_dropout([captured.block for captured in blocks])
+            self._frozen = FrozenBase(model, [captured.key for captured in blocks], tokenizer)
             self.training = model.training
             self.register_forward_pre_hook(say_prompt_lengths, with_kwargs=True)
             self.add_adapter(FIRST, method)
@@ -442,7 +442,9 @@ class SoftModel(nn.Module):
         if self.training and self.base.is_activation_checkpointing:
             return False
         use_cache = batch.get("use_cache")
-        default = self.base.config.get_text_config().use_cache or batch["past_key_values"] is not None
+        default = (
+            getattr(self.base.config.get_text_config(), "use_cache", False) or batch["past_key_values"] is not None
+        )
         return default if use_cache is None else use_cache
 
     # Generation ------------------------------------------------------------------------------------------------------
@@ -563,7 +565,7 @@ class SoftModel(nn.Module):
                 prefix = each.prefix() if not before else None if heads else self._head_prefix(name, each)
                 if prefix is not None:
                     prefixes[name] = prefix.to(dtype=self.base.dtype)
-            context = soft.context(prefixes, self._hooks.layers, self.base.device)
+            context = soft.context(prefixes, len(self._hooks.order), self.base.device)
         context = replace(context, backend=self.backend)
         if remember:
             self._bank = state, context
@@ -580,7 +582,7 @@ class SoftModel(nn.Module):
         assert soft_tokens is not None
         dtype = self.base.dtype
         with named("head once"):
-            blocks = self._hooks.capture(inputs_embeds=soft_tokens[None].to(dtype)).values()
+            blocks = self._hooks.capture(inputs_embeds=soft_tokens[None].to(dtype))
         prefix = Prefix.from_layers(
             [block.key.to(dtype) for block in blocks], [block.value.to(dtype) for block in blocks]
         )
@@ -623,6 +625,11 @@ class SoftModel(nn.Module):
                 "leave it off"
             )
         if self.training and self.base.is_activation_checkpointing:
+            if self._hooks.order.repeats:
+                raise ValueError(
+                    f"{type(self.base).__name__} runs an attention module several times a pass, which a recomputed "
+                    "pass can't tell apart: gradient_checkpointing_disable() it"
+                )
             for module in self._hooks.decoder.modules():
                 _check_reentrant(getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {}))
 

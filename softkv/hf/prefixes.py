@@ -116,12 +116,12 @@ class SoftRows:
             if soft.encodes_rows
         }
 
-    def context(self, prefixes: Mapping[str, Prefix], layers: Sequence[int], device: torch.device) -> SoftContext:
+    def context(self, prefixes: Mapping[str, Prefix], layers: int, device: torch.device) -> SoftContext:
         """The bank of prefixes that the rows read; rows that an encoder reads will find theirs behind these.
 
         Args:
             prefixes: of those soft prompts that have one.
-            layers: the `layer_idx` of each attention block.
+            layers: the number of attention blocks.
             device: of the model.
 
         Raises:
@@ -257,8 +257,8 @@ def _end_to_end(of: Sequence[Tensor]) -> Tensor:
     return torch.cat([F.pad(x, (0, 0, 0, longest - x.shape[-2])) if x.shape[-2] < longest else x for x in of], -4)
 
 
-def _by_layer(prefix: Prefix, layers: Sequence[int]) -> dict[int, LayerKV]:
-    return dict(zip(layers, prefix.layers(len(layers)), strict=True))
+def _by_layer(prefix: Prefix, layers: int) -> dict[int, LayerKV]:
+    return dict(enumerate(prefix.layers(layers)))
 
 
 def _slots(encoder: SoftPrompt) -> int:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from softkv.hf.attention import NAME
-from softkv.hf.context import Captured, PackedRows, RowEncoder, RowPrompts, SoftContext
+from softkv.hf.context import BlockOrder, Captured, PackedRows, RowEncoder, RowPrompts, SoftContext
 from softkv.hf.frozen import Original
 from softkv.hf.hooks import DecoderHooks
 from softkv.methods.base import BaseShape, Computed, FrozenModel
@@ -216,7 +216,7 @@ def _base(job: Job) -> Any:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if job.encoder is not None:
         hooks = DecoderHooks(base, None)
-        hooks.blocks = blocks
+        hooks.order = BlockOrder(list(blocks.values()))
         hooks.hook_blocks()
     return base
 
@@ -372,12 +372,12 @@ def _encode(learned: nn.Module) -> Callable[[int, Tensor, Tensor], tuple[Tensor,
 
 
 def _head_once(base: Any, soft_tokens: Tensor) -> Prefix:
-    blocks = list(_captured(base, soft_tokens[None]).values())
+    blocks = _captured(base, soft_tokens[None])
     return Prefix.from_layers([block.key for block in blocks], [block.value for block in blocks])
 
 
 def _blocks(base: Any) -> dict[int, nn.Module]:
-    """The attention modules by their `layer_idx`."""
+    """The attention modules in the order in which they run."""
     try:
         with META, torch.no_grad():
             captured = _captured(base, _embeddings(base, 1, 1))
@@ -385,12 +385,12 @@ def _blocks(base: Any) -> dict[int, nn.Module]:
         raise ValueError(f"softkv can't run a {type(base).__name__}, so there is nothing to plan: {error}") from error
     if not captured:
         raise ValueError(f"{type(base).__name__} does not pass softkv's prefix on to its attention: nothing to plan")
-    return {layer: one.block for layer, one in captured.items()}
+    return {number: one.block for number, one in enumerate(captured)}
 
 
-def _captured(base: Any, embeddings: Tensor) -> dict[int, Captured]:
+def _captured(base: Any, embeddings: Tensor) -> list[Captured]:
     """What reaches the attention blocks in a forward pass over one row."""
-    capture: dict[int, Captured] = {}
+    capture: list[Captured] = []
     base.get_decoder()(
         inputs_embeds=embeddings,
         attention_mask=torch.empty(1, 1, 1, 1, dtype=torch.int32),
@@ -398,7 +398,7 @@ def _captured(base: Any, embeddings: Tensor) -> dict[int, Captured]:
         use_cache=False,
         softkv_prefix=SoftContext(capture=capture),
     )
-    return dict(sorted(capture.items()))
+    return capture
 
 
 def _concatenating(job: Job, base: Any, learned: nn.Module) -> Tensor:

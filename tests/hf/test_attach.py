@@ -268,7 +268,6 @@ OTHERS = {
 _BART = {"d_model": 32, "decoder_layers": 1, "decoder_attention_heads": 4, "decoder_ffn_dim": 48, "dropout": 0.0}
 OTHERS |= {
     "Bart": (transformers.BartConfig, _BART | {"is_encoder_decoder": False, "is_decoder": True}, "no position_ids"),
-    "Roberta": (transformers.RobertaConfig, {"is_decoder": True}, "counts positions from 1"),
 }
 
 

@@ -21,7 +21,7 @@ def widths(model: Any) -> list[tuple[int, ...]]:
         hidden = args[0] if args else kwargs["hidden_states"]
         seen.append(tuple(hidden.shape[:2]))
 
-    next(iter(model._hooks.blocks.values())).register_forward_pre_hook(note, with_kwargs=True)
+    model._hooks.order.blocks[0].register_forward_pre_hook(note, with_kwargs=True)
     return seen
 
 
