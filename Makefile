@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test bench lint compile-matrix mutants clean
+.PHONY: demo test bench lint compile-matrix mutants clean docs
 
 $(READY): setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -39,6 +39,10 @@ compile-matrix: $(READY)
 # Breaks the kernels on purpose, one line at a time: every mutant must be caught (about 10 minutes).
 mutants: $(READY)
 	$(BIN)/python -m tests.kernels.mutate --write docs/kernel_mutants.md
+
+# The documentation as a site, in build/site.
+docs: $(READY)
+	$(BIN)/mkdocs build --strict
 
 clean:
 	rm -rf $(VENV) .cache build *.egg-info

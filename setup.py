@@ -9,6 +9,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 DEVELOPMENT = ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "ruff", "mypy", "pre-commit"]
+DOCS = ["mkdocs-material", "mkdocstrings[python]"]
 BENCHMARKS = ["peft", "matplotlib", "psutil"]
 
 setup(
@@ -34,9 +35,10 @@ setup(
     ],
     extras_require={
         "data": ["datasets"],
-        "dev": [*DEVELOPMENT, *BENCHMARKS, "gguf", "datasets", "tensorboard", "trl"],
+        "dev": [*DEVELOPMENT, *BENCHMARKS, *DOCS, "gguf", "datasets", "tensorboard", "trl"],
         "bench": BENCHMARKS,
         "demo": ["gguf", *BENCHMARKS],
+        "docs": DOCS,
         "flash": ["flash-attn>=2.7"],
         "peers": ["fla-core"],
     },
