@@ -1,5 +1,5 @@
-"""A hook of mkdocs: figures of `benchmarks/results/`, which pages show by a path that works on GitHub too, are part of the
-site."""
+"""A hook of mkdocs: figures of `benchmarks/results/` are part of the site. Pages show them by a path that works on GitHub
+too."""
 
 from pathlib import Path
 from typing import Any

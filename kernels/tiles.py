@@ -115,7 +115,9 @@ TABLE: dict[tuple[str, str], dict[int, Tile]] = {
     },
     ("forward", "sm_120"): {
         64: Tile(128, 64, 4, 2, "as sm_80"),
-        128: Tile(128, 32, 8, 2, "0.78, overlap 1.0; a step of 64 (0.81) spills under triton 3.7, sm_80's row everywhere"),
+        128: Tile(
+            128, 32, 8, 2, "0.78, overlap 1.0; a step of 64 (0.81) spills under triton 3.7, sm_80's row everywhere"
+        ),
         256: Tile(64, 32, 4, 2, "99 KiB of shared memory"),
     },
     ("dq", "sm_120"): {
