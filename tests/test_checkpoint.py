@@ -218,7 +218,6 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "integers": (tensor_to("k", ZEROS.long()), r"expects floating values, got k \(torch.int64\)"),
     "another base": (set_to("base.layers", 3), r"another base model: layers 3 \(this model: 2\)"),
     "another architecture": (set_to("base.model_type", "opt"), "another base model: opt, not llama"),
-    "another vocabulary": (set_to("base.vocab_size", 7), "another base model: vocab_size 7"),
     "base of a wrong type": (set_to("base", ["layers"]), "without a valid base"),
     "layers of a wrong type": (set_to("base.layers", "2"), "without a valid base.layers"),
     "an unknown method": (set_to("method", "lora"), "unknown method 'lora'"),

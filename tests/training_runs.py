@@ -55,7 +55,7 @@ def attach(method: str | Method, dtype: torch.dtype = torch.float32, **options: 
     return softkv.attach(model, METHODS[method] if isinstance(method, str) else method, **options)
 
 
-def arguments(directory: Any, **options: Any) -> transformers.TrainingArguments:
+def arguments(directory: Any, kind: Any = transformers.TrainingArguments, **options: Any) -> Any:
     defaults: dict[str, Any] = {
         "output_dir": str(directory),
         "max_steps": 4,
@@ -69,7 +69,7 @@ def arguments(directory: Any, **options: Any) -> transformers.TrainingArguments:
         "log_level": "error",
         "dataloader_pin_memory": False,
     }
-    return transformers.TrainingArguments(**(defaults | options))
+    return kind(**(defaults | options))
 
 
 def trainer(

@@ -33,6 +33,7 @@ from softkv.hf.layout import (
     rows_of,
     scattered,
 )
+from softkv.hf.learned import leave_frozen, miss_nothing_frozen
 from softkv.hf.prefixes import SoftRows, check_known
 from softkv.methods.base import BaseShape, Method, SoftPrompt
 from softkv.methods.p_tuning_v2 import matrices_of
@@ -113,6 +114,8 @@ class SoftModel(nn.Module):
             self._original.silence_dropout([captured.block for captured in blocks])
             self._frozen = FrozenBase(model, [captured.key for captured in blocks], tokenizer)
             self.training = model.training
+            self.register_state_dict_post_hook(leave_frozen)
+            self.register_load_state_dict_post_hook(miss_nothing_frozen)
             self.register_forward_pre_hook(say_prompt_lengths, with_kwargs=True)
             self.add_adapter(FIRST, method)
         except BaseException:
@@ -173,7 +176,7 @@ class SoftModel(nn.Module):
         else:
             from softkv.io import checkpoint
 
-            soft = checkpoint.saved(self.base, *checkpoint.read(checkpoint.local(adapter))).build(frozen)
+            soft = checkpoint.saved(self.base, *checkpoint.prompt_alone(checkpoint.local(adapter))).build(frozen)
         if not self._causal and (soft.encodes_rows or soft.placement in ("before", "after")):
             raise ValueError(
                 f"{type(self.base).__name__} is bidirectional, its rows have no prompt that comes before an answer: "
@@ -281,6 +284,22 @@ class SoftModel(nn.Module):
             self._original.release(self.base)
             self._original = None
         return self.base
+
+    def get_extra_state(self) -> Tensor:
+        """What the values in `state_dict()` mean, as the bytes of a JSON text: any trainer's checkpoint loads by it."""
+        from softkv.io.state import described
+
+        return described(self)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Checks that a state dict is of the same adapters.
+
+        Raises:
+            ValueError: when it is of another method or of other settings. Nothing has changed then.
+        """
+        from softkv.io.state import check_described
+
+        check_described(self, state)
 
     def save_pretrained(self, save_directory: Any, *, adapter_name: str | None = None, **kwargs: Any) -> None:
         """Writes `softkv_config.json` and `softkv.safetensors`: what an adapter has learned, not the base. Without a

@@ -7,6 +7,7 @@ config and values, tells a damaged file from a whole one (since format 2; files 
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import tempfile
@@ -21,9 +22,11 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from softkv.hf.learned import IN_BASE, check_learned, inject, learned_in, peft_configs, put_learned
 from softkv.hf.model import SoftModel
-from softkv.io import foreign, peft
+from softkv.io import foreign, peft, state
 from softkv.io.flat import FLAT, unflatten
 from softkv.io.safe_files import check_values, checksum, read_tensors
 from softkv.methods import METHODS, PTuningV2
@@ -33,6 +36,7 @@ from softkv.prefix import Prefix
 FORMAT = 2
 CONFIG, WEIGHTS = "softkv_config.json", "softkv.safetensors"
 _SHAPE = tuple(field.name for field in fields(BaseShape))
+_FIXED = tuple(name for name in _SHAPE if name != "vocab_size")  # tokens may be added: no learned shape depends on it
 _SIZES = ("encoder_size", "reparametrize_size")
 _MOST_SLOTS = 1 << 16  # of an encoder, whose tensors don't tell how many it makes
 _LARGEST_CONFIG = 1 << 22  # characters: parsed JSON may take twenty times as much memory
@@ -46,6 +50,7 @@ def save(
     *,
     folded: bool = True,
     format: Literal["softkv", "peft"] = "softkv",
+    is_main_process: bool = True,
 ) -> None:
     """Writes a soft prompt to `directory`, replacing an older one atomically.
 
@@ -56,6 +61,7 @@ def save(
             left out. False keeps them, to train on.
         format: "softkv", or "peft": `adapter_config.json` and `adapter_model.safetensors`, which PEFT loads with the
             same logits (docs/interop.md).
+        is_main_process: whether this process writes. Where parameters are sharded, all processes must call.
 
     Raises:
         ValueError: when a learned parameter is NaN or infinite, or PEFT can't express the adapter. An older adapter is
@@ -67,6 +73,8 @@ def save(
         _save_for_peft(model, Path(directory), folded)
         return
     config, tensors = describe(model, folded=folded)
+    if not is_main_process:
+        return
     check_values(tensors, "the soft prompt")
     metadata = header(config, tensors)
     _check_size(metadata["softkv_config"], "the soft prompt's config")
@@ -85,6 +93,10 @@ def header(config: dict[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, s
 def _save_for_peft(model: SoftModel, directory: Path, folded: bool) -> None:
     if not folded:
         raise ValueError("PEFT can't express folded=False: its files hold what networks compute, not the networks")
+    if learned_in(model.base):
+        raise ValueError(
+            "PEFT can't express a soft prompt beside what else is learned in the base (LoRA): format='softkv'"
+        )
     config, embeddings = peft.describe(model)
     tensors = {peft.TENSOR: embeddings}
     check_values(tensors, "the soft prompt")
@@ -174,7 +186,20 @@ def assemble(
     Raises:
         ValueError: when config, tensors and model don't fit together. Nothing is attached then.
     """
-    return SoftModel(model, saved(model, config, tensors, encoder=encoder), backend=backend).eval()
+    prompt, in_base = _parted(tensors)
+    injected = inject(model, config.get("peft", {}))
+    soft_model = None
+    try:
+        soft_model = SoftModel(model, saved(model, config, prompt, encoder=encoder), backend=backend).eval()
+        check_learned(model, in_base)
+    except BaseException:
+        if soft_model is not None:
+            soft_model.detach()
+        if injected:
+            model.delete_adapter(injected)
+        raise
+    put_learned(model, in_base)
+    return soft_model
 
 
 def saved(
@@ -200,7 +225,10 @@ def restore(model: SoftModel, directory: str | os.PathLike[str]) -> None:
             raise ValueError(f"{directory} holds {key} {config[key]}, expected {mine[key]}")
     _check_type(config["base"], model)
     _check_base(config["base"], model.base_shape)
-    put(model.soft, tensors)
+    prompt, in_base = _parted(tensors)
+    check_learned(model.base, in_base)
+    put(model.soft, prompt)
+    put_learned(model.base, in_base)
 
 
 def describe(model: SoftModel, *, folded: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -209,23 +237,53 @@ def describe(model: SoftModel, *, folded: bool = True) -> tuple[dict[str, Any], 
     Raises:
         ValueError: when the method is none of softkv's.
     """
-    names = [name for name, config in METHODS.items() if type(model.method) is config]
+    soft = gathered(model.soft)
+    kept = soft.folded() if folded else soft
+    config = configuration(model, model.soft, folded=folded or not soft.foldable)
+    tensors = dict(kept.state_dict()) | {IN_BASE + name: whole(each) for name, each in learned_in(model.base).items()}
+    return config, {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def configuration(model: SoftModel, soft: SoftPrompt, *, folded: bool) -> dict[str, Any]:
+    """What the values of a soft prompt of `model` mean.
+
+    Raises:
+        ValueError: when the method is none of softkv's.
+    """
+    method = soft.config
+    names = [name for name, config in METHODS.items() if type(method) is config]
     if not names:
-        raise ValueError(f"only {', '.join(METHODS)} can be saved, got {type(model.method).__name__}")
-    kept = model.soft.folded()
-    if not folded and kept is not model.soft:
-        kept, folded = model.soft, False
-    else:
-        folded = True
-    base = {"name": model.config.name_or_path, "model_type": model.config.model_type, **asdict(model.base_shape)}
-    config = {
+        raise ValueError(f"only {', '.join(METHODS)} can be saved, got {type(method).__name__}")
+    beside = peft_configs(model.base)
+    return {
         "format": FORMAT,
         "method": names[0],
-        "config": asdict(model.method),  # type: ignore[call-overload]
+        "config": asdict(method),  # type: ignore[call-overload]
         "folded": folded,
-        "base": base,
-    }
-    return config, {name: tensor.detach().cpu().contiguous() for name, tensor in kept.state_dict().items()}
+        "base": {"name": model.config.name_or_path, "model_type": model.config.model_type, **asdict(model.base_shape)},
+    } | ({"peft": beside} if beside else {})
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that may be sharded over processes, all of which must call."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def gathered(soft: SoftPrompt) -> SoftPrompt:
+    """A soft prompt whose parameters may be sharded, with whole ones."""
+    if not any(isinstance(each, DTensor) for each in soft.parameters()):
+        return soft
+    other = copy.deepcopy(soft)
+    for module in other.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(whole(parameter.detach())))
+    return other
+
+
+def _parted(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The tensors of a soft prompt, and those of its base, by their names there."""
+    in_base = {name.removeprefix(IN_BASE): each for name, each in tensors.items() if name.startswith(IN_BASE)}
+    return {name: each for name, each in tensors.items() if not name.startswith(IN_BASE)}, in_base
 
 
 def read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -245,6 +303,9 @@ def read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     path = directory / WEIGHTS
     if not path.is_file() and peft.is_here(directory):
         return peft.read(directory)
+    if not path.is_file() and (directory / state.FILE).is_file():
+        text, tensors = state.read(directory / state.FILE)
+        return _parse(text, directory / state.FILE), tensors
     if not path.is_file():
         pickles = sorted(file.name for file in directory.glob("*") if file.suffix in _PICKLES)
         hint = f"; {pickles[0]} is a pickle, which softkv never reads: convert it to safetensors" if pickles else ""
@@ -255,6 +316,21 @@ def read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     config = _parse(metadata["softkv_config"], path)
     if config["format"] >= 2 and metadata.get("softkv_sha256") != checksum(metadata["softkv_config"], tensors):
         raise ValueError(f"{path} is damaged: its values or config are not those that were saved (checksum)")
+    return config, tensors
+
+
+def prompt_alone(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """As `read`, for an adapter beside others, which share the base.
+
+    Raises:
+        ValueError: also when it was trained together with parameters of the base.
+    """
+    config, tensors = read(directory)
+    if _parted(tensors)[1]:
+        raise ValueError(
+            f"{directory} holds LoRA or trained parameters of the base beside its soft prompt, which all adapters "
+            "would share: load it alone, with softkv.load(base, folder)"
+        )
     return config, tensors
 
 
@@ -333,7 +409,7 @@ def _check_base(saved: dict[str, Any], shape: BaseShape) -> None:
     here = asdict(shape)
     differing = [
         f"{name} {saved[name]} (this model: {here[name]})"
-        for name in _SHAPE
+        for name in _FIXED
         if name in saved and saved[name] != here[name]
     ]
     if differing:
@@ -370,6 +446,9 @@ def _parse(text: str, path: Path) -> dict[str, Any]:
     if not wrong:
         base_kinds = {"name": str, "model_type": str} | dict.fromkeys(_SHAPE, int)
         wrong = [f"base.{key}" for key, kind in base_kinds.items() if not isinstance(config["base"].get(key), kind)]
+        beside = config.get("peft", {})
+        if not isinstance(beside, dict) or not all(isinstance(each, dict) for each in beside.values()):
+            wrong.append("peft")
     if wrong:
         raise ValueError(f"{path} has a config without a valid {', '.join(wrong)}")
     return config

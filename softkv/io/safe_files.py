@@ -19,13 +19,23 @@ def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     Raises:
         ValueError: when the file is damaged or holds anything else.
     """
+    metadata, tensors = open_tensors(path)
+    check_values(tensors, str(path))
+    return metadata, tensors
+
+
+def open_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """The metadata and the tensors of a safetensors file.
+
+    Raises:
+        ValueError: when the file is damaged.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
         raise ValueError(f"{path} is damaged: {error}") from error
-    check_values(tensors, str(path))
     return metadata, tensors
 
 

@@ -123,6 +123,11 @@ class SoftPrompt(nn.Module):
         # An optimizer's updates show in the version counters.
         return tuple((id(each), 0 if each.is_inference() else each._version) for each in self.parameters())
 
+    @property
+    def foldable(self) -> bool:
+        """Whether `folded` gives another module."""
+        return type(self).folded is not SoftPrompt.folded
+
     def folded(self) -> SoftPrompt:
         """What is worth keeping after training: reparametrisations computed once, their networks left out."""
         return self
@@ -134,7 +139,7 @@ class SoftTokens(SoftPrompt):
     def __init__(self, config: Method, embeddings: Tensor, placement: Placement) -> None:
         super().__init__(config)
         self.placement = placement
-        self.embeddings = nn.Parameter(embeddings.float())
+        self.embeddings = nn.Parameter(embeddings.detach().to(torch.float32, copy=True).contiguous())
 
     def soft_tokens(self) -> Tensor:
         return self.embeddings
@@ -145,8 +150,8 @@ class SoftMatrices(SoftPrompt):
 
     def __init__(self, config: Method, k: Tensor, v: Tensor, *, window_covers: bool) -> None:
         super().__init__(config)
-        self.k = nn.Parameter(k.float())
-        self.v = nn.Parameter(v.float())
+        # A storage each: checkpoints keep one of two parameters that share one.
+        self.k, self.v = (nn.Parameter(x.detach().to(torch.float32, copy=True).contiguous()) for x in (k, v))
         self.window_covers = window_covers
 
     def prefix(self) -> Prefix:

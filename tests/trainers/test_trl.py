@@ -11,7 +11,7 @@ from torch import Tensor
 
 import softkv
 from softkv.hf.layout import IGNORED
-from tests.hf.tiny import tokenizer
+from tests.hf.tiny import model_of, tokenizer
 from tests.training_runs import METHODS, attach
 
 trl = pytest.importorskip("trl")
@@ -71,6 +71,19 @@ def test_the_sft_loss_is_that_of_the_soft_model(method: str, layout: dict[str, A
         with torch.no_grad():
             total, count = total + surprise(soft_model, ids, labels), count + len(answer) + 1
     assert evaluated == pytest.approx(float(total / count), rel=2e-5)
+
+
+@pytest.mark.parametrize("method", ["prompt-tuning after", "p-tuning v2", "p-tuning v2 encoder"])
+def test_sft_learns_and_its_checkpoint_loads(method: str, tmp_path: Path) -> None:
+    soft_model = attach(method)
+    trainer = sft(soft_model, tmp_path, max_steps=8, save_strategy="steps", save_steps=8, packing=True)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    loaded = softkv.load(model_of("Llama"), tmp_path / "checkpoint-8")
+    ids = torch.tensor([[1, 20, 21, 22]])
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, soft_model.eval()(ids).logits)
 
 
 def test_all_tokens_of_a_text_are_learned(tmp_path: Path) -> None:

@@ -1,0 +1,139 @@
+"""What is learned in a `SoftModel`, and nothing else: its soft prompts, and in the base the adapters that peft injected
+(LoRA and its like, frozen or not) and every parameter that was set to be trained.
+
+It is what state dicts hold, so any trainer's checkpoint holds it; and what is saved beside a soft prompt.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from softkv.hf.model import SoftModel
+
+IN_BASE = "base."  # before the name of a parameter of the base
+EXTRA = "_extra_state"
+# Those that leave the base's own weights as they are: others take a part of them away.
+_STARTS = (True, False, "gaussian", "orthogonal")
+
+
+def learned_in(base: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of a base that are learned, by their names in it."""
+    injected = _injected(base)
+    return {name: each for name, each in base.named_parameters() if each.requires_grad or id(each) in injected}
+
+
+def _injected(base: nn.Module) -> set[int]:
+    """The parameters that peft put into the base."""
+    if "peft" not in sys.modules:
+        return set()
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    found = set()
+    for module in base.modules():
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            own = (
+                each for name, each in module.named_parameters() if not name.startswith(("base_layer.", "original_"))
+            )
+            found |= {id(each) for each in own}
+    return found
+
+
+def peft_configs(base: Any) -> dict[str, dict[str, Any]]:
+    """The configs of the adapters that peft injected into a base, by their names, for JSON.
+
+    Raises:
+        ValueError: for one whose start changed the base's own weights, which are not saved.
+    """
+    found = {}
+    for name, config in getattr(base, "peft_config", {}).items():
+        start = getattr(config, "init_lora_weights", True)
+        if start not in _STARTS:
+            raise ValueError(
+                f"the LoRA {name!r} was started with init_lora_weights={start!r}, which changes the base's own "
+                "weights, so its values mean nothing on another copy of the base: expected True, False or 'gaussian'"
+            )
+        fields = config.to_dict()
+        found[name] = {key: sorted(value) if isinstance(value, set) else value for key, value in fields.items()}
+    return found
+
+
+def inject(base: Any, configs: Mapping[str, dict[str, Any]]) -> list[str]:
+    """Puts adapters that a base lacks into it, frozen, and returns their names.
+
+    Raises:
+        ValueError: when peft is missing, or knows no such adapter.
+    """
+    missing = {name: fields for name, fields in configs.items() if name not in getattr(base, "peft_config", {})}
+    if not missing:
+        return []
+    try:
+        from peft import PeftConfig
+    except ImportError as error:
+        raise ValueError(f"this soft prompt was trained beside {', '.join(missing)}, which needs peft") from error
+    for name, fields in missing.items():
+        try:
+            config = PeftConfig.from_peft_type(**fields)
+            if hasattr(config, "init_lora_weights"):
+                config.init_lora_weights = True
+            base.add_adapter(config, adapter_name=name)
+        except (TypeError, ValueError, KeyError) as error:
+            raise ValueError(f"the adapter {name!r} beside this soft prompt can't be injected: {error}") from error
+    before = learned_in(base)
+    for name, parameter in before.items():
+        if any(f".{each}." in name for each in missing):
+            parameter.requires_grad_(False)
+    return list(missing)
+
+
+def check_learned(base: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Raise unless a base has these parameters among those that are learned, and every one that is trained is here."""
+    known = learned_in(base)
+    unknown = sorted(name for name in tensors if name not in known)
+    trained = sorted(name for name, each in known.items() if each.requires_grad and name not in tensors)
+    if unknown or trained:
+        raise ValueError(
+            f"what was learned in the base does not fit this one: the file also holds {_some(unknown)}, this base also "
+            f"learns {_some(trained)} (inject the same adapters, or set requires_grad of the same parameters, first)"
+        )
+    for name, tensor in tensors.items():
+        if tensor.shape != known[name].shape:
+            raise ValueError(
+                f"{name} of the base has shape {tuple(known[name].shape)}, the file's {tuple(tensor.shape)}"
+            )
+
+
+@torch.no_grad()
+def put_learned(base: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Copies values into what is learned in a base, after `check_learned`."""
+    known = learned_in(base)
+    for name, tensor in tensors.items():
+        known[name].copy_(tensor)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") or "nothing"
+
+
+def leave_frozen(model: SoftModel, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    """State-dict hook of a `SoftModel`: takes what is frozen out."""
+    kept = {f"{prefix}{IN_BASE}{name}" for name in learned_in(model.base)}
+    for name in [name for name in state if name.startswith(prefix + IN_BASE) and name not in kept]:
+        del state[name]
+
+
+def miss_nothing_frozen(model: SoftModel, incompatible: Any) -> None:
+    """Load hook of a `SoftModel`: what is frozen, and what the adapters mean, need not be in a state dict."""
+    learned = learned_in(model.base)
+
+    def optional(name: str) -> bool:
+        inner = f".{name}".partition(f".{IN_BASE}")[2]
+        return (inner != "" and inner not in learned) or name.split(".")[-1] == EXTRA
+
+    incompatible.missing_keys[:] = [name for name in incompatible.missing_keys if not optional(name)]

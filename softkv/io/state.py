@@ -1,0 +1,79 @@
+"""State dicts of a `SoftModel`, as trainers write and read them: what is learned, and what it means.
+
+`softkv.load` takes their `model.safetensors` (transformers' `Trainer` and whatever derives from it, accelerate's
+`save_state` and `save_model`) as it takes an adapter's own folder.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from softkv.hf.learned import EXTRA, IN_BASE
+from softkv.io.safe_files import check_values, open_tensors
+
+if TYPE_CHECKING:
+    from softkv.hf.model import SoftModel
+
+FILE = "model.safetensors"
+
+
+def described(model: SoftModel) -> Tensor:
+    """What a state dict of this model means: uint8, the bytes of a JSON text."""
+    text = json.dumps({"active": model.active_adapter, "adapters": _configs(model)}, sort_keys=True)
+    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+
+
+def check_described(model: SoftModel, state: Tensor) -> None:
+    """Raise where a state dict is of another method or of other settings."""
+    mine, theirs = _configs(model), _parse(state, "the state dict")["adapters"]
+    for name in mine.keys() & theirs.keys():
+        for key in ("method", "config"):
+            if theirs[name].get(key) != mine[name][key]:
+                raise ValueError(
+                    f"the state dict holds {key} {theirs[name].get(key)} of the adapter {name!r}, "
+                    f"expected {mine[name][key]}"
+                )
+
+
+def read(path: Path) -> tuple[str, dict[str, Tensor]]:
+    """The config, as a text, and the tensors of the active adapter of a state dict.
+
+    Raises:
+        ValueError: when the file is damaged, or no state dict of a `SoftModel`.
+    """
+    _, tensors = open_tensors(path)
+    before = next((name.removesuffix(EXTRA) for name in tensors if name.split(".")[-1] == EXTRA), None)
+    if before is None:
+        raise ValueError(f"{path} holds no soft prompt: it is no state dict of a SoftModel")
+    description = _parse(tensors.pop(before + EXTRA), str(path))
+    name = description["active"]
+    if name not in description["adapters"]:
+        raise ValueError(f"{path} describes no adapter {name!r}")
+    adapter = f"{before}adapters.{name}."
+    found = {key.removeprefix(adapter): each for key, each in tensors.items() if key.startswith(adapter)}
+    found |= {key.removeprefix(before): each for key, each in tensors.items() if key.startswith(before + IN_BASE)}
+    check_values(found, str(path))
+    return json.dumps(description["adapters"][name]), found
+
+
+def _configs(model: SoftModel) -> dict[str, dict[str, Any]]:
+    from softkv.io.checkpoint import configuration
+    from softkv.methods.base import SoftPrompt
+
+    softs = {name: soft for name, soft in model.adapters.items() if isinstance(soft, SoftPrompt)}
+    return {name: configuration(model, soft, folded=not soft.foldable) for name, soft in softs.items()}
+
+
+def _parse(state: Tensor, where: str) -> dict[str, Any]:
+    try:
+        found = json.loads(bytes(state.cpu().to(torch.uint8).flatten().tolist()))
+        if isinstance(found["active"], str) and isinstance(found["adapters"], dict):
+            return found
+    except (ValueError, RecursionError, KeyError, TypeError, RuntimeError):
+        pass
+    raise ValueError(f"{where} does not say what its values mean: it is no state dict of a SoftModel")
