@@ -1,5 +1,7 @@
 # Two commands do everything on a fresh machine: `make demo` and `make test`.
-PYTHON ?= python3.11
+# Any Python from 3.10 on will do; the first of these that runs is taken.
+works = $(shell $(1) -c 'import sys; print("$(1)" if sys.version_info >= (3, 10) else "")' 2>/dev/null)
+PYTHON ?= $(firstword $(foreach python,python3.11 python3 python3.12 python3.13 python3.10 python,$(call works,$(python))))
 VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
@@ -7,9 +9,10 @@ READY := $(VENV)/.ready
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test bench lint compile-matrix mutants clean docs
+.PHONY: demo test bench lint pins constraints compile-matrix mutants docs clean
 
 $(READY): setup.py constraints.txt
+	@test -n "$(PYTHON)" || { echo "softkv needs Python 3.10 or newer, and none was found: make PYTHON=/path/to/python" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q -c constraints.txt -e '.[dev]'
 	touch $@
@@ -32,6 +35,16 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Do the pins resolve from the package index alone, for this Python?
+pins:
+	.ci/pins $(PYTHON)
+
+# The pins, for every Python and platform at once: what is pinned stays, unless it is deleted from the file first.
+constraints: $(READY)
+	$(BIN)/python -m pip install -q uv
+	$(BIN)/uv pip compile -q --universal --python-version 3.10 --extra dev --extra peers --no-annotate \
+		--custom-compile-command "make constraints" setup.py -o constraints.txt
+
 # Every kernel for every target: registers, spills, shared memory, occupancy (minutes; goes on where it stopped).
 compile-matrix: $(READY)
 	$(BIN)/python -m softkv.kernels.compile --all --write benchmarks/results/compile_matrix.json --table docs/compile_matrix.md
@@ -45,4 +58,4 @@ docs: $(READY)
 	$(BIN)/mkdocs build --strict
 
 clean:
-	rm -rf $(VENV) .cache build *.egg-info
+	rm -rf $(VENV) .cache build dist src/*.egg-info

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-DEVELOPMENT = ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "ruff", "mypy", "pre-commit"]
+TESTS = ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "scikit-learn"]
+STYLE = ["ruff", "mypy", "pre-commit"]
 DOCS = ["mkdocs-material", "mkdocstrings[python]"]
 BENCHMARKS = ["peft", "matplotlib", "psutil"]
 
@@ -35,11 +36,10 @@ setup(
     ],
     extras_require={
         "data": ["datasets"],
-        "dev": [*DEVELOPMENT, *BENCHMARKS, *DOCS, "gguf", "datasets", "tensorboard", "trl"],
+        "dev": [*TESTS, *STYLE, *BENCHMARKS, *DOCS, "gguf", "datasets", "tensorboard", "trl"],
         "bench": BENCHMARKS,
         "demo": ["gguf", *BENCHMARKS],
         "docs": DOCS,
-        "flash": ["flash-attn>=2.7"],
         "peers": ["fla-core"],
     },
     entry_points={"console_scripts": ["softkv = softkv.cli:app"]},

@@ -1,6 +1,6 @@
 """Classification with P-tuning v2: a key and a value for each layer, learned from film reviews.
 
-python -m examples.classification [--model FOLDER] [--steps 40]
+python examples/classification.py [--model FOLDER] [--steps 40]
 """
 
 import tempfile
@@ -9,7 +9,7 @@ import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 import softkv
-from benchmarks import movie_snippets, smollm2
+from softkv.benchmarks import movie_snippets, smollm2
 from softkv.train.classification import accuracy, classify, macro_f1
 
 ANSWERS = ["positive", "negative"]

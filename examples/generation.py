@@ -1,6 +1,6 @@
 """Generation with prompt-tuning: a few learned embeddings that ask for a sentence of a film review.
 
-python -m examples.generation [--model FOLDER] [--steps 40]
+python examples/generation.py [--model FOLDER] [--steps 40]
 """
 
 import tempfile
@@ -10,7 +10,7 @@ import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, TrainingArguments
 
 import softkv
-from benchmarks import movie_snippets, smollm2
+from softkv.benchmarks import movie_snippets, smollm2
 
 
 def main(model: str = "", steps: int = 40, max_new_tokens: int = 30) -> None:

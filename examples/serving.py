@@ -1,6 +1,6 @@
 """Serving: a PEFT adapter and three others answer one batch; a baked document; five ways to generate.
 
-python -m examples.serving [--model FOLDER] [--adapter PEFT_FOLDER]
+python examples/serving.py [--model FOLDER] [--adapter PEFT_FOLDER]
 """
 
 import copy
@@ -12,7 +12,7 @@ import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
 import softkv
-from benchmarks import smollm2
+from softkv.benchmarks import smollm2
 
 DOCUMENT = "The library opens at nine in the morning and closes at six in the evening. On Sunday it is closed."
 QUESTION = "When does the library close?"

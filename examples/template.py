@@ -1,6 +1,6 @@
 """A template with P-tuning: soft tokens where the template puts them, produced by a prompt encoder.
 
-python -m examples.template [--model FOLDER] [--steps 40]
+python examples/template.py [--model FOLDER] [--steps 40]
 """
 
 import tempfile
@@ -10,7 +10,7 @@ import typer
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 import softkv
-from benchmarks import movie_snippets, smollm2
+from softkv.benchmarks import movie_snippets, smollm2
 
 TEMPLATE = "Review: [text]\n[P1][P2][P3][P4] Sentiment, positive or negative: [P5][P6] [Y]"
 SENTENCES = ["A joy from start to end.", "I want these two hours of my life back."]

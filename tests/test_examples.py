@@ -1,6 +1,8 @@
-"""Every example runs, on a tiny model."""
+"""Every example runs, on a tiny model, as the plain file it is."""
 
-import importlib
+import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,13 @@ def test_example(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     model_of("Llama", "sdpa").save_pretrained(tmp_path)
     tokenizer().save_pretrained(tmp_path)
     prints, options = EXAMPLES[name]
-    importlib.import_module(f"examples.{name}").main(str(tmp_path), **options)
+    runpy.run_path(str(FOLDER / f"{name}.py"))["main"](str(tmp_path), **options)
     assert prints in capsys.readouterr().out
     assert len((FOLDER / f"{name}.py").read_text().splitlines()) < 60
+
+
+def test_examples_need_no_clone_around_them(tmp_path: Path) -> None:
+    code = "import runpy, sys; [runpy.run_path(path) for path in sys.argv[1:]]"
+    paths = [str(path) for path in FOLDER.glob("*.py")]
+    done = subprocess.run([sys.executable, "-c", code, *paths], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

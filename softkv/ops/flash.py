@@ -6,8 +6,9 @@ Backward: flash-attn's backward, given the *merged* out and lse, computes each p
 call a part gives exact gradients; dq is their sum. A prefix shared by all rows is one key sequence for all queries of
 the batch in one line, so its gradient comes out summed over the rows.
 
-flash-attn (Dao et al., https://github.com/Dao-AILab/flash-attention) is optional: `pip install softkv[flash]`. What its
-kernels don't take is refused, never emulated. Axes as in `softkv.prefix_attention`.
+flash-attn (Dao et al., https://github.com/Dao-AILab/flash-attention) is optional, and installed by itself, because its
+build needs the torch that is there: `pip install flash-attn --no-build-isolation`. What its kernels don't take is
+refused, never emulated. Axes as in `softkv.prefix_attention`.
 """
 
 import importlib
@@ -79,7 +80,8 @@ def _api() -> Any:
     try:
         return importlib.import_module("flash_attn.flash_attn_interface")
     except ImportError as missing:
-        raise RuntimeError("backend 'flash': expected flash-attn, `pip install softkv[flash]`, got none") from missing
+        how = "pip install flash-attn --no-build-isolation"
+        raise RuntimeError(f"backend 'flash': expected flash-attn, got none: {how}") from missing
 
 
 def _refuse(q: Tensor, scale: float, **asked: Any) -> None:

@@ -10,7 +10,7 @@ import transformers
 from torch import Tensor
 
 import softkv
-from benchmarks.generation_features import PAGE, rendered
+from tests.hf.generation_features import PAGE, rendered
 from tests.hf.generation_rows import FED, LLAMA, MISTRAL, ROWS, Naive, Row, batch_of
 from tests.hf.naive import close
 from tests.hf.test_generate import prompts_of
@@ -55,7 +55,7 @@ def test_row(row: Row, method: str) -> None:
 
 def test_the_table_says_what_was_measured() -> None:
     page = PAGE.read_text(encoding="utf-8")
-    assert rendered(page) == page, "run `python -m benchmarks.generation_features --write`"
+    assert rendered(page) == page, "run `python -m tests.hf.generation_features --write`"
     assert f"{len(ROWS)} rows" in page
 
 

@@ -1,5 +1,5 @@
-"""Micro-benchmarks of the op, comparable between commits: `pytest benchmarks --benchmark-autosave`, then on another
-commit `pytest benchmarks --benchmark-compare`.
+"""Micro-benchmarks of the op, comparable between commits: `pytest tests/benchmark_op.py --benchmark-autosave`, then on
+another commit `pytest tests/benchmark_op.py --benchmark-compare`.
 
 On a GPU machine the tensors lie on the GPU; each call waits for it.
 """
@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from .providers import PROVIDERS, Problem
-from .shapes import Mode, Shape
+from benchmarks.providers import PROVIDERS, Problem
+from benchmarks.shapes import Mode, Shape
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES: dict[str, tuple[Mode, Shape]] = {

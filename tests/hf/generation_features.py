@@ -1,4 +1,4 @@
-"""`python -m benchmarks.generation_features --write`: PEFT through every way to generate that softkv is tested in, and
+"""`python -m tests.hf.generation_features --write`: PEFT through every way to generate that softkv is tested in, and
 the table of both in docs/generation.md.
 
 The rows are those of tests/hf/generation_rows.py: the same calls, and the same truth, everything recomputed without a
@@ -24,7 +24,7 @@ from benchmarks.results import read_json, write_json
 from tests.hf.generation_rows import ROWS, Naive, Row, told
 from tests.hf.tiny import tokenizer
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "generation_features.json"
 PAGE = ROOT / "docs" / "generation.md"
 BEGIN, END = "<!-- rows: begin -->\n", "<!-- rows: end -->\n"
