@@ -7,21 +7,46 @@ a soft prompt.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from enum import IntEnum
 from functools import partial
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import (
+    and_masks,
+    bidirectional_mask_function,
+    causal_mask_function,
+    packed_sequence_mask_function,
+    sdpa_mask,
+)
 
 from softkv.hf.context import Captured, PackedRows, SoftContext
+from softkv.hf.dense import masked_attention
+from softkv.hf.key_state import KeyState
 from softkv.hf.local import two_sided_attention
 from softkv.ops.api import prefix_attention, prefix_attention_varlen
 from softkv.ranges import named
 
 NAME = "softkv"
+
+
+class Pattern(IntEnum):
+    """Which keys a query sees beside those that a key state hides. The numbers are sizes of an axis, odd ones, so that
+    a model with attention of its own can't add a key state to its scores unnoticed."""
+
+    CAUSAL = 11
+    WINDOWED = 13  # causal, the last `sliding_window` keys
+    CHUNKED = 17  # causal, within `attention_chunk_size` keys
+    FULL = 19
+    LOCAL = 23  # bidirectional, within `sliding_window` keys on either side
+
+
+_BIDIRECTIONAL = (Pattern.FULL, Pattern.LOCAL)
 
 # Codes of a key state in int8. A static cache hands over its whole buffer, so a key may not exist yet; a padding key
 # exists, takes a position, and is not seen.
@@ -34,35 +59,100 @@ def key_state(
     kv_length: int,
     q_offset: int | Tensor = 0,
     kv_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    config: Any = None,
     device: torch.device | str = "cpu",
     use_vmap: bool = False,
     **kwargs: Any,
-) -> Tensor | None:
+) -> Tensor:
     """Which keys exist and which are seen, in the fewest words (the dtype tells which):
 
-    - None: all exist and are seen.
-    - bool `[B, 1, 1, S]`: all exist, these are seen.
-    - int32 `[1, 1, 1, 1]`: so many exist, and are seen.
-    - int8 `[B, 1, 1, S]`: 0 does not exist, 1 exists but is hidden, 2 is seen.
+    - int8 `[1, pattern, rows, 0]`: all exist and are seen.
+    - int32 `[1, pattern, rows, 1]`: so many exist, and are seen.
+    - int8 `[B, pattern, rows, S]`: 0 does not exist, 1 exists but is hidden, 2 is seen.
+    - bool `[B, 1, T, S]`: what each query sees, where a model adds a mask of its own (blocks of an image).
 
-    Four axes, because transformers hands a mask of four axes through `generate`, compiled decoding and checkpointing
-    untouched.
+    `pattern` is a `Pattern`; `rows` is 2 for packed rows, which position ids tell. Four axes, because transformers
+    hands a mask of four axes through `generate`, compiled decoding and checkpointing untouched.
+
+    Raises:
+        ValueError: when the attention of the model is not transformers' interface: it would not understand this.
     """
-    if use_vmap:  # where or_mask_function or and_mask_function is given
-        raise ValueError(
-            'softkv attention is causal, windowed or full, but this model adds a mask of its own: use "eager" or "sdpa"'
-        )
-    end = q_offset + q_length - kv_offset
+    _check_interface(config)
+    pattern, packed = _pattern(mask_function, use_vmap, local_size, config, kwargs)
+    if pattern is Pattern.CHUNKED and kv_length + kv_offset <= cast(int, local_size):
+        pattern = Pattern.CAUSAL
+    cut = pattern is Pattern.CHUNKED or (pattern is Pattern.LOCAL and q_length != kv_length)
+    if pattern is None or cut or (packed and batch_size > 1):
+        return sdpa_mask(
+            batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask,
+            allow_is_causal_skip=False, use_vmap=use_vmap, device=device,
+        )  # fmt: skip
+    # Compilers see masks of decoding steps, and would keep the guard; a prefill has come before.
+    guarded = not torch.compiler.is_compiling() and (q_length > 1 or kwargs.get("allow_is_causal_skip", True))
+    rows = 1 + packed
+    end = kv_length if pattern in _BIDIRECTIONAL else q_offset + q_length - kv_offset
     part_filled = isinstance(end, Tensor) or end != kv_length
-    if attention_mask is None:
-        return torch.as_tensor(end, dtype=torch.int32, device=device).view(1, 1, 1, 1) if part_filled else None
-    seen = attention_mask[:, kv_offset : kv_offset + kv_length]
-    if not part_filled:
-        return None if _all_real(seen) else seen[:, None, None, :]
+    seen = None if attention_mask is None else attention_mask[:, kv_offset : kv_offset + kv_length]
+    if seen is None and part_filled:
+        count = torch.as_tensor(end, dtype=torch.int32, device=device).view(1, 1, 1, 1)
+        return _made(count.expand(1, pattern, rows, 1), guarded)
+    if seen is None or (not part_filled and _all_real(seen)):
+        return _made(torch.empty(1, pattern, rows, 0, dtype=torch.int8, device=device), guarded)
     exists = (torch.arange(kv_length, device=device) < end).view(1, -1)
     seen = exists & F.pad(seen, (0, kv_length - seen.shape[1]))
-    return (exists.to(torch.int8) + seen.to(torch.int8))[:, None, None, :]
+    state = exists.to(torch.int8) + seen.to(torch.int8)
+    return _made(state[:, None, None, :].expand(-1, pattern, rows, -1), guarded)
+
+
+def _made(state: Tensor, guarded: bool) -> Tensor:
+    return state.as_subclass(KeyState) if guarded else state
+
+
+def _pattern(
+    mask_function: Any, use_vmap: bool, local_size: int | None, config: Any, kwargs: dict[str, Any]
+) -> tuple[Pattern | None, bool]:
+    """The pattern of a mask function of transformers (None: another one), and whether it keeps packed rows apart."""
+    name = mask_function.__qualname__
+    if use_vmap or name not in _KNOWN:
+        return None, False
+    bidirectional = "allow_is_bidirectional_skip" in kwargs
+    packed = _keeps_rows_apart(mask_function)
+    if local_size is None:
+        return Pattern.FULL if bidirectional else Pattern.CAUSAL, packed
+    sizes = [getattr(config, size, None) for size in ("sliding_window", "attention_chunk_size")]
+    if sizes.count(local_size) != 1:
+        return None, False
+    if bidirectional:
+        return Pattern.LOCAL, packed
+    return Pattern.WINDOWED if sizes[0] == local_size else Pattern.CHUNKED, packed
+
+
+def _keeps_rows_apart(mask_function: Any) -> bool:
+    name = mask_function.__qualname__
+    if name != _INTERSECTION:
+        return name == _ROWS_APART
+    if torch.compiler.is_compiling():  # a tracer can't look into closures; position ids will tell
+        return True
+    return any(map(_keeps_rows_apart, mask_function.__closure__[0].cell_contents))
+
+
+_INTERSECTION = and_masks().__qualname__
+_ROWS_APART = packed_sequence_mask_function(torch.empty(0)).__qualname__
+_KNOWN = (causal_mask_function.__qualname__, bidirectional_mask_function.__qualname__, _INTERSECTION)
+
+
+def _check_interface(config: Any) -> None:
+    """transformers' models import its attention interface by one name; those that don't have attention of their own."""
+    name = type(config).__module__.replace("configuration_", "modeling_")
+    modeling = sys.modules.get(name)
+    if modeling is not None and name != type(config).__module__ and not hasattr(modeling, "ALL_ATTENTION_FUNCTIONS"):
+        raise ValueError(
+            f"{type(config).__name__.removesuffix('Config')} models do not take their attention from transformers' "
+            'attention interface, so softkv can\'t reach it: use attn_implementation="eager"'
+        )
 
 
 def _all_real(mask: Tensor) -> bool:
@@ -91,13 +181,16 @@ def attention(
     softkv_prefix: SoftContext | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of one block: query `[B, H, T, D]`, key and value `[B, G, S, D]` → (`[B, T, H, D]`, None)."""
+    """Attention of one block: query `[B, H, T, D]`, key and value `[B, G, S, D]` → (`[B, T, H, D]`, None).
+
+    Raises:
+        ValueError: for whatever it is given and does not understand.
+    """
     if output_attentions:
         raise ValueError('softkv attention never forms attention weights: use attn_implementation="eager" to see them')
     if dropout:
         raise ValueError(f"softkv attention has no dropout, got {dropout}: set the model's attention dropout to 0")
-    if position_bias is not None:
-        raise ValueError("softkv attention takes no position bias (T5, ALiBi): this model can't use it")
+    _check_understood(module, kwargs)
     if key.shape[-1] != value.shape[-1]:
         raise ValueError(
             f"softkv attention needs values as wide as keys, got head sizes {value.shape[-1]} and {key.shape[-1]} "
@@ -105,9 +198,18 @@ def attention(
         )
     context = softkv_prefix if softkv_prefix is not None else SoftContext()
     layer = getattr(module, "layer_idx", 0) if context.order is None else context.order.number(module, context.turns)
-    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    keys = _Keys.of(attention_mask, len(query), key.shape[2])
+    causal, window = keys.causal, sliding_window
+    if causal is None:
+        causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    if keys.pattern is Pattern.WINDOWED:
+        window = _window(module, sliding_window)
+    elif keys.pattern is Pattern.LOCAL:
+        window = _window(module, None) + 1
+    elif keys.pattern is not None:
+        window = None
     if context.capture is not None:
-        context.capture.append(Captured(module, key, value, sliding_window, causal))
+        context.capture.append(Captured(module, key, value, window, causal))
 
     device = query.device.type
     autocasts = device != "meta" and torch.is_autocast_enabled(device)  # torch knows no autocast there, and raises
@@ -115,17 +217,33 @@ def attention(
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     options: dict[str, Any] = {
         "scale": scaling,
-        "is_causal": causal,
-        "window": sliding_window,
         "softcap": softcap,
         "sinks": s_aux if s_aux is None else s_aux.to(dtype),
         "backend": context.backend,
     }
     rows = context.rows
-    if softkv_prefix is None and attention_mask is None:
+    if rows is None and (keys.packed or (softkv_prefix is None and keys.may_be_packed(cu_seq_lens_q))):
         rows = _rows_of_line(query, key, position_ids, cu_seq_lens_q, max_length_q)
+        if rows is None and keys.packed and not torch.compiler.is_compiling():
+            raise ValueError(
+                f"{type(module).__name__} keeps packed rows apart by a mask, but passes no position_ids to its "
+                'attention, which softkv tells them by: give padded rows, or use attn_implementation="eager"'
+            )
+    if position_bias is not None or keys.allowed is not None:
+        allowed = keys.allowed
+        if allowed is None:
+            allowed = keys.matrix(causal, window, query.shape[2], key)
+        if rows is not None or (window is not None and context.layers is not None):
+            raise ValueError(
+                f"{type(module).__name__} has a mask or a position bias of its own, which softkv takes in padded rows "
+                "and without a window over a prefix only"
+            )
+        prefix = context.of_layer(layer, len(query), dtype)
+        out = masked_attention(query, key, value, allowed, position_bias, prefix, **options)
+        return out.transpose(1, 2), None
+    options |= {"is_causal": causal, "window": window}
     if rows is not None:
-        if sliding_window is not None and not causal:
+        if window is not None and not causal:
             raise ValueError("packed rows expect no windows in bidirectional attention: pad them (PaddingCollator)")
         attend: Callable[..., Any] = partial(
             prefix_attention_varlen,
@@ -139,15 +257,38 @@ def attention(
             **options,
         )
         with named("attention, layer", layer):
-            out = _attend(attend, context, layer, len(rows.cu_seqlens) - 1, dtype, sliding_window)
+            out = _attend(attend, context, layer, len(rows.cu_seqlens) - 1, dtype, window)
         return out.unsqueeze(0), None
 
-    key_mask, key_lengths = _decode_key_state(attention_mask, len(query))
-    op = prefix_attention if causal or sliding_window is None else two_sided_attention
-    attend = partial(op, query, key, value, key_mask=key_mask, key_lengths=key_lengths, **options)
+    op = prefix_attention if causal or window is None else two_sided_attention
+    attend = partial(op, query, key, value, key_mask=keys.mask, key_lengths=keys.lengths, **options)
     with named("attention, layer", layer):
-        out = _attend(attend, context, layer, len(query), dtype, sliding_window)
+        out = _attend(attend, context, layer, len(query), dtype, window)
     return out.transpose(1, 2), None
+
+
+# Keywords that models hand through to attention and that change nothing in it.
+_HARMLESS = {
+    "cache_position", "deterministic", "inputs_embeds", "input_ids", "labels", "logits_to_keep", "num_items_in_batch",
+    "output_hidden_states", "output_router_logits", "past_key_values", "position_embeddings", "return_dict",
+    "token_type_ids", "use_cache",
+}  # fmt: skip
+
+
+def _check_understood(module: nn.Module, kwargs: dict[str, Any]) -> None:
+    unknown = sorted(name for name, value in kwargs.items() if value is not None and name not in _HARMLESS)
+    if unknown:
+        raise ValueError(
+            f"{type(module).__name__} gives its attention {', '.join(unknown)}, which softkv attention does not know: "
+            'use attn_implementation="eager"'
+        )
+
+
+def _window(module: nn.Module, given: int | None) -> int:
+    window = given if given is not None else getattr(getattr(module, "config", None), "sliding_window", None)
+    if window is None:
+        raise ValueError(f"{type(module).__name__} has a windowed mask, but tells its attention no sliding_window")
+    return int(window)
 
 
 def _attend(
@@ -192,23 +333,68 @@ def packed_rows(position_ids: Tensor | None) -> PackedRows | None:
     return PackedRows.from_lengths(F.pad(bounds, (0, 1), value=position_ids.shape[1]).diff())
 
 
-def _decode_key_state(state: Tensor | None, batch: int) -> tuple[Tensor | None, Tensor | None]:
-    """(key_mask `[B, S]`, key_lengths `[B]`) of a mask that `key_state` made, or of a 2-D padding mask."""
-    if state is None:
-        return None, None
-    if state.dim() == 2:
-        return state.bool().expand(batch, -1), None
-    if state.shape[1:3] != (1, 1) or state.dtype.is_floating_point:
-        raise ValueError(
-            f"softkv attention takes a 2-D padding mask, got a mask of shape {tuple(state.shape)} and {state.dtype}: "
-            'custom masks need attn_implementation="eager"'
-        )
-    state = state[:, 0, 0]
-    if state.dtype == torch.bool:
-        return state.expand(batch, -1), None
-    if state.dtype == torch.int32:
-        return None, state[:, 0].expand(batch)
-    return (state == SEEN).expand(batch, -1), (state >= HIDDEN).sum(-1, dtype=torch.int32).expand(batch)
+class _Keys(NamedTuple):
+    """What a mask says of the keys: a key state, a 2-D padding mask, or a matrix of what each query sees.
+
+    Attributes:
+        pattern: None where it says nothing of it.
+        packed: whether packed rows are kept apart.
+        mask: `[B, S]`, the keys that are seen, or None for all.
+        lengths: `[B]`, how many keys exist, or None for all.
+        allowed: bool or added to scores, `[B or 1, H or 1, T or 1, S]`, what each query sees.
+    """
+
+    pattern: Pattern | None = None
+    packed: bool = False
+    mask: Tensor | None = None
+    lengths: Tensor | None = None
+    allowed: Tensor | None = None
+
+    @classmethod
+    def of(cls, state: Tensor | None, batch: int, keys: int) -> _Keys:
+        if state is None:
+            return cls()
+        if isinstance(state, KeyState):
+            state = state.bare
+        if state.dim() == 2:
+            return cls(mask=state.bool().expand(batch, -1))
+        if state.dim() != 4:
+            raise ValueError(f"softkv attention expects a mask of 2 or 4 axes, got the shape {tuple(state.shape)}")
+        if state.dtype == torch.bool or state.is_floating_point():
+            return cls(allowed=state)
+        pattern, packed = Pattern(state.shape[1]), state.shape[2] == 2
+        state = state[:, 0, 0]
+        if not state.shape[1]:
+            return cls(pattern, packed)
+        if state.dtype == torch.int32:
+            return cls(pattern, packed, lengths=state[:, 0].expand(batch))
+        exists = (state >= HIDDEN).sum(-1, dtype=torch.int32).expand(batch)
+        return cls(pattern, packed, (state == SEEN).expand(batch, -1), None if pattern in _BIDIRECTIONAL else exists)
+
+    def may_be_packed(self, cu_seqlens: Tensor | None) -> bool:
+        """Whether position ids that restart are taken for packed rows, as flash attention takes them. An encoder's may
+        restart with a row's second part."""
+        all_seen = self.mask is None and self.lengths is None and self.allowed is None
+        return all_seen and (self.pattern not in _BIDIRECTIONAL or cu_seqlens is not None)
+
+    @property
+    def causal(self) -> bool | None:
+        """None where the mask does not tell."""
+        return None if self.pattern is None else self.pattern not in _BIDIRECTIONAL
+
+    def matrix(self, causal: bool, window: int | None, queries: int, keys: Tensor) -> Tensor:
+        """bool `[B or 1, 1, T, S]`: what each of T queries sees of keys `[B, G, S, D]`."""
+        at = torch.arange(keys.shape[2], device=keys.device)
+        end = at.new_tensor([len(at)]) if self.lengths is None else self.lengths
+        query = end[:, None, None] - queries + at.new_tensor(range(queries))[:, None]  # [B or 1, T, 1]
+        sees = at < end[:, None, None].expand(-1, queries, 1)
+        if causal:
+            sees = sees & (at <= query)
+        if window is not None:
+            sees = sees & (at > query - window) & (at < query + window)
+        if self.mask is not None:
+            sees = sees & self.mask[:, None]
+        return sees[:, None]
 
 
 AttentionInterface.register(NAME, attention)

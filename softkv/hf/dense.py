@@ -1,0 +1,70 @@
+"""Attention under a mask or a position bias of the model's own: T×S scores, as eager attention has them. The prefix
+stays an operand of its own."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from softkv.ops.api import prefix_attention
+
+
+def masked_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    allowed: Tensor,
+    bias: Tensor | None,
+    prefix: dict[str, Any],
+    *,
+    scale: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    backend: str | None,
+) -> Tensor:
+    """Attention to the tokens that a mask allows, and to every slot of the prefix.
+
+    Args:
+        query, key, value: `[B, H, T, D]`, `[B, G, S, D]`, `[B, G, S, Dv]`.
+        allowed: `[B or 1, H or 1, T or 1, S]`, bool or added to the scores.
+        bias: added to the scores, `[B or 1, H or 1, T, S]`, or None.
+        prefix: the prefix keywords of `softkv.prefix_attention`, or none.
+        scale, softcap, sinks, backend: as there.
+
+    Returns:
+        `[B, H, T, Dv]`
+    """
+    groups = key.shape[1]
+    grouped = query.unflatten(1, (groups, -1))  # [B, G, H/G, T, D]
+    scores = (grouped @ key.unsqueeze(2).mT).flatten(1, 2) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    for added in (bias, None if allowed.dtype == torch.bool else allowed):
+        if added is not None:
+            scores = scores + added
+    if allowed.dtype == torch.bool:
+        scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
+    lse = scores.logsumexp(-1)  # [B, H, T]
+    weights = (scores - lse[..., None]).exp().to(value.dtype)
+    out = (weights.unflatten(1, (groups, -1)) @ value.unsqueeze(2)).flatten(1, 2)
+    if not prefix:
+        if sinks is not None:
+            out = _weighted(out, lse, torch.logaddexp(lse, sinks.float()[:, None]))
+        return out
+    no_tokens = key[:, :, :0], value[:, :, :0]
+    slots, slots_lse = cast(
+        tuple[Tensor, Tensor],
+        prefix_attention(
+            query, *no_tokens, **prefix, scale=scale, is_causal=False, softcap=softcap, sinks=sinks, return_lse=True,
+            backend=backend,
+        ),
+    )  # fmt: skip
+    total = torch.logaddexp(lse, slots_lse)
+    return _weighted(out, lse, total) + _weighted(slots, slots_lse, total)
+
+
+def _weighted(out: Tensor, lse: Tensor, total: Tensor) -> Tensor:
+    return out * (lse - total).exp()[..., None].to(out.dtype)

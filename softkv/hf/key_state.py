@@ -1,0 +1,40 @@
+"""The tensor that a mask function of softkv makes and its attention function reads. Nothing between the two understands
+it: a model that computes with its masks is told so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_MOVED = {"to", "cpu", "cuda", "detach", "clone", "contiguous", "requires_grad_", "type"}  # still a key state
+_ASKED = {
+    "__get__", "dim", "size", "stride", "numel", "is_floating_point", "is_complex", "is_contiguous", "element_size",
+    "data_ptr", "untyped_storage", "storage_offset", "__len__", "__repr__", "__format__", "get_device", "as_subclass",
+}  # fmt: skip
+
+
+class KeyState(Tensor):
+    """A tensor that can be moved and asked for its shape, and not computed with."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        name = func.__name__
+        if name not in _MOVED and name not in _ASKED:
+            raise ValueError(
+                "this model computes with its attention masks, which softkv attention does not offer: use "
+                'attn_implementation="eager"'
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            found = func(*args, **(kwargs or {}))
+            return found.as_subclass(KeyState) if name in _MOVED else found
+
+    @property
+    def bare(self) -> Tensor:
+        """The tensor itself."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.as_subclass(Tensor)
