@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-import softkv.hf  # noqa: F401  (registers the attention)
+import softkv.hf.attention
 from tests.hf.naive import close
 from tests.hf.test_generate import batch_of
 from tests.hf.test_methods_on_models import LAYOUTS, packed, rows_for
@@ -56,6 +56,24 @@ def test_static_cache_in_steps() -> None:
             close(torch.cat(got, 1), eager(ids).logits)
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+def test_matrix_masks(dtype: torch.dtype) -> None:
+    """A mask of four axes is what each query sees: neither causal nor padding, here."""
+    ids = torch.randint(2, 60, (2, 7))
+    sees = torch.rand(2, 1, 7, 7) < 0.5
+    sees |= torch.eye(7, dtype=torch.bool)
+    mask = sees if dtype == torch.bool else torch.zeros(sees.shape).masked_fill(~sees, torch.finfo(dtype).min)
+    for name in ("Llama", "Gemma2: softcap, alternating windows"):
+        gradients = []
+        for attention, given in (("softkv", mask), ("eager", torch.zeros(sees.shape).masked_fill(~sees, -1e30))):
+            model = model_of(name, attention)
+            logits = model(ids, attention_mask=given, use_cache=False).logits
+            logits.square().sum().backward()
+            gradients.append((logits, model.get_input_embeddings().weight.grad))
+        for got, want in zip(*gradients, strict=True):
+            close(got, want)
+
+
 def test_sinks() -> None:
     """gpt-oss: a learned logit a head in the denominator, on windowed layers too."""
     torch.manual_seed(0)
@@ -83,8 +101,12 @@ def test_refusals() -> None:
     model, ids = model_of("Llama", "softkv"), torch.ones(1, 4).long()
     with pytest.raises(ValueError, match="never forms attention weights"):
         model(ids, output_attentions=True)
-    with pytest.raises(ValueError, match="2-D padding mask"):
-        model(ids, attention_mask=torch.zeros(1, 1, 4, 4))
+    with pytest.raises(ValueError, match="mask of 2 or 4 axes"):
+        softkv.hf.attention.attention(
+            model.model.layers[0].self_attn, *torch.zeros(3, 1, 2, 4, 8), torch.zeros(1, 4, 4)
+        )
+    with pytest.raises(ValueError, match="LlamaAttention gives its attention alpha, indices, which softkv"):
+        model(ids, indices=1, alpha=2)
     model = model_of("Llama", "softkv", attention_dropout=0.1).train()
     with pytest.raises(ValueError, match="has no dropout"):
         model(ids)
