@@ -1,5 +1,4 @@
-"""A hook of mkdocs: figures of `benchmarks/results/` are part of the site. Pages show them by a path that works on GitHub
-too."""
+"""A hook of mkdocs: figures of `benchmarks/results/`, shown in pages by paths that work on GitHub, join the site."""
 
 from pathlib import Path
 from typing import Any
