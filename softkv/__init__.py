@@ -4,9 +4,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from softkv.hf import SoftModel, attach
     from softkv.io.baking import bake
-    from softkv.io.checkpoint import load
+    from softkv.io.model import SoftModel, attach, load
     from softkv.io.peft_model import from_peft
     from softkv.methods import PrefixTuning, PromptTuning, PTuning, PTuningV2, Template
     from softkv.ops.api import prefix_attention, prefix_attention_varlen
@@ -44,13 +43,13 @@ _LAZY = {
     "Prefix": "softkv.prefix",
     "PrefixTuning": "softkv.methods",
     "PromptTuning": "softkv.methods",
-    "SoftModel": "softkv.hf",
+    "SoftModel": "softkv.io.model",
     "Template": "softkv.methods",
     "Trainer": "softkv.train.trainer",
-    "attach": "softkv.hf",
+    "attach": "softkv.io.model",
     "bake": "softkv.io.baking",
     "from_peft": "softkv.io.peft_model",
-    "load": "softkv.io.checkpoint",
+    "load": "softkv.io.model",
     "prefix_attention": "softkv.ops.api",
     "prefix_attention_varlen": "softkv.ops.api",
 }

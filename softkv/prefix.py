@@ -7,13 +7,13 @@ checkpoint are interchangeable.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from softkv.evaluation import in_evaluation
 
 
 @dataclass(frozen=True)
@@ -140,19 +140,6 @@ class Prefix:
         from transformers import DynamicCache
 
         cache = DynamicCache()
-        bare = model.disabled() if hasattr(model, "disabled") else nullcontext()
-        with evaluating(model), bare:
-            model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        base = model.base if hasattr(model, "disabled") else model
+        in_evaluation(base)(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
         return cls.from_cache(cache)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode (no dropout) for a while; every module gets its own mode back."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

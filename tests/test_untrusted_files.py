@@ -75,7 +75,7 @@ def outcome(files: dict[str, bytes], path: str = "") -> dict[str, Any] | None:
         try:
             loaded = softkv.load(model, folder / path)
         except REFUSALS:
-            assert not hasattr(model, "_softkv_original")  # nothing was attached
+            assert not hasattr(model, "_softkv_base_state")  # nothing was attached
             return None
         finally:
             assert [one.name for one in Path(name).iterdir()] == ["adapter"]

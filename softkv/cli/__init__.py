@@ -22,7 +22,7 @@ from softkv.cli.profile import plan
 from softkv.train.data import Columns, Row, read_rows
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import
-    from softkv.hf import SoftModel
+    from softkv.io.model import SoftModel
 
 app = typer.Typer(
     help="Train, measure and use soft prompts on frozen language models.",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from softkv.cli.console import fail
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import
-    from softkv.hf import SoftModel
+    from softkv.io.model import SoftModel
 
 
 def load_base(name: str, dtype: str) -> tuple[Any, Any]:

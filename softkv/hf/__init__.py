@@ -1,5 +1,5 @@
 """Soft prompts on transformers models: the only package that knows transformers' attention contract."""
 
-from softkv.hf.model import SoftModel, attach
+from softkv.hf.model import PromptedModel
 
-__all__ = ["SoftModel", "attach"]
+__all__ = ["PromptedModel"]

@@ -25,7 +25,7 @@ from transformers.masking_utils import (
     sdpa_mask,
 )
 
-from softkv.hf.context import Captured, PackedRows, SoftContext
+from softkv.hf.context import BlockInputs, PackedRows, SoftContext
 from softkv.hf.dense import masked_attention
 from softkv.hf.key_state import KeyState
 from softkv.hf.local import two_sided_attention
@@ -209,7 +209,7 @@ def attention(
     elif keys.pattern is not None:
         window = None
     if context.capture is not None:
-        context.capture.append(Captured(module, key, value, window, causal))
+        context.capture.append(BlockInputs(module, key, value, window, causal))
 
     device = query.device.type
     autocasts = device != "meta" and torch.is_autocast_enabled(device)  # torch knows no autocast there, and raises

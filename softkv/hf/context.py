@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 LayerKV = tuple[Tensor, Tensor]
 
 
-class Captured(NamedTuple):
+class BlockInputs(NamedTuple):
     """What reached the attention function in one block."""
 
     block: nn.Module
@@ -134,7 +134,7 @@ class SoftContext:
     backend: str | None = None
     order: BlockOrder | None = None
     turns: dict[nn.Module, int] = field(default_factory=dict)
-    capture: list[Captured] | None = None
+    capture: list[BlockInputs] | None = None
 
     def of_layer(self, layer: int, rows: int, dtype: torch.dtype) -> dict[str, Any]:
         """The prefix keywords of the attention op for one block and `rows` rows, but for `window_covers_prefix`."""

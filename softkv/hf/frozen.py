@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from softkv.hf.attention import NAME
-from softkv.hf.generation import real_tokens
+from softkv.hf.generation import processors
 from softkv.methods.base import BaseShape
 from softkv.prefix import Prefix
 
-_ATTRIBUTE = "_softkv_original"
+_ATTRIBUTE = "_softkv_base_state"
 _DROPOUTS = ("attention_dropout", "attn_dropout", "attn_pdrop", "dropout")
 
 
@@ -62,7 +62,7 @@ class FrozenBase:
         return self.tokenizer(text, add_special_tokens=special)["input_ids"]
 
 
-class Original:
+class BaseState:
     """A model's state before the first attach: restored when the last soft prompt is detached.
 
     It lives on the model, so that copies of the model carry copies of it.
@@ -76,25 +76,40 @@ class Original:
         self.training = {name: module.training for name, module in model.named_modules()}
         self.checkpointing = model.is_activation_checkpointing
         self.dropouts: list[tuple[nn.Module, str, float]] = []
-        self.holders = 0
+        self.holders: list[Any] = []
 
     @classmethod
-    def freeze(cls, model: Any) -> Original:
-        """Freezes the model and turns its attention to softkv's; counts one holder."""
-        original = model.__dict__.get(_ATTRIBUTE)
-        if original is None:
-            original = cls(model)
-            setattr(model, _ATTRIBUTE, original)
+    def freeze(cls, model: Any, holder: Any) -> BaseState:
+        """Freezes the model and turns its attention to softkv's, until every holder has released it.
+
+        Raises:
+            ValueError: when the model does not take its attention from transformers' interface. Some of the model may
+                have changed then: `release` restores it.
+        """
+        state = model.__dict__.get(_ATTRIBUTE)
+        if state is None:
+            state = cls(model)
+            setattr(model, _ATTRIBUTE, state)
             model.set_attn_implementation(NAME)
             model.requires_grad_(False)
-        original.holders += 1
+        state.holders.append(holder)
         if decoder_of(model).config._attn_implementation != NAME:
-            original.release(model)
             raise ValueError(
                 f"{type(model).__name__} does not take its attention from transformers' attention interface, "
                 "so softkv can't reach it"
             )
-        return original
+        return state
+
+    @staticmethod
+    def release(model: Any, holder: Any) -> None:
+        """Gives up a hold; the last one restores the model exactly. May be repeated, also after an interrupt."""
+        state = model.__dict__.get(_ATTRIBUTE)
+        if state is None:
+            return
+        state.holders = [each for each in state.holders if each is not holder]
+        if not state.holders:
+            state._restore(model)
+            delattr(model, _ATTRIBUTE)
 
     def silence_dropout(self, blocks: list[nn.Module]) -> None:
         """Sets the attention dropout of the given attention modules to 0, with one warning."""
@@ -104,21 +119,16 @@ class Original:
             for holder, name, probability in _attention_dropouts(block)
             if probability > 0
         ]
+        self.dropouts += found
         for holder, name, _ in found:
             setattr(holder, name, 0.0)
-        self.dropouts += found
         if found:
             warnings.warn(
                 f"softkv sets the attention dropout of the frozen model to 0 (it was {found[0][2]})", stacklevel=3
             )
 
-    def release(self, model: Any) -> None:
-        """Gives up one hold; the last one restores the model exactly."""
-        self.holders -= 1
-        if self.holders:
-            return
-        delattr(model, _ATTRIBUTE)
-        real_tokens.uninstall(model)
+    def _restore(self, model: Any) -> None:
+        processors.uninstall(model)
         for config, implementation in self.implementations:
             config._attn_implementation = implementation
         for name, parameter in model.named_parameters():

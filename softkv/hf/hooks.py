@@ -4,9 +4,7 @@ mode, on its attention blocks."""
 from __future__ import annotations
 
 import inspect
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -14,43 +12,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from softkv.hf.context import BlockOrder, Captured, LayerKV, RowEncoder, RowPrompts, SoftContext
+from softkv.evaluation import in_evaluation
+from softkv.hf import calls
+from softkv.hf.context import BlockInputs, BlockOrder, LayerKV, RowEncoder, RowPrompts, SoftContext
 from softkv.hf.frozen import decoder_of
-from softkv.hf.generation.cache_state import Filled
+from softkv.hf.generation.cache_state import CacheState
 from softkv.hf.generation.prefill import Unpadded
 from softkv.hf.generation.prompts import Prompts
-from softkv.hf.layout import Lines, token_positions
+from softkv.hf.layout import RowLayout, token_positions
 from softkv.hf.prefixes import SoftRows
-from softkv.prefix import evaluating
 
 
-@dataclass
+@dataclass(frozen=True)
 class Call:
     """One `forward` or `generate` under way, as the pre-hooks see it.
 
     Attributes:
+        hooks: of the SoftModel that was called. Others on the same base leave the call alone.
         context: what goes to the attention blocks.
         soft: the soft prompts of its rows; None in a run of the bare decoder.
         prompts: of a `generate`.
         soft_tokens: `[K, C]`, of a `generate` whose prompts hold soft tokens.
         positions_given: whether position ids are the user's own.
+        model: the SoftModel, in a `generate`.
     """
 
+    hooks: DecoderHooks
     context: SoftContext
     soft: SoftRows | None = None
     prompts: Prompts | None = None
     soft_tokens: Tensor | None = None
     positions_given: bool = False
-
-
-class _Calls(threading.local):
-    """The calls under way in this thread, outermost first. Copies begin empty."""
-
-    def __init__(self) -> None:
-        self.stack: list[Call] = []
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Calls, ()
+    model: Any = None
 
 
 class DecoderHooks:
@@ -59,21 +52,20 @@ class DecoderHooks:
     Attributes:
         base: the frozen model.
         order: its attention blocks; known after `probe`.
-        calls: the calls under way.
     """
 
     def __init__(self, base: Any, backend: str | None) -> None:
         self.base, self.backend = base, backend
         self.order = BlockOrder()
-        self.calls = _Calls()
         self._reads_blocks = False
         self._offset = 0
         table = _learned_positions(self.decoder)
         self._table = None if table is None else table.num_embeddings - int(getattr(table, "offset", 0))
-        self._handles = [
-            self.decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True),
-            self.decoder.register_forward_hook(self._leave_decoder, with_kwargs=True),
-        ]
+
+    def register(self) -> None:
+        """Hooks the decoder."""
+        self.decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True)
+        self.decoder.register_forward_hook(self._leave_decoder, with_kwargs=True)
 
     @property
     def decoder(self) -> nn.Module:
@@ -94,39 +86,36 @@ class DecoderHooks:
                 "prompts can't tell the times apart: leave the encoder out"
             )
         self._reads_blocks = True
-        self._handles += [
-            block.register_forward_pre_hook(self._enter_block, with_kwargs=True) for block in self.order.modules
-        ]
+        for block in self.order.modules:
+            block.register_forward_pre_hook(self._enter_block, with_kwargs=True)
 
     def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        """Takes every hook off, whatever came between hooking and this."""
+        for module in self.decoder.modules():
+            for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                for number in [number for number, hook in hooks.items() if getattr(hook, "__self__", None) is self]:
+                    del hooks[number]
+                    module._forward_pre_hooks_with_kwargs.pop(number, None)
+                    module._forward_hooks_with_kwargs.pop(number, None)
 
-    @contextmanager
-    def active(self, call: Call) -> Iterator[None]:
-        if not self._handles:
-            raise RuntimeError("this soft prompt was detached from its model: attach it again")
-        self.calls.stack.append(call)
-        try:
-            yield
-        finally:
-            self.calls.stack.pop()
+    def run(self, call: Call, function: Callable[..., Any], **kwargs: Any) -> Any:
+        """Runs the base, or a part of it, as this call."""
+        return calls.run(call, function, **kwargs)
 
-    def capture(self, **inputs: Tensor) -> list[Captured]:
-        """What reaches the attention blocks in a forward pass of the bare decoder."""
+    def capture(self, decoder: nn.Module | None = None, **inputs: Tensor) -> list[BlockInputs]:
+        """What reaches the attention blocks in a forward pass of the bare decoder (or of a view of it)."""
         context = SoftContext(backend=self.backend, capture=[])
-        with self.active(Call(context)):
-            self.decoder(**inputs, use_cache=False)
+        self.run(Call(self, context), decoder or self.decoder, **inputs, use_cache=False)
         assert context.capture is not None
         return context.capture
 
-    def probe(self) -> list[Captured]:
+    def probe(self) -> list[BlockInputs]:
         """Runs one token through the decoder to see its attention blocks."""
         name = type(self.base).__name__
         try:
-            with torch.no_grad(), evaluating(self.base):
-                blocks = self.capture(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.base.device))
+            view = in_evaluation(self.decoder)
+            with torch.no_grad():
+                blocks = self.capture(view, input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.base.device))
         except TypeError as error:
             if "softkv_prefix" not in str(error):
                 raise
@@ -138,6 +127,8 @@ class DecoderHooks:
             )
         self._check_positions_are_taken(name)
         self._offset = self._first_position()
+        of_view = {id(module): name for name, module in view.named_modules()}
+        blocks = [each._replace(block=self.decoder.get_submodule(of_view[id(each.block)])) for each in blocks]
         self.order = BlockOrder([captured.block for captured in blocks])
         return blocks
 
@@ -156,9 +147,10 @@ class DecoderHooks:
         ids = torch.full((1, 1), token, device=self.base.device)
         note = table.register_forward_pre_hook(lambda _, args: read.append(int(args[0].flatten()[0])))
         try:
-            with torch.no_grad(), evaluating(self.base):
-                self.decoder(input_ids=ids)
-                self.decoder(input_ids=ids, position_ids=torch.zeros_like(ids))
+            view = in_evaluation(self.decoder)
+            with torch.no_grad():
+                calls.run(None, view, input_ids=ids)
+                calls.run(None, view, input_ids=ids, position_ids=torch.zeros_like(ids))
         finally:
             note.remove()
         return read[0] - read[1] if len(read) == 2 else 0
@@ -169,11 +161,14 @@ class DecoderHooks:
         soft = soft_tokens.to(embeds.dtype)[(-ids - 1).clamp(min=0)]
         return torch.where((ids < 0)[:, :, None], soft, embeds)
 
-    def _enter_decoder(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    # While a thread registers a hook, others may call it before torch knows that it takes keywords: `kwargs` is then
+    # missing, and the call is none of this SoftModel's.
+
+    def _enter_decoder(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
         """Keyword pre-hook of the decoder: soft embeddings, positions behind the prefix, and the prefix."""
-        if not self.calls.stack:
+        call = calls.under_way()
+        if kwargs is None or call is None or call.hooks is not self:
             return None
-        call = self.calls.stack[-1]
         if args:
             kwargs = dict(zip(inspect.signature(decoder.forward).parameters, args, strict=False)) | kwargs
         context = call.context
@@ -194,12 +189,13 @@ class DecoderHooks:
         unpadded.pack(kwargs)
         return replace(context, rows=unpadded.rows(), unpadded=unpadded)
 
-    def _leave_decoder(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    def _leave_decoder(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any = None) -> Any:
         """Forward hook of the decoder: what was packed on the way in gets its padding back."""
-        context = kwargs.get("softkv_prefix")
-        if not self.calls.stack or not isinstance(context, SoftContext) or context.unpadded is None:
-            return None  # nothing was packed, or it was by another soft model on this base
-        return context.unpadded.unpack(output, kwargs.get("past_key_values"))
+        call = calls.under_way()
+        if output is None or call is None or call.hooks is not self:
+            return None
+        context = kwargs["softkv_prefix"]
+        return None if context.unpadded is None else context.unpadded.unpack(output, kwargs.get("past_key_values"))
 
     def _enter_generation(self, call: Call, prompts: Prompts, kwargs: dict[str, Any]) -> SoftContext:
         """A forward inside `generate`: soft embeddings where the prompt has them, and the encoder of its rows."""
@@ -209,12 +205,12 @@ class DecoderHooks:
         prompt = prompts.ids if prompts.embeds is None else prompts.embeds
         assert prompt is not None
         assert call.soft is not None
-        width, filled = prompt.shape[1], Filled.of(cache)
-        if filled is None:
-            filled = Filled(prompts.columns, B, call.soft.names, prompts.mask_for(B), unread=width)
+        width, state = prompt.shape[1], CacheState.of(cache)
+        if state is None:
+            state = CacheState(prompts.columns, B, call.soft.names, prompts.mask_for(B), unread=width)
             if cache is not None:
-                filled.leave_with(cache)
-        unread, filled.unread = filled.unread, max(filled.unread - T, 0)
+                state.store_on(cache)
+        unread, state.unread = state.unread, max(state.unread - T, 0)
         if ids is not None and prompts.soft_at is not None and unread:
             assert call.soft_tokens is not None
             at = prompts.soft_at[:, -unread:][:, :T]
@@ -224,7 +220,7 @@ class DecoderHooks:
         if not call.soft.encodes:
             return call.context
         rows = None
-        if not filled.kv:
+        if not state.kv:
             if width > T:
                 raise ValueError(
                     f"encoder-mode P-tuning v2 reads whole prompts at once: expected {width} columns in the first "
@@ -233,19 +229,20 @@ class DecoderHooks:
             mask = prompts.mask_for(B)
             if mask is None:
                 mask = torch.ones(B, width, device=prompt.device)
-            lines = Lines.of((B, T), F.pad(mask, (0, T - width)), None, mask.device)
-            rows = lines.prompts(lines.last)
-        return self.encoding(call.context, call.soft, rows, filled.kv, filled.order)
+            layout = RowLayout.of((B, T), F.pad(mask, (0, T - width)), None, mask.device)
+            rows = layout.prompts(layout.last)
+        return self.encoding(call.context, call.soft, rows, state.kv, state.order)
 
-    def _enter_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _enter_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
         """Keyword pre-hook of an attention block in encoder mode: makes the block's K/V from what enters it. It runs
         inside a checkpointed region, so it is recomputed with it."""
-        context = kwargs.get("softkv_prefix")
-        if not isinstance(context, SoftContext) or context.encoder is None:
+        context = None if kwargs is None else kwargs.get("softkv_prefix")
+        if kwargs is None or context is None or context.encoder is None:
             return None
         hidden = args[0] if args else kwargs["hidden_states"]
         layer = self.order.number(block)
-        return args, kwargs | {"softkv_prefix": replace(context, layers={layer: context.encoder(layer, hidden)})}
+        encoded = replace(context, layers={layer: context.encoder(layer, hidden)}, encoder=None)
+        return args, kwargs | {"softkv_prefix": encoded}
 
     def encoding(
         self,

@@ -13,7 +13,7 @@ from torch import nn
 from softkv.hf.layout import with_prompt_lengths
 
 if TYPE_CHECKING:
-    from softkv.hf.model import SoftModel
+    from softkv.hf.model import PromptedModel
 
 
 # The order of `forward`'s arguments, in transformers' causal language models as in `SoftModel`.
@@ -29,7 +29,7 @@ class Inner:
         module: of its base.
     """
 
-    def __init__(self, model: SoftModel, module: nn.Module) -> None:
+    def __init__(self, model: PromptedModel, module: nn.Module) -> None:
         self.__dict__.update(_model=model, _module=module)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -47,7 +47,7 @@ class Inner:
         return f"{type(self._module).__name__} with a soft prompt"
 
 
-def inside(model: SoftModel, value: Any) -> Any:
+def inside(model: PromptedModel, value: Any) -> Any:
     """An attribute of the base, with the soft prompt in place where it is a module that runs the decoder."""
     if not isinstance(value, nn.Module):
         return value
@@ -55,7 +55,7 @@ def inside(model: SoftModel, value: Any) -> Any:
     return Inner(model, value) if any(module is decoder for module in value.modules()) else value
 
 
-def say_prompt_lengths(model: SoftModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def say_prompt_lengths(model: PromptedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Keyword pre-hook of a `SoftModel` whose `forward` was replaced by one that keeps the labels from what it calls:
     where prompts end is then told by `prompt_lengths`."""
     if "forward" not in vars(model):

@@ -20,8 +20,8 @@ IGNORED = -100  # the label of a token that is not an answer
 
 
 @dataclass(frozen=True)
-class Lines:
-    """The rows of a batch, as lines of flat token numbers.
+class RowLayout:
+    """Where the rows of a batch lie, as lines of flat token numbers.
 
     Attributes:
         bounds: `[R + 1]`, line r holds flat tokens `bounds[r]` to `bounds[r + 1]`, padding included.
@@ -39,7 +39,7 @@ class Lines:
     @classmethod
     def of(
         cls, shape: tuple[int, int], attention_mask: Tensor | None, rows: PackedRows | None, device: torch.device
-    ) -> Lines:
+    ) -> RowLayout:
         B, T = shape
         if rows is not None:
             bounds = rows.cu_seqlens.long()
@@ -53,42 +53,33 @@ class Lines:
         return cls(bounds, first, torch.where(real.any(1), last, first), shape, packed=False)
 
     @property
-    def line_of_token(self) -> Tensor:
+    def rows(self) -> int:
+        """R"""
+        return len(self.first)
+
+    @property
+    def row_of_token(self) -> Tensor:
         """`[B·T]`: the line of each flat token."""
         line = torch.arange(len(self.first), device=self.first.device)
         return line.repeat_interleave(self.bounds.diff(), output_size=self.shape[0] * self.shape[1])
 
-    def split(self, labels: Tensor | None, prompt_lengths: Tensor | None) -> Tensor:
+    def prompt_ends(self, labels: Tensor | None, prompt_lengths: Tensor | None) -> Tensor:
         """`[R]`: the flat number of the token where each row's prompt has ended: its first label, else
         `prompt_lengths` tokens after its first, else its end."""
         if labels is not None:
             answers = torch.where(labels.flatten() != IGNORED, 1, 0)
             number = torch.arange(answers.numel(), device=answers.device)
             candidates = torch.where(answers.bool(), number, answers.numel())
-            start = torch.full_like(self.last, answers.numel()).scatter_reduce(
-                0, self.line_of_token, candidates, "amin"
-            )
+            start = torch.full_like(self.last, answers.numel()).scatter_reduce(0, self.row_of_token, candidates, "amin")
             return torch.minimum(start, self.last)
         if prompt_lengths is not None:
-            return torch.minimum(self.first + self._checked(prompt_lengths), self.last)
+            return torch.minimum(self.first + prompt_lengths, self.last)
         return self.last
 
-    def _checked(self, prompt_lengths: Tensor) -> Tensor:
-        lengths, rows = torch.as_tensor(prompt_lengths, device=self.first.device), len(self.first)
-        if lengths.shape != (rows,) or lengths.is_floating_point():
-            raise ValueError(f"prompt_lengths expects [{rows}] integers, got {list(lengths.shape)} of {lengths.dtype}")
-        if lengths.device.type == "cpu" and not torch.compiler.is_compiling():  # elsewhere a look would wait
-            tokens = self.last - self.first
-            if bool(((lengths < 0) | (lengths > tokens)).any()):
-                raise ValueError(
-                    f"prompt_lengths expects no more than each row's tokens, {tokens.tolist()}, got {lengths.tolist()}"
-                )
-        return lengths.to(self.first)
-
-    def prompts(self, split: Tensor) -> RowPrompts:
+    def prompts(self, ends: Tensor) -> RowPrompts:
         """The prompt tokens of each row, as an index into the flat batch."""
-        lengths = split - self.first
-        offsets = torch.arange(int(lengths.max()) if len(lengths) else 0, device=split.device)
+        lengths = ends - self.first
+        offsets = torch.arange(int(lengths.max()) if len(lengths) else 0, device=ends.device)
         index = (self.first[:, None] + offsets).clamp(max=max(self.shape[0] * self.shape[1] - 1, 0))
         return RowPrompts(index, lengths)
 
@@ -105,7 +96,7 @@ class Insertion:
         before: `[R]`, the flat token before each row's block; the first token of a row without a prompt.
         empty: `[R]`, whether the row has no prompt.
         first: `[R]`, the soft token that begins each row's block.
-        lines: the rows of the new batch.
+        layout: the rows of the new batch.
     """
 
     source: Tensor
@@ -113,34 +104,34 @@ class Insertion:
     before: Tensor
     empty: Tensor
     first: Tensor
-    lines: Lines
+    layout: RowLayout
 
     @classmethod
-    def into(cls, lines: Lines, split: Tensor, first: list[int], block: list[int]) -> Insertion:
+    def into(cls, layout: RowLayout, split: Tensor, first: list[int], block: list[int]) -> Insertion:
         """`block[r]` soft tokens, from number `first[r]` on, put before flat token `split[r]` of each row r."""
-        B, T = lines.shape
-        N, R, device = B * T, len(lines.first), split.device
+        B, T = layout.shape
+        N, R, device = B * T, len(layout.first), split.device
         K = max(block)
         k, begin = (torch.tensor(x, device=device) for x in (block, first))  # [R]
         number, order = torch.arange(N, device=device), torch.arange(R, device=device)
-        line = lines.line_of_token
+        line = layout.row_of_token
         ends = k.cumsum(0)
-        shift = ends - k if lines.packed else K * (order + 1) - k  # of each row's first token
+        shift = ends - k if layout.packed else K * (order + 1) - k  # of each row's first token
         moved = number + shift[line] + k[line] * (number >= split[line])  # flat, in the new batch
-        source = torch.full((N + (sum(block) if lines.packed else R * K),), -1, device=device)
+        source = torch.full((N + (sum(block) if layout.packed else R * K),), -1, device=device)
         source[moved] = number
         soft = torch.arange(sum(block), device=device)
         row = order.repeat_interleave(k, output_size=len(soft))
         soft = soft - (ends - k)[row]  # within its block
         source[(split + shift)[row] + soft] = N + begin[row] + soft
         # The column before the block carries the block's last logits.
-        logits_at = moved + torch.where((number == split[line] - 1) & (number >= lines.first[line]), k[line], 0)
-        shape = (1, len(source)) if lines.packed else (B, T + K)
-        if not lines.packed:
+        logits_at = moved + torch.where((number == split[line] - 1) & (number >= layout.first[line]), k[line], 0)
+        shape = (1, len(source)) if layout.packed else (B, T + K)
+        if not layout.packed:
             logits_at = logits_at - (T + K) * line
-        bounds = lines.bounds + (F.pad(ends, (1, 0)) if lines.packed else K * torch.arange(R + 1, device=device))
-        new = Lines(bounds, lines.first + shift, lines.last + shift + k, shape, lines.packed)
-        empty = split == lines.first
+        bounds = layout.bounds + (F.pad(ends, (1, 0)) if layout.packed else K * torch.arange(R + 1, device=device))
+        new = RowLayout(bounds, layout.first + shift, layout.last + shift + k, shape, layout.packed)
+        empty = split == layout.first
         before = torch.where(empty, split, split - 1).clamp(max=N - 1)
         return cls(source.view(shape), logits_at.view(B, T), before, empty, begin, new)
 
@@ -188,11 +179,11 @@ def with_prompt_lengths(batch: dict[str, Any]) -> dict[str, Any]:
     tokens = batch["input_ids"] if batch.get("input_ids") is not None else batch["inputs_embeds"]
     shape, mask = (tokens.shape[0], tokens.shape[1]), batch.get("attention_mask")
     rows = rows_of(shape, mask, batch.get("position_ids"), batch.get("cu_seq_lens_q"), batch.get("max_length_q"))
-    lines = Lines.of(shape, mask, rows, tokens.device)
-    labels = batch["labels"].flatten().index_fill(0, lines.first[lines.first < lines.last], IGNORED).view(shape)
+    layout = RowLayout.of(shape, mask, rows, tokens.device)
+    labels = batch["labels"].flatten().index_fill(0, layout.first[layout.first < layout.last], IGNORED).view(shape)
     lengths = batch.get("prompt_lengths")
     if lengths is None:
-        lengths = lines.split(labels, None) - lines.first
+        lengths = layout.prompt_ends(labels, None) - layout.first
     return batch | {"labels": labels, "prompt_lengths": lengths}
 
 

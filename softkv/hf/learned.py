@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from softkv.hf.model import SoftModel
+    from softkv.hf.model import PromptedModel
 
 IN_BASE = "base."  # before the name of a parameter of the base
 EXTRA = "_extra_state"
@@ -121,14 +121,14 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "") or "nothing"
 
 
-def leave_frozen(model: SoftModel, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+def leave_frozen(model: PromptedModel, state: dict[str, Any], prefix: str, metadata: Any) -> None:
     """State-dict hook of a `SoftModel`: takes what is frozen out."""
     kept = {f"{prefix}{IN_BASE}{name}" for name in learned_in(model.base)}
     for name in [name for name in state if name.startswith(prefix + IN_BASE) and name not in kept]:
         del state[name]
 
 
-def miss_nothing_frozen(model: SoftModel, incompatible: Any) -> None:
+def miss_nothing_frozen(model: PromptedModel, incompatible: Any) -> None:
     """Load hook of a `SoftModel`: what is frozen, and what the adapters mean, need not be in a state dict."""
     learned = learned_in(model.base)
 

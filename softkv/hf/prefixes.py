@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeVar, cast
 
 import torch
@@ -89,19 +90,21 @@ class SoftRows:
         Args:
             heads: whether those that stand before a row are put into it.
         """
-        table: list[Tensor] = []
-        first, block = {}, {}
-        for name, soft in self.softs.items():
-            tokens = soft.soft_tokens() if soft.placement != "before" or heads else None
-            if tokens is not None:
-                first[name] = sum(map(len, table))
-                block[name] = 0 if soft.placement == "inline" else len(tokens)
-                table.append(tokens)
-        if not table:
+        holders = {
+            name: soft
+            for name, soft in self.softs.items()
+            if soft.placement is not None and (soft.placement != "before" or heads)
+        }
+        if not holders:
             return None
+        first, block, count = {}, {}, 0
+        for name, soft in holders.items():
+            first[name] = count
+            block[name] = 0 if soft.placement == "inline" else _slots(soft)
+            count += _slots(soft)
         head = {name: soft.placement == "before" for name, soft in self.softs.items()}
         return RowTokens(
-            table[0] if len(table) == 1 else torch.cat(table),
+            tuple(holders.values()),
             self.of_rows(rows, first, 0),
             self.of_rows(rows, block, 0),
             self.of_rows(rows, head, False),
@@ -193,16 +196,22 @@ class RowTokens:
     """The soft tokens that the rows of a batch hold.
 
     Attributes:
-        table: `[K, C]`, those of all its soft prompts.
+        softs: the soft prompts that have some.
         first: for each row, where its own begin in the table.
         block: for each row, how many stand together in it (0: none, or a template's, which are placed one by one).
         heads: for each row, whether its block stands before it and not after its prompt.
     """
 
-    table: Tensor
+    softs: tuple[SoftPrompt, ...]
     first: list[int]
     block: list[int]
     heads: list[bool]
+
+    @cached_property
+    def table(self) -> Tensor:
+        """`[K, C]`: the soft tokens of all the soft prompts, computed when they are first asked for."""
+        tables = [cast(Tensor, soft.soft_tokens()) for soft in self.softs]
+        return tables[0] if len(tables) == 1 else torch.cat(tables)
 
     @property
     def longest(self) -> int:
@@ -261,5 +270,5 @@ def _by_layer(prefix: Prefix, layers: int) -> dict[int, LayerKV]:
     return dict(enumerate(prefix.layers(layers)))
 
 
-def _slots(encoder: SoftPrompt) -> int:
-    return int(encoder.config.length)  # type: ignore[attr-defined]
+def _slots(soft: SoftPrompt) -> int:
+    return int(soft.config.length)  # type: ignore[attr-defined]

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softkv.hf.model import SoftModel
-from softkv.io import checkpoint
+from softkv.evaluation import in_evaluation
+from softkv.io.model import SoftModel, assemble
 from softkv.methods import PromptTuning, PTuning, PTuningV2, Template
 from softkv.methods.template import Answer, Field
-from softkv.prefix import Prefix, evaluating
+from softkv.prefix import Prefix
 
 
 @torch.no_grad()
@@ -69,12 +69,11 @@ def bake(
     prefix = Prefix.from_embeddings(base, embeds[None].to(base.device, base.dtype))
     method = PTuningV2(length=prefix.length, window_covers=True, continues=continues, template=template)
     config = {"method": "p-tuning-v2", "config": asdict(method), "folded": True, "base": {}}
-    return checkpoint.assemble(base, config, {"k": prefix.k, "v": prefix.v}, backend=backend)
+    return assemble(base, config, {"k": prefix.k, "v": prefix.v}, backend=backend)
 
 
 def _soft_tokens(model: SoftModel) -> Tensor:
-    with evaluating(model.soft):
-        tokens = model.soft.soft_tokens()
+    tokens = in_evaluation(model.soft).soft_tokens()
     assert tokens is not None
     return tokens
 

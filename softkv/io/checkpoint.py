@@ -12,7 +12,6 @@ import json
 import os
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, fields, replace
@@ -24,8 +23,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from softkv.hf.learned import IN_BASE, check_learned, inject, learned_in, peft_configs, put_learned
-from softkv.hf.model import SoftModel
+from softkv.hf.learned import IN_BASE, check_learned, learned_in, peft_configs, put_learned
+from softkv.hf.model import PromptedModel
 from softkv.io import foreign, peft, state
 from softkv.io.flat import FLAT, unflatten
 from softkv.io.safe_files import check_values, checksum, read_tensors
@@ -45,7 +44,7 @@ _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 
 def save(
-    model: SoftModel,
+    model: PromptedModel,
     directory: str | os.PathLike[str],
     *,
     folded: bool = True,
@@ -90,7 +89,7 @@ def header(config: dict[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, s
     return {"softkv_config": text, "softkv_sha256": checksum(text, tensors)}
 
 
-def _save_for_peft(model: SoftModel, directory: Path, folded: bool) -> None:
+def _save_for_peft(model: PromptedModel, directory: Path, folded: bool) -> None:
     if not folded:
         raise ValueError("PEFT can't express folded=False: its files hold what networks compute, not the networks")
     if learned_in(model.base):
@@ -113,7 +112,7 @@ def _save_for_peft(model: SoftModel, directory: Path, folded: bool) -> None:
 
 
 def push(
-    model: SoftModel, repo_id: str, *, private: bool | None = None, token: str | None = None, **kwargs: Any
+    model: PromptedModel, repo_id: str, *, private: bool | None = None, token: str | None = None, **kwargs: Any
 ) -> str:
     """Saves a soft prompt to a repository on the Hugging Face Hub, made where it doesn't exist.
 
@@ -139,69 +138,6 @@ def push(
         return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **kwargs))
 
 
-def load(
-    model: Any,
-    directory: str | os.PathLike[str],
-    *,
-    encoder: nn.Module | None = None,
-    backend: str | None = None,
-    revision: str | None = None,
-    token: str | None = None,
-) -> SoftModel:
-    """Puts a saved soft prompt on a transformers model.
-
-    Args:
-        model: the base that it was trained on.
-        directory: a folder that `save_pretrained` wrote, softkv's or PEFT's, or "user/name" of one on the Hugging Face
-            Hub; or a converted file of other code (docs/interop.md).
-        encoder: the module of a P-tuning v2 adapter that was trained with a module of one's own.
-        backend: of `softkv.prefix_attention`; None chooses by device.
-        revision, token: of a repository on the Hub.
-
-    Returns:
-        A `SoftModel` in evaluation mode.
-
-    Raises:
-        FileNotFoundError: when there is no adapter.
-        ValueError: when the files are damaged, of a newer version, or of another base model. Nothing is attached then.
-    """
-    config, tensors = read(local(directory, revision, token))
-    soft_model = assemble(model, config, tensors, encoder=encoder, backend=backend)
-    name, trained_on = model.config.name_or_path, config["base"]["name"]
-    if name and trained_on and Path(name).name != Path(trained_on).name:
-        warnings.warn(f"this soft prompt was trained on {trained_on}, not on {name}", stacklevel=2)
-    return soft_model
-
-
-def assemble(
-    model: Any,
-    config: dict[str, Any],
-    tensors: dict[str, Tensor],
-    *,
-    encoder: nn.Module | None = None,
-    backend: str | None = None,
-) -> SoftModel:
-    """Puts a soft prompt that was read (`read`) or made (`describe`) on a model, in evaluation mode.
-
-    Raises:
-        ValueError: when config, tensors and model don't fit together. Nothing is attached then.
-    """
-    prompt, in_base = _parted(tensors)
-    injected = inject(model, config.get("peft", {}))
-    soft_model = None
-    try:
-        soft_model = SoftModel(model, saved(model, config, prompt, encoder=encoder), backend=backend).eval()
-        check_learned(model, in_base)
-    except BaseException:
-        if soft_model is not None:
-            soft_model.detach()
-        if injected:
-            model.delete_adapter(injected)
-        raise
-    put_learned(model, in_base)
-    return soft_model
-
-
 def saved(
     model: Any, config: dict[str, Any], tensors: dict[str, Tensor], *, encoder: nn.Module | None = None
 ) -> Method:
@@ -210,7 +146,7 @@ def saved(
     return _Saved(_method(config, encoder), config, tensors)
 
 
-def restore(model: SoftModel, directory: str | os.PathLike[str]) -> None:
+def restore(model: PromptedModel, directory: str | os.PathLike[str]) -> None:
     """Gives a soft prompt the values of a checkpoint of the same method on the same base.
 
     Raises:
@@ -225,13 +161,13 @@ def restore(model: SoftModel, directory: str | os.PathLike[str]) -> None:
             raise ValueError(f"{directory} holds {key} {config[key]}, expected {mine[key]}")
     _check_type(config["base"], model)
     _check_base(config["base"], model.base_shape)
-    prompt, in_base = _parted(tensors)
+    prompt, in_base = parted(tensors)
     check_learned(model.base, in_base)
     put(model.soft, prompt)
     put_learned(model.base, in_base)
 
 
-def describe(model: SoftModel, *, folded: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def describe(model: PromptedModel, *, folded: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The config and the tensors that `save` writes.
 
     Raises:
@@ -244,7 +180,7 @@ def describe(model: SoftModel, *, folded: bool = True) -> tuple[dict[str, Any], 
     return config, {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def configuration(model: SoftModel, soft: SoftPrompt, *, folded: bool) -> dict[str, Any]:
+def configuration(model: PromptedModel, soft: SoftPrompt, *, folded: bool) -> dict[str, Any]:
     """What the values of a soft prompt of `model` mean.
 
     Raises:
@@ -280,7 +216,7 @@ def gathered(soft: SoftPrompt) -> SoftPrompt:
     return other
 
 
-def _parted(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def parted(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The tensors of a soft prompt, and those of its base, by their names there."""
     in_base = {name.removeprefix(IN_BASE): each for name, each in tensors.items() if name.startswith(IN_BASE)}
     return {name: each for name, each in tensors.items() if not name.startswith(IN_BASE)}, in_base
@@ -326,7 +262,7 @@ def prompt_alone(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         ValueError: also when it was trained together with parameters of the base.
     """
     config, tensors = read(directory)
-    if _parted(tensors)[1]:
+    if parted(tensors)[1]:
         raise ValueError(
             f"{directory} holds LoRA or trained parameters of the base beside its soft prompt, which all adapters "
             "would share: load it alone, with softkv.load(base, folder)"
@@ -510,7 +446,7 @@ def local(directory: str | os.PathLike[str], revision: str | None = None, token:
         raise FileNotFoundError(f"{directory} is neither a folder nor a repository on the Hub: {reason}") from error
 
 
-def _card(model: SoftModel, repo_id: str) -> str:
+def _card(model: PromptedModel, repo_id: str) -> str:
     """The README of a repository."""
     name = model.config.name_or_path
     kind = next(name for name, config in METHODS.items() if type(model.method) is config)

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from softkv.hf.model import SoftModel
+from softkv.hf.model import PromptedModel
 from softkv.io.flat import flatten, unflatten
 from softkv.io.safe_files import read_tensors
 from softkv.methods import PrefixTuning, PromptTuning, PTuning, PTuningV2
@@ -105,7 +105,7 @@ def reads_alike(directory: Path, config: dict[str, Any]) -> bool:
     return there["peft_type"] in alike and all(there.get(key) == config[key] for key in sizes if key in config)
 
 
-def describe(model: SoftModel) -> tuple[dict[str, Any], Tensor]:
+def describe(model: PromptedModel) -> tuple[dict[str, Any], Tensor]:
     """A soft prompt as a PEFT config and its prompt embeddings: with them, PEFT gives the same logits.
 
     Raises:

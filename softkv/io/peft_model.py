@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from softkv.hf.model import SoftModel
-from softkv.io import checkpoint, peft
-from softkv.prefix import evaluating
+from softkv.evaluation import in_evaluation
+from softkv.io import peft
+from softkv.io.model import SoftModel, assemble
 
 
 @torch.no_grad()
@@ -41,7 +41,6 @@ def from_peft(peft_model: Any, *, adapter_name: str | None = None, backend: str 
     if config["inference_mode"]:
         embeddings = encoder.embedding.weight
     else:
-        with evaluating(encoder):
-            embeddings = peft_model.get_prompt_embedding_to_save(name)
+        embeddings = in_evaluation(peft_model).get_prompt_embedding_to_save(name)
     described, tensors = peft.translate(config, embeddings.detach().cpu(), where)
-    return checkpoint.assemble(peft_model.get_base_model(), described, tensors, backend=backend)
+    return assemble(peft_model.get_base_model(), described, tensors, backend=backend)

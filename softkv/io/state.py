@@ -17,18 +17,18 @@ from softkv.hf.learned import EXTRA, IN_BASE
 from softkv.io.safe_files import check_values, open_tensors
 
 if TYPE_CHECKING:
-    from softkv.hf.model import SoftModel
+    from softkv.hf.model import PromptedModel
 
 FILE = "model.safetensors"
 
 
-def described(model: SoftModel) -> Tensor:
+def described(model: PromptedModel) -> Tensor:
     """What a state dict of this model means: uint8, the bytes of a JSON text."""
     text = json.dumps({"active": model.active_adapter, "adapters": _configs(model)}, sort_keys=True)
     return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
 
 
-def check_described(model: SoftModel, state: Tensor) -> None:
+def check_described(model: PromptedModel, state: Tensor) -> None:
     """Raise where a state dict is of another method or of other settings."""
     mine, theirs = _configs(model), _parse(state, "the state dict")["adapters"]
     for name in mine.keys() & theirs.keys():
@@ -61,7 +61,7 @@ def read(path: Path) -> tuple[str, dict[str, Tensor]]:
     return json.dumps(description["adapters"][name]), found
 
 
-def _configs(model: SoftModel) -> dict[str, dict[str, Any]]:
+def _configs(model: PromptedModel) -> dict[str, dict[str, Any]]:
     from softkv.io.checkpoint import configuration
     from softkv.methods.base import SoftPrompt
 

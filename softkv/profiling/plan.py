@@ -30,8 +30,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from softkv.hf.attention import NAME
-from softkv.hf.context import BlockOrder, Captured, PackedRows, RowEncoder, RowPrompts, SoftContext
-from softkv.hf.frozen import Original
+from softkv.hf.context import BlockInputs, BlockOrder, PackedRows, RowEncoder, RowPrompts, SoftContext
+from softkv.hf.frozen import BaseState
 from softkv.hf.hooks import DecoderHooks
 from softkv.methods.base import BaseShape, Computed, FrozenModel
 from softkv.methods.encoders import EncodedRows, LSTMEncoder
@@ -210,7 +210,7 @@ def _base(job: Job) -> Any:
     blocks = _blocks(base.eval())
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        Original(base).silence_dropout(list(blocks.values()))
+        BaseState(base).silence_dropout(list(blocks.values()))
     base.train()
     if job.checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -388,9 +388,9 @@ def _blocks(base: Any) -> dict[int, nn.Module]:
     return {number: one.block for number, one in enumerate(captured)}
 
 
-def _captured(base: Any, embeddings: Tensor) -> list[Captured]:
+def _captured(base: Any, embeddings: Tensor) -> list[BlockInputs]:
     """What reaches the attention blocks in a forward pass over one row."""
-    capture: list[Captured] = []
+    capture: list[BlockInputs] = []
     base.get_decoder()(
         inputs_embeds=embeddings,
         attention_mask=torch.empty(1, 1, 1, 1, dtype=torch.int32),

@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch.profiler import ProfilerActivity, profile
 
-from softkv.hf.model import SoftModel
+from softkv.io.model import SoftModel
 from softkv.profiling.allocations import timeline
 from softkv.train.batches import PackingCollator
 from softkv.train.trainer import Trainer

@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader
 from transformers import ProgressCallback, TrainerCallback, TrainingArguments
 
 from softkv.hf.layout import with_prompt_lengths
-from softkv.hf.model import SoftModel
 from softkv.io import checkpoint
+from softkv.io.model import SoftModel
 from softkv.ranges import named
 from softkv.train.batches import PackingCollator, TokenBatches
 from softkv.train.label_logits import label_logits, next_labels

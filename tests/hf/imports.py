@@ -4,4 +4,4 @@ import transformers
 
 import softkv.hf
 
-print("imported", transformers.LlamaForCausalLM.__name__, softkv.hf.attach.__name__)
+print("imported", transformers.LlamaForCausalLM.__name__, softkv.attach.__name__)

@@ -1,4 +1,4 @@
-"""What the forward that filled a cache leaves with it, for those that go on from it.
+"""Per-cache state: recorded when a cache is filled, used by later calls that continue from it.
 
 It is an attribute of the cache, so that copies of the cache carry copies of it, and it follows the cache's own
 operations on rows: beams, reordering, selection. Cropping only takes tokens that were read later.
@@ -6,8 +6,9 @@ operations on rows: beams, reordering, selection. Cropping only takes tokens tha
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MethodType
 from typing import Any
 
@@ -17,13 +18,15 @@ from torch import Tensor
 
 from softkv.hf.context import LayerKV
 from softkv.hf.prefixes import Names, SoftRows
+from softkv.prefix import Prefix
 
-_ATTRIBUTE = "_softkv_filled"
+_ATTRIBUTE = "_softkv_state"
 
 
 @dataclass
-class Filled:
-    """
+class CacheState:
+    """What a cache's rows were filled with.
+
     Attributes:
         columns: T of the batch that filled the cache, in which masks of later forwards count.
         rows: B of it.
@@ -32,6 +35,7 @@ class Filled:
         kv: encoder mode, the K/V `[A, G, P, D]` of each block.
         order: which row of that batch each row of the cache is, or None while they are the same.
         unread: columns of its prompts that a `generate` has still to read.
+        prefixes: computed prefixes of its adapters, made without gradients for these rows.
     """
 
     columns: int
@@ -41,32 +45,41 @@ class Filled:
     kv: dict[int, LayerKV] = field(default_factory=dict)
     order: Tensor | None = None
     unread: int = 0
+    prefixes: dict[str, Prefix] = field(default_factory=dict)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CacheState:
+        """Copies of a cache share what none of them changes."""
+        return replace(self, mask=copy.deepcopy(self.mask, memo), kv=copy.deepcopy(self.kv, memo))
 
     @staticmethod
-    def of(cache: Any) -> Filled | None:
-        """What was left with a cache."""
+    def of(cache: Any) -> CacheState | None:
+        """The state of a cache, or None."""
         return getattr(cache, _ATTRIBUTE, None)
 
-    def leave_with(self, cache: Any) -> None:
-        """Leaves this with a cache."""
+    def store_on(self, cache: Any) -> None:
+        """Makes this the state of a cache."""
         setattr(cache, _ATTRIBUTE, self)
         for name in _FOLLOWED:
             setattr(cache, name, MethodType(_following(name), cache))
 
     @classmethod
-    def by(cls, soft: SoftRows, cache: Any) -> Filled:
-        """What was left with a cache that rows with soft prompts go on from."""
-        filled = cls.of(cache)
-        if filled is None and soft.reading_prompts:
+    def required(cls, soft: SoftRows, cache: Any) -> CacheState:
+        """The state of a filled cache that rows with soft prompts continue from.
+
+        Raises:
+            ValueError: when there is none and a method can't do without.
+        """
+        state = cls.of(cache)
+        if state is None and soft.reading_prompts:
             raise ValueError(
                 f"{soft.reading_prompts} needs a cache that this SoftModel has filled: got one with "
                 f"{past_length(cache)} tokens in it that were read without the soft prompt"
             )
-        return filled or cls(0, 0)
+        return state or cls(0, 0)
 
     @staticmethod
-    def forget(cache: Any) -> None:
-        """Takes from an emptied cache what was left with it."""
+    def clear(cache: Any) -> None:
+        """Takes the state off an emptied cache."""
         for name in (_ATTRIBUTE, *_FOLLOWED):
             cache.__dict__.pop(name, None)
 
@@ -132,7 +145,15 @@ def check_contiguous(mask: Tensor, T: int) -> None:
 
 
 def past_length(cache: Any) -> int:
+    """The number of tokens that a cache holds."""
     return 0 if cache is None else int(cache.get_seq_length())
+
+
+def buffer_length(cache: Any) -> tuple[int, ...]:
+    """The columns of a static cache's buffers; () where a cache has none."""
+    lengths = [getattr(layer, "max_cache_len", None) for layer in getattr(cache, "layers", ())]
+    known = [length for length in lengths if length is not None]
+    return (max(known),) if known else ()
 
 
 def _rows_reordered(order: Tensor, rows: Tensor) -> Tensor:
@@ -151,15 +172,15 @@ _FOLLOWED: dict[str, Callable[[Tensor, Any], Tensor]] = {
 
 
 def _following(name: str) -> Callable[[Any, Any], None]:
-    """The operation `name` of a cache, done to what was left with it too."""
+    """The operation `name` of a cache, done to its state too."""
 
     def operation(cache: Any, argument: Any) -> None:
         getattr(type(cache), name)(cache, argument)
-        filled = Filled.of(cache)
-        assert filled is not None
-        if filled.order is None:
+        state = CacheState.of(cache)
+        assert state is not None
+        if state.order is None:
             device = argument.device if isinstance(argument, Tensor) else None
-            filled.order = torch.arange(filled.rows, device=device)
-        filled.order = _FOLLOWED[name](filled.order, argument)
+            state.order = torch.arange(state.rows, device=device)
+        state.order = _FOLLOWED[name](state.order, argument)
 
     return operation

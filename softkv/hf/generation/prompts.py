@@ -1,7 +1,7 @@
 """What `generate` gives the base in place of the prompts that it was given, and the way back.
 
 The base generates from left-padded rows. Soft tokens of the prompt are columns of it like any other: the pre-hook of
-the decoder puts their embeddings in. Logits processors and stopping criteria are shown the real tokens alone.
+the decoder puts their embeddings in. Logits processors and stopping criteria see the real tokens alone.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softkv.hf.generation.real_tokens import RealTokens
+from softkv.hf.generation.processors import ProcessorView, Streamer
 from softkv.hf.layout import left_padded, scattered
 from softkv.hf.prefixes import RowTokens
 
@@ -26,7 +26,7 @@ class Prompts:
         columns: T.
         ids, embeds, mask: what the base generates from, `[B, T + k]`, left-padded.
         soft_at: `[B, T + k]`, which soft token stands in each column (-1: none), or None when none does.
-        shown: what processors and criteria see in place of `ids`, or None for `ids` themselves.
+        view: what processors and criteria see in place of `ids`, or None for `ids` themselves.
         moved: whether `ids` differ from `given`.
     """
 
@@ -36,7 +36,7 @@ class Prompts:
     embeds: Tensor | None
     mask: Tensor | None
     soft_at: Tensor | None
-    shown: RealTokens | None
+    view: ProcessorView | None
     moved: bool
 
     @classmethod
@@ -81,8 +81,8 @@ class Prompts:
             assert mask is not None
             ids, embeds, soft_at = (x if x is None else left_padded(x, mask) for x in (ids, embeds, soft_at))
             mask = left_padded(mask, mask)
-        shown = None if ids is None or soft_at is None else RealTokens.of(ids, mask, soft_at, pad)
-        return cls(given, columns, ids, embeds, mask, soft_at, shown, moving or soft_at is not None)
+        view = None if ids is None or soft_at is None else ProcessorView.of(ids, mask, soft_at, pad)
+        return cls(given, columns, ids, embeds, mask, soft_at, view, moving or soft_at is not None)
 
     def mask_for(self, rows: int) -> Tensor | None:
         """`mask` for as many rows as the base makes of the prompts."""
@@ -100,22 +100,9 @@ class Prompts:
         output.sequences = sequences
         return output
 
-    def streamer(self, streamer: Any) -> Any:
-        """The user's streamer, which is shown the ids given as the prompt."""
-        return streamer if self.given is None or not self.moved else _GivenFirst(streamer, self.given)
-
-
-class _GivenFirst:
-    """A streamer whose first put, the prompt, is replaced."""
-
-    def __init__(self, streamer: Any, given: Tensor) -> None:
-        self.streamer, self.given = streamer, [given.cpu()]
-
-    def put(self, value: Tensor) -> None:
-        self.streamer.put(self.given.pop() if self.given else value)
-
-    def end(self) -> None:
-        self.streamer.end()
+    def streamer(self, streamer: Any) -> Streamer:
+        """The user's streamer, which sees the ids given as the prompt."""
+        return Streamer(streamer, self.given if self.moved else None)
 
 
 def lengthened(options: dict[str, Any], config: Any, k: int) -> dict[str, Any]:

@@ -1,17 +1,15 @@
-"""What logits processors and stopping criteria are shown of the prompts that the base generates from: the real tokens
-alone, without the columns of soft tokens.
+"""Logits processors, stopping criteria and streamers of a `generate`: they see the real tokens alone, without the
+columns of soft tokens, and run outside of it, so that a model they call answers as it does anywhere else.
 
 transformers makes its own processors and criteria inside `generate`, from options that count columns. Two methods of
-the base make them; a base that a SoftModel generates with has its own versions of the two, which ask here for the
-`generate` under way.
+the base make them; a base that a SoftModel generates with has its own versions of the two, which look up the `generate`
+under way.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -20,12 +18,14 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList, UnbatchedClassifierFreeGuidanceLogitsProcessor
 
+from softkv.hf import calls
 from softkv.hf.layout import left_padded
 
 
 @dataclass(frozen=True)
-class RealTokens:
-    """
+class ProcessorView:
+    """The rows of a `generate` as processors and criteria see them.
+
     Attributes:
         prompts: `[B, T]`, the real tokens of each prompt, left-padded.
         mask: `[B, T]`, the padding mask of them.
@@ -37,7 +37,7 @@ class RealTokens:
     hidden: int
 
     @classmethod
-    def of(cls, ids: Tensor, mask: Tensor | None, soft_at: Tensor, pad: int) -> RealTokens:
+    def of(cls, ids: Tensor, mask: Tensor | None, soft_at: Tensor, pad: int) -> ProcessorView:
         """Those of prompts `[B, T + hidden]` with soft tokens where `soft_at` is not -1."""
         real = soft_at < 0
         if mask is not None:
@@ -52,7 +52,7 @@ class RealTokens:
         return torch.cat([prompts, ids[:, prompts.shape[1] + self.hidden :]], 1)
 
     def lengths(self, config: Any) -> Any:
-        """A generation config with total lengths that count the columns shown."""
+        """A generation config with total lengths that count the columns seen."""
         config = copy.copy(config)
         for name in ("max_length", "min_length"):
             length = getattr(config, name)
@@ -62,48 +62,56 @@ class RealTokens:
 
 
 class _Processors(LogitsProcessorList):
-    def __init__(self, processors: Any, shown: RealTokens) -> None:
+    def __init__(self, processors: Any, view: ProcessorView | None) -> None:
         super().__init__(processors)
-        self.shown = shown
+        self.view = view
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        return super().__call__(self.shown(input_ids), scores, **kwargs)
+        ids = input_ids if self.view is None else self.view(input_ids)
+        return calls.run(None, super().__call__, ids, scores, **kwargs)
 
 
 class _Criteria(StoppingCriteriaList):
-    def __init__(self, criteria: Any, shown: RealTokens) -> None:
+    def __init__(self, criteria: Any, view: ProcessorView | None) -> None:
         super().__init__(criteria)
-        self.shown = shown
+        self.view = view
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        return super().__call__(self.shown(input_ids), scores, **kwargs)
+        ids = input_ids if self.view is None else self.view(input_ids)
+        return calls.run(None, super().__call__, ids, scores, **kwargs)
 
     @property
     def max_length(self) -> int | None:
         """In columns of the base."""
         longest = super().max_length
-        return longest if longest is None else longest + self.shown.hidden
+        return longest if longest is None or self.view is None else longest + self.view.hidden
 
 
-@dataclass(frozen=True)
-class _UnderWay:
-    model: Any
-    shown: RealTokens | None
+class Streamer:
+    """A user's streamer.
+
+    Args:
+        streamer: the user's.
+        prompts: `[B, T]`, what it is given as the prompts in place of the base's; None for these.
+    """
+
+    def __init__(self, streamer: Any, prompts: Tensor | None) -> None:
+        self.streamer, self.prompts = streamer, prompts
+
+    def put(self, value: Tensor) -> None:
+        if self.prompts is not None:
+            value, self.prompts = self.prompts.cpu(), None
+        calls.run(None, self.streamer.put, value)
+
+    def end(self) -> None:
+        calls.run(None, self.streamer.end)
 
 
-_under_way: ContextVar[_UnderWay | None] = ContextVar("softkv_generate", default=None)
-
-
-@contextmanager
-def generating(model: Any, shown: RealTokens | None) -> Iterator[None]:
-    """A `generate` of a SoftModel: gives its base own versions of the two methods, which stay until `uninstall`."""
+def install(base: Any) -> None:
+    """Gives a base that a SoftModel generates with its own versions of the two methods, until `uninstall`."""
     for name, method in _METHODS.items():
-        setattr(model.base, name, MethodType(method, model.base))
-    token = _under_way.set(_UnderWay(model, shown))
-    try:
-        yield
-    finally:
-        _under_way.reset(token)
+        if name not in base.__dict__:
+            setattr(base, name, MethodType(method, base))
 
 
 def uninstall(base: Any) -> None:
@@ -112,38 +120,46 @@ def uninstall(base: Any) -> None:
         base.__dict__.pop(name, None)
 
 
+def _call_of(base: Any) -> Any:
+    call = calls.under_way()
+    return call if call is not None and call.hooks.base is base and call.prompts is not None else None
+
+
 def _get_logits_processor(base: Any, **options: Any) -> LogitsProcessorList:
-    call = _under_way.get()
-    shown = None if call is None else call.shown
-    if shown is not None:
-        options |= _options_shown(shown, options)
+    call = _call_of(base)
+    if call is None:
+        return type(base)._get_logits_processor(base, **options)
+    view = call.prompts.view
+    if view is not None:
+        options |= _options_in(view, options)
     processors = type(base)._get_logits_processor(base, **options)
-    if call is not None:
-        for processor in processors:
-            if isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor) and processor.model is base:
-                processor.model = _of_prompts(call.model)
-    return processors if shown is None else _Processors(processors, shown)
+    for processor in processors:
+        if isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor) and processor.model is base:
+            processor.model = _of_prompts(call.model)
+    return _Processors(processors, view)
 
 
-def _options_shown(shown: RealTokens, options: dict[str, Any]) -> dict[str, Any]:
-    """The options of `_get_logits_processor` in columns shown."""
+def _options_in(view: ProcessorView, options: dict[str, Any]) -> dict[str, Any]:
+    """The options of `_get_logits_processor` in columns of a view."""
     config = options["generation_config"]
     prompts, rows = options["encoder_input_ids"], max(config.num_beams or 1, config.num_return_sequences or 1)
-    mask = None if bool(shown.mask.all()) else shown.mask.repeat_interleave(rows, 0)
+    mask = None if bool(view.mask.all()) else view.mask.repeat_interleave(rows, 0)
     return {
-        "generation_config": shown.lengths(config),
-        "input_ids_seq_length": options["input_ids_seq_length"] - shown.hidden,
-        "encoder_input_ids": shown(prompts) if prompts.dim() == 2 else prompts,
+        "generation_config": view.lengths(config),
+        "input_ids_seq_length": options["input_ids_seq_length"] - view.hidden,
+        "encoder_input_ids": view(prompts) if prompts.dim() == 2 else prompts,
         "model_kwargs": options["model_kwargs"] | {"attention_mask": mask},
     }
 
 
 def _get_stopping_criteria(base: Any, **options: Any) -> StoppingCriteriaList:
-    call = _under_way.get()
-    if call is None or call.shown is None:
+    call = _call_of(base)
+    if call is None:
         return type(base)._get_stopping_criteria(base, **options)
-    options["generation_config"] = call.shown.lengths(options["generation_config"])
-    return _Criteria(type(base)._get_stopping_criteria(base, **options), call.shown)
+    view = call.prompts.view
+    if view is not None:
+        options["generation_config"] = view.lengths(options["generation_config"])
+    return _Criteria(type(base)._get_stopping_criteria(base, **options), view)
 
 
 def _of_prompts(model: Any) -> Callable[..., Any]:

@@ -1,0 +1,47 @@
+"""Evaluation mode without touching a module that others use at the same time."""
+
+from __future__ import annotations
+
+from functools import partial
+from types import MethodType
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def in_evaluation(module: Module) -> Module:
+    """The module in evaluation mode: itself where it is in it, else a view of it.
+
+    A view is a tree of new modules that share parameters, buffers, hooks and all else with the given ones. Only the
+    training flags are its own, so those that other threads read stay as they are.
+    """
+    if not any(each.training for each in module.modules()):
+        return module
+    views: dict[int, Any] = {}
+    for each in module.modules():
+        if isinstance(each, torch.jit.ScriptModule):
+            views[id(each)] = each
+        else:
+            views[id(each)] = view = each.__class__.__new__(each.__class__)
+            view.__dict__.update(each.__dict__, training=False)
+    for view in views.values():
+        if isinstance(view, torch.jit.ScriptModule):
+            continue
+        for name, value in view.__dict__.items():
+            view.__dict__[name] = _bound_to_views(value, views)
+        view.__dict__["_modules"] = {
+            name: each if each is None else views[id(each)] for name, each in view.__dict__["_modules"].items()
+        }
+    return views[id(module)]
+
+
+def _bound_to_views(value: Any, views: dict[int, Any]) -> Any:
+    """Methods that were put on a module (as offloading does) act on its view."""
+    if isinstance(value, MethodType) and id(value.__self__) in views:
+        return MethodType(value.__func__, views[id(value.__self__)])
+    if isinstance(value, partial):
+        return partial(value.func, *(views.get(id(each), each) for each in value.args), **value.keywords)
+    return value

@@ -1,0 +1,178 @@
+"""From the batch that a `SoftModel`'s forward is given to what the base gets, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softkv.hf import checks
+from softkv.hf.context import PackedRows
+from softkv.hf.generation.cache_state import CacheState, buffer_length, check_contiguous, past_length
+from softkv.hf.layout import Insertion, RowLayout, in_order, keep_in, left_order, packed_positions, rows_of, scattered
+from softkv.hf.prefixes import RowTokens
+
+_PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A batch on its way to the base.
+
+    Attributes:
+        ids, embeds: `[B, T']` and `[B, T', C]`, one of them None.
+        mask: the padding mask of the columns in the cache and of these, or None.
+        positions: without the prefix, or None where the base counts.
+        cache: transformers' cache, or None; it holds `past` tokens.
+        layout: where the rows lie.
+        packed: the rows of a batch of one line, or None.
+        given: (B, T) as the batch was given.
+        columns: `[B, T]`, where the columns given are now; None while they have not moved.
+        prompt_ends: `[R]`, the flat token where each row's prompt has ended, in the forward that reads prompts.
+    """
+
+    ids: Tensor | None
+    embeds: Tensor | None
+    mask: Tensor | None
+    positions: Tensor | None
+    cache: Any
+    past: int
+    layout: RowLayout
+    packed: PackedRows | None
+    given: tuple[int, int]
+    columns: Tensor | None = None
+    prompt_ends: Tensor | None = None
+
+    @classmethod
+    def read(cls, ids: Any, mask: Any, positions: Any, cache: Any, embeds: Any, options: dict[str, Any]) -> Inputs:
+        """The batch given, checked.
+
+        Args:
+            options: the remaining keywords, among them those of packed rows.
+        """
+        tokens = checks.check_tokens(ids, embeds)
+        checks.check_cache(cache)
+        shape, past = (tokens.shape[0], tokens.shape[1]), past_length(cache)
+        checks.check_positions(positions, shape)
+        checks.check_packing(options, mask, shape, past)
+        if past:
+            layout = RowLayout.of(shape, None, None, tokens.device)
+            return cls(ids, embeds, mask, positions, cache, past, layout, None, shape)
+        checks.check_mask(mask, shape[0], (shape[1], *buffer_length(cache)))
+        mask = mask if mask is None else mask[:, : shape[1]]
+        packed = rows_of(shape, mask, positions, options.get("cu_seq_lens_q"), options.get("max_length_q"))
+        layout = RowLayout.of(shape, mask, packed, tokens.device)
+        return cls(ids, embeds, mask, positions, cache, past, layout, packed, shape)
+
+    @property
+    def is_scattered(self) -> bool:
+        """Whether padding stands behind real tokens of its row."""
+        return not self.past and self.mask is not None and scattered(self.mask)
+
+    def padded_left(self) -> Inputs:
+        """The rows with all padding in front: windows of later tokens count the columns of the cache."""
+        assert self.mask is not None
+        order = left_order(self.mask)
+        ids, embeds, mask, positions = (
+            x if x is None else in_order(x, order) for x in (self.ids, self.embeds, self.mask, self.positions)
+        )
+        layout = RowLayout.of(self.given, mask, None, order.device)
+        return replace(
+            self, ids=ids, embeds=embeds, mask=mask, positions=positions, layout=layout, columns=order.argsort(1)
+        )
+
+    def with_prompt_ends(self, labels: Tensor | None, prompt_lengths: Tensor | None) -> Inputs:
+        """The rows with the ends of their prompts, by labels or lengths in the columns given."""
+        if labels is not None and self.columns is not None:
+            labels = in_order(labels, self.columns.argsort(1))
+        return replace(self, prompt_ends=self.layout.prompt_ends(labels, prompt_lengths))
+
+    def embedded(self, soft: RowTokens, embed: Callable[[Tensor, Tensor], Tensor]) -> Inputs:
+        """Embeddings in place of ids, with the soft tokens at negative ones."""
+        if self.ids is None:
+            return self
+        ids = soft.in_table(self.ids, self.layout.row_of_token.view(self.ids.shape))
+        return replace(self, ids=None, embeds=embed(ids, soft.table))
+
+    def inserted(self, soft: RowTokens) -> Inputs:
+        """The rows with their blocks of soft tokens, before or behind their prompts."""
+        assert self.embeds is not None
+        B, T = self.given
+        layout, mask, packed, positions = self.layout, self.mask, self.packed, self.positions
+        insertion = Insertion.into(layout, soft.place(layout.first, self.prompt_ends), soft.first, soft.block)
+        ends = self.prompt_ends
+        if ends is not None:
+            ends = ends - layout.first + insertion.layout.first
+        if soft.ragged and packed is None and mask is None:  # shorter blocks leave padding
+            mask = torch.ones(B, T, dtype=torch.long, device=self.embeds.device)
+        if packed is not None:
+            packed = PackedRows(insertion.layout.bounds.to(torch.int32), packed.longest + soft.longest)
+            positions = None
+        elif positions is not None:
+            positions = insertion.positions(positions.expand(B, T))
+        return replace(
+            self,
+            embeds=insertion.embeddings(self.embeds, soft.table),
+            mask=mask if mask is None else insertion.attention_mask(mask),
+            positions=positions,
+            layout=insertion.layout,
+            packed=packed,
+            columns=insertion.logits_at if self.columns is None else insertion.logits_at.gather(1, self.columns),
+            prompt_ends=ends,
+        )
+
+    def continuing(self, state: CacheState, soft: RowTokens | None, *, windowed: bool) -> Inputs:
+        """Tokens behind those of a cache.
+
+        Args:
+            soft: the soft tokens that the rows hold in the cache.
+            windowed: whether some layer has a sliding window.
+        """
+        (B, T), k = self.given, 0 if soft is None else soft.longest
+        S, mask, positions = self.past + T, self.mask, self.positions
+        checks.check_mask(mask, B, (S - k, S, *buffer_length(self.cache)))
+        if mask is not None and mask.shape[1] > S:  # of a whole static buffer: what is not there yet is not seen
+            mask = mask[:, : S - k]
+        mask = state.mask_of(mask, k, (B, S))
+        if windowed and mask is not None:
+            check_contiguous(mask, T)
+        if positions is not None and soft is not None:
+            positions = positions + torch.tensor(soft.block, device=positions.device)[:, None]
+        return replace(self, mask=mask, positions=positions)
+
+    def keywords(self, options: dict[str, Any], logits_to_keep: int | Tensor | None) -> dict[str, Any]:
+        """The arguments of the base's forward, but for those that are None.
+
+        Args:
+            logits_to_keep: in the columns given; None for a module of the base that makes no logits.
+        """
+        if self.columns is not None and logits_to_keep is not None:
+            logits_to_keep = keep_in(self.columns, self.layout.shape[1], logits_to_keep)
+        positions = self.positions
+        if self.packed is not None:
+            options = {name: value for name, value in options.items() if name not in _PACKING}
+            if positions is None:
+                positions = packed_positions(self.packed, self.layout.shape[1])
+        keywords = options | {
+            "input_ids": self.ids,
+            "inputs_embeds": self.embeds,
+            "attention_mask": self.mask,
+            "position_ids": positions,
+            "past_key_values": self.cache,
+        }
+        if isinstance(logits_to_keep, Tensor) or logits_to_keep:
+            keywords["logits_to_keep"] = logits_to_keep
+        return {name: value for name, value in keywords.items() if value is not None}
+
+    def in_columns_given(self, output: Any) -> Any:
+        """The base's output, its hidden states in the columns given. (Its logits are.)"""
+        if self.columns is not None:
+            at = self.columns[:, :, None]
+            if output.get("last_hidden_state") is not None:
+                output["last_hidden_state"] = output["last_hidden_state"].take_along_dim(at, 1)
+            if output.get("hidden_states") is not None:
+                output["hidden_states"] = tuple(states.take_along_dim(at, 1) for states in output["hidden_states"])
+        return output

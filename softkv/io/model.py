@@ -1,0 +1,158 @@
+"""`attach` and `SoftModel`: a soft prompt on a frozen transformers model, with storage."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from softkv.hf.learned import check_learned, inject, put_learned
+from softkv.hf.model import PromptedModel
+from softkv.io import checkpoint, state
+from softkv.methods.base import Method
+from softkv.prefix import Prefix
+
+
+def attach(
+    model: Any, method: Method, *, tokenizer: Any = None, backend: str | None = None, head_once: bool = True
+) -> SoftModel:
+    """Puts a soft prompt on a transformers causal language model and freezes the model.
+
+    Args:
+        model: a causal LM whose attention goes through transformers' attention interface.
+        method: `PromptTuning`, `PTuning`, `PrefixTuning` or `PTuningV2`.
+        tokenizer: the model's tokenizer, needed for inits from a text.
+        backend: of `softkv.prefix_attention`; None chooses by device.
+        head_once: run soft tokens that stand before every row once for the batch. False puts them into
+            every row of a forward with `use_cache=False`: the same results, slower (to measure by how much).
+
+    Returns:
+        A `SoftModel`; its only trainable parameters are the method's, in fp32.
+
+    Raises:
+        ValueError: when the model can't be reached through the attention interface, takes no position_ids or does not
+            count them from 0, is an encoder-decoder, or its layers don't fit the method (a bidirectional encoder has
+            no place for soft tokens but in a template).
+    """
+    return SoftModel(model, method, tokenizer=tokenizer, backend=backend, head_once=head_once)
+
+
+class SoftModel(PromptedModel):
+    """A frozen causal LM with a soft prompt, or several. Made by `softkv.attach`; anything it lacks is asked of the
+    base.
+
+    Attributes:
+        base: the frozen model.
+        adapters: the learned parameters (`SoftPrompt`) of each adapter by its name; that of `attach` is "default".
+        active_adapter: the name of the adapter that calls without `adapter_names` use.
+    """
+
+    def add_adapter(
+        self, name: str, adapter: Method | Prefix | str | os.PathLike[str], *, tokenizer: Any = None
+    ) -> None:
+        """Adds a soft prompt beside those that are there. The active one stays active.
+
+        Args:
+            name: a new name, of letters, digits, spaces, "_" and "-", at most 255 bytes long.
+            adapter: a method, which is built; the folder of a saved adapter (or what else `softkv.load` finds one by);
+                or a prefix of one row, `[L or 1, 1, G, P, D]`, which is learned on as `PTuningV2`.
+            tokenizer: of the base, for an init from a text; None takes that of `attach`.
+
+        Raises:
+            ValueError: when the name is taken or none, or the adapter does not fit the base. Nothing is added then.
+            TypeError: when the adapter is none of these.
+            FileNotFoundError: when the folder holds no adapter.
+        """
+        if isinstance(adapter, str | os.PathLike):
+            self._check_new_name(name)
+            adapter = checkpoint.saved(self.base, *checkpoint.prompt_alone(checkpoint.local(adapter)))
+        super().add_adapter(name, adapter, tokenizer=tokenizer)
+
+    def get_extra_state(self) -> Tensor:
+        """What the values in `state_dict()` mean, as the bytes of a JSON text: any trainer's checkpoint loads by it."""
+        return state.described(self)
+
+    def set_extra_state(self, described: Tensor) -> None:
+        """Checks that a state dict is of the same adapters.
+
+        Raises:
+            ValueError: when it is of another method or of other settings. Nothing has changed then.
+        """
+        state.check_described(self, described)
+
+    def save_pretrained(self, save_directory: Any, *, adapter_name: str | None = None, **kwargs: Any) -> None:
+        """Writes `softkv_config.json` and `softkv.safetensors`: what an adapter has learned, not the base. Without a
+        name, the active one is saved."""
+        with self.using(self.active_adapter if adapter_name is None else adapter_name):
+            checkpoint.save(self, save_directory, **kwargs)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+        """Saves what is learned to a repository on the Hugging Face Hub (`softkv.io.checkpoint.push`)."""
+        return checkpoint.push(self, repo_id, **kwargs)
+
+
+def load(
+    model: Any,
+    directory: str | os.PathLike[str],
+    *,
+    encoder: nn.Module | None = None,
+    backend: str | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+) -> SoftModel:
+    """Puts a saved soft prompt on a transformers model.
+
+    Args:
+        model: the base that it was trained on.
+        directory: a folder that `save_pretrained` wrote, softkv's or PEFT's, or "user/name" of one on the Hugging Face
+            Hub; or a converted file of other code (docs/interop.md).
+        encoder: the module of a P-tuning v2 adapter that was trained with a module of one's own.
+        backend: of `softkv.prefix_attention`; None chooses by device.
+        revision, token: of a repository on the Hub.
+
+    Returns:
+        A `SoftModel` in evaluation mode.
+
+    Raises:
+        FileNotFoundError: when there is no adapter.
+        ValueError: when the files are damaged, of a newer version, or of another base model. Nothing is attached then.
+    """
+    config, tensors = checkpoint.read(checkpoint.local(directory, revision, token))
+    soft_model = assemble(model, config, tensors, encoder=encoder, backend=backend)
+    name, trained_on = model.config.name_or_path, config["base"]["name"]
+    if name and trained_on and Path(name).name != Path(trained_on).name:
+        warnings.warn(f"this soft prompt was trained on {trained_on}, not on {name}", stacklevel=2)
+    return soft_model
+
+
+def assemble(
+    model: Any,
+    config: dict[str, Any],
+    tensors: dict[str, Tensor],
+    *,
+    encoder: nn.Module | None = None,
+    backend: str | None = None,
+) -> SoftModel:
+    """Puts a soft prompt that was read (`read`) or made (`describe`) on a model, in evaluation mode.
+
+    Raises:
+        ValueError: when config, tensors and model don't fit together. Nothing is attached then.
+    """
+    prompt, in_base = checkpoint.parted(tensors)
+    injected = inject(model, config.get("peft", {}))
+    soft_model = None
+    try:
+        method = checkpoint.saved(model, config, prompt, encoder=encoder)
+        soft_model = SoftModel(model, method, backend=backend).eval()
+        check_learned(model, in_base)
+    except BaseException:
+        if soft_model is not None:
+            soft_model.detach()
+        if injected:
+            model.delete_adapter(injected)
+        raise
+    put_learned(model, in_base)
+    return soft_model
