@@ -26,6 +26,12 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, **options: Any
 ) -> tuple[Tensor, Tensor]:
     """(out like q, lse [B, H, T] or packed [H, N])."""
+    if options.pop("chunk", None) is not None:
+        raise NotImplementedError("backend 'triton': expected no chunk, which its kernels do not take")
+    if v.shape[-1] != q.shape[-1]:
+        raise NotImplementedError(
+            f"backend 'triton': expected values as wide as keys, D = {q.shape[-1]}, got Dv = {v.shape[-1]}"
+        )
     if q.dtype not in DTYPES or q.shape[-1] > MOST_HEAD_DIM:
         wanted = f"{', '.join(str(d).removeprefix('torch.') for d in DTYPES)} and D ≤ {MOST_HEAD_DIM}"
         raise NotImplementedError(f"backend 'triton': expected {wanted}, got {q.dtype} and D = {q.shape[-1]}")
@@ -38,5 +44,6 @@ def backward(
     prefix_k: Tensor | None, prefix_v: Tensor | None, *, needs: tuple[bool, ...], **options: Any,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """(dq, dk, dv, dprefix_k, dprefix_v, dsinks); what `needs` doesn't ask for is None and costs nothing."""
+    options.pop("chunk", None)
     problem = Problem.of(q, k, v, prefix_k, prefix_v, **options)
     return run_backward(problem, grad_out, grad_lse, out, lse, needs)

@@ -45,29 +45,32 @@ def _random(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64)
 
 
-def dense(B=2, H=4, G=2, T=5, S=None, D=16, A=None, P=0, sinks=False, seed=0, **options: Any) -> Case:
+def dense(B=2, H=4, G=2, T=5, S=None, D=16, Dv=None, A=None, P=0, sinks=False, seed=0, **options: Any) -> Case:
     """A = None: as many prefixes as rows where there is no index."""
     torch.manual_seed(seed)
-    S = T if S is None else S
-    leaves = {"q": _random(B, T, H, D).transpose(1, 2), "k": _random(B, G, S, D), "v": _random(B, G, S, D)}
+    S, Dv = T if S is None else S, D if Dv is None else Dv
+    leaves = {"q": _random(B, T, H, D).transpose(1, 2), "k": _random(B, G, S, D), "v": _random(B, G, S, Dv)}
     if P or A:
-        leaves |= {"prefix_k": _random(A or B, G, P, D), "prefix_v": _random(A or B, G, P, D)}
+        leaves |= {"prefix_k": _random(A or B, G, P, D), "prefix_v": _random(A or B, G, P, Dv)}
     if sinks:
         leaves["sinks"] = _random(H)
     return Case({name: x.requires_grad_() for name, x in leaves.items()}, options)
 
 
-def packed(lengths_q, lengths_k=None, H=4, G=2, D=16, A=None, P=0, sinks=False, seed=0, **options: Any) -> Case:
+def packed(
+    lengths_q, lengths_k=None, H=4, G=2, D=16, Dv=None, A=None, P=0, sinks=False, seed=0, **options: Any
+) -> Case:
     torch.manual_seed(seed)
+    Dv = D if Dv is None else Dv
     lengths_k = lengths_q if lengths_k is None else lengths_k
     leaves = {
         "q": _random(sum(lengths_q), H, D),
         "k": _random(sum(lengths_k), G, D),
-        "v": _random(sum(lengths_k), G, D),
+        "v": _random(sum(lengths_k), G, Dv),
     }
     if P or A:
         rows = len(lengths_q)
-        leaves |= {"prefix_k": _random(A or rows, G, P, D), "prefix_v": _random(A or rows, G, P, D)}
+        leaves |= {"prefix_k": _random(A or rows, G, P, D), "prefix_v": _random(A or rows, G, P, Dv)}
     if sinks:
         leaves["sinks"] = _random(H)
     options |= {
@@ -204,4 +207,46 @@ CASES: dict[str, Callable[[], Case]] = {
     ),
     "packed, not causal": lambda: packed([3, 5, 1], P=7, A=1, is_causal=False, softcap=3.0),
     "packed, no row": lambda: packed([0], P=7, A=1),
+}  # fmt: skip
+
+# Options that not every engine serves.
+CHUNKS_AND_WIDTHS: dict[str, Callable[[], Case]] = {
+    "chunks": lambda: dense(T=11, P=3, A=1, chunk=4),
+    "chunks, T < S: the first query stands inside one": lambda: dense(T=5, S=15, P=3, A=1, chunk=4),
+    "chunks, T > S": lambda: dense(T=15, S=6, P=3, A=1, chunk=4),
+    "chunks without prefix": lambda: dense(T=9, chunk=3),
+    "chunks of one": lambda: dense(T=9, P=3, A=1, chunk=1),
+    "one chunk, longer than everything": lambda: dense(T=9, P=3, A=1, chunk=100),
+    "chunks that share tiles": lambda: dense(B=1, T=230, S=235, P=3, A=1, chunk=10),
+    "chunks longer than tiles": lambda: dense(B=1, H=2, G=1, T=300, S=333, P=3, A=1, chunk=128),
+    "chunks, padded": lambda: dense(B=3, T=6, P=3, A=1, chunk=2, key_mask=mask("001111", "111110", "000000")),
+    "chunks, many queries, padded, and holes": lambda: dense(
+        B=3, T=140, P=5, A=1, chunk=32, key_mask=mask("0" * 30 + "1" * 110, "1" * 99 + "0" * 41, "011" * 46 + "00")
+    ),
+    "chunks, part-filled cache": lambda: dense(B=3, T=2, S=9, P=3, A=1, chunk=4, key_lengths=index(9, 0, 5)),
+    "chunks, part-filled cache, many queries": lambda: dense(
+        B=3, T=40, S=90, P=3, A=1, chunk=7, key_lengths=index(90, 30, 64)
+    ),
+    "chunks, one query": lambda: dense(T=1, S=9, P=3, A=1, chunk=4),
+    "chunks, one query, the first of its chunk": lambda: dense(T=1, S=9, P=3, A=1, chunk=8, sinks=True),
+    "chunks, softcap, bank": lambda: dense(B=3, T=9, A=2, P=3, chunk=4, softcap=2.0, prefix_index=index(1, -1, 0)),
+    "packed, chunks": lambda: packed([7, 0, 12, 3], [9, 0, 12, 5], P=3, A=1, chunk=4, sinks=True),
+    "narrow values": lambda: dense(T=9, D=24, Dv=16, P=7, A=1),
+    "wide values": lambda: dense(T=9, D=16, Dv=24, P=7, A=1, sinks=True),
+    "narrow values, many queries": lambda: dense(T=40, D=24, Dv=16, P=7, A=1, sinks=True),
+    "wide values, many queries": lambda: dense(T=40, S=45, D=16, Dv=24, P=7, A=1),
+    "values of one number": lambda: dense(T=20, D=16, Dv=1, P=7),
+    "narrow values, one query": lambda: dense(T=1, S=9, D=24, Dv=16, P=7, A=1),
+    "narrow values, softcap": lambda: dense(T=20, D=24, Dv=16, P=7, A=1, softcap=2.0),
+    "narrow values, T > S without prefix": lambda: dense(T=30, S=4, D=24, Dv=16),
+    "wide values, no key": lambda: dense(T=30, S=0, D=16, Dv=24),
+    "narrow values, ragged bank, padding": lambda: dense(
+        B=3, T=20, D=24, Dv=16, A=2, P=7, prefix_index=index(1, -1, 0), prefix_lengths=index(4, 7),
+        key_mask=mask("0" * 4 + "1" * 16, "1" * 20, "01" * 10),
+    ),
+    "narrow values, no query": lambda: dense(T=0, S=4, D=24, Dv=16, P=7, A=1),
+    "packed, narrow values": lambda: packed([3, 20, 0], D=24, Dv=16, P=7, A=1, sinks=True),
+    "packed, wide values, chunks": lambda: packed([3, 20, 0], D=16, Dv=24, P=7, A=1, chunk=6),
+    "cross-attention": lambda: dense(B=3, T=40, S=70, P=7, A=1, is_causal=False, key_lengths=index(70, 3, 0)),
+    "cross-attention, fewer keys": lambda: dense(T=70, S=40, P=7, is_causal=False, D=24, Dv=16),
 }  # fmt: skip

@@ -6,7 +6,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from softkv.ops.api import prefix_attention, prefix_attention_varlen
-from tests.attention_cases import CASES, Case, dense, index, mask, packed
+from tests.attention_cases import CASES, CHUNKS_AND_WIDTHS, Case, dense, index, mask, packed
+
+ALL_CASES = CASES | CHUNKS_AND_WIDTHS
 
 
 def assert_matches(got: dict, want: dict, tolerance: float) -> None:
@@ -16,20 +18,20 @@ def assert_matches(got: dict, want: dict, tolerance: float) -> None:
         )
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ALL_CASES)
 @pytest.mark.parametrize("with_lse", [True, False], ids=["lse", "out"])  # a gradient of lse takes another path
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 2e-5)], ids=["float64", "float32"]
 )
 def test_matches_the_oracle(name: str, dtype: torch.dtype, tolerance: float, with_lse: bool) -> None:
-    case = CASES[name]()
+    case = ALL_CASES[name]()
     assert_matches(case.to(dtype).run(with_lse=with_lse), case.run("reference", with_lse=with_lse), tolerance)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ALL_CASES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_half_precision_errs_no_more_than_twice_the_oracle(name: str, dtype: torch.dtype) -> None:
-    case = CASES[name]().to(dtype)
+    case = ALL_CASES[name]().to(dtype)
     exact = case.to(torch.float64).run("reference", with_lse=False)
     plain, ours = case.run("reference", with_lse=False), case.run(with_lse=False)
     for key, want in exact.items():
@@ -184,13 +186,24 @@ def calls(draw: st.DrawFn) -> Case:
         "window": draw(st.none() | st.integers(1, 12) | st.integers(40, 90)) if causal else None,
         "window_covers_prefix": draw(st.booleans()),
     }
+    if causal and options["window"] is None:
+        options["chunk"] = draw(st.none() | st.integers(1, 12) | st.integers(20, 60))
     P = draw(st.integers(0, 9))
     A = draw(st.sampled_from([1, rows, 3]))
     if A not in (1, rows) or draw(st.booleans()):
         options["prefix_index"] = draw(_integers(-1, A - 1, rows))
     if draw(st.booleans()):
         options["prefix_lengths"] = draw(_integers(0, P, A))
-    shape = {"H": H, "G": G, "D": D, "A": A, "P": P, "sinks": draw(st.booleans()), "seed": draw(st.integers(0, 9))}
+    shape = {
+        "H": H,
+        "G": G,
+        "D": D,
+        "Dv": draw(st.sampled_from([D, D, 12])),
+        "A": A,
+        "P": P,
+        "sinks": draw(st.booleans()),
+        "seed": draw(st.integers(0, 9)),
+    }
     length = few | many
     if draw(st.booleans()):
         lengths_q = draw(st.lists(length, min_size=rows, max_size=rows))

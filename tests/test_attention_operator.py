@@ -8,33 +8,37 @@ from torch import Tensor
 from torch.profiler import profile
 
 from softkv.ops.api import prefix_attention
-from tests.attention_cases import CASES, LEAVES, Case, dense, index, packed
+from softkv.ops.engine import Call, Needs
+from tests.attention_cases import CASES, CHUNKS_AND_WIDTHS, LEAVES, Case, dense, index, packed
 
 
 def operands(case: Case) -> tuple:
     """The case as the forward operator's positional arguments."""
-    given, q = {**case.leaves, **case.options}, case.leaves["q"]
-    lengths = (given["max_seqlen_q"], given["max_seqlen_k"]) if case.packed else (q.shape[2], given["k"].shape[2])
-    names = (
-        "q", "k", "v", "prefix_k", "prefix_v", "prefix_index", "prefix_lengths", "key_mask", "key_lengths",
-        "cu_seqlens_q", "cu_seqlens_k",
-    )  # fmt: skip
-    return (
-        *(given.get(name) for name in names), *lengths, given.get("sinks"), given.get("scale") or q.shape[-1] ** -0.5,
-        given.get("is_causal", True), given.get("window"), given.get("window_covers_prefix", False),
-        given.get("softcap"), "torch",
-    )  # fmt: skip
+    given: dict = {**dict.fromkeys(Call.__annotations__), "is_causal": True, "window_covers_prefix": False}
+    given |= {**case.leaves, **case.options, "scale": case.options.get("scale") or case.leaves["q"].shape[-1] ** -0.5}
+    return *(given[name] for name in Call.__annotations__), "torch"
 
 
 @pytest.mark.parametrize(
-    "name", ["shared prefix", "P = 0", "no query", "everything at once", "packed, bank", "packed without prefix"]
+    "name",
+    [
+        "shared prefix",
+        "P = 0",
+        "no query",
+        "everything at once",
+        "packed, bank",
+        "packed without prefix",
+        "packed, wide values, chunks",
+        "narrow values",
+    ],
 )
 def test_operators_pass_opcheck(name: str) -> None:
-    forward = operands(CASES[name]())
+    forward = operands((CASES | CHUNKS_AND_WIDTHS)[name]())
     torch.library.opcheck(torch.ops.softkv.attention.default, forward)
     plain = [x.detach() if isinstance(x, Tensor) else x for x in forward]
     out, lse = torch.ops.softkv.attention(*plain)
-    for needs in ([x is not None for x in (*plain[:5], plain[13])], [False] * 6):
+    given = dict(zip(Call.__annotations__, plain, strict=False))
+    for needs in ([given[name] is not None for name in Needs._fields], [False] * 6):
         backward = (torch.randn_like(out), torch.randn_like(lse), out, lse, *plain, needs)
         torch.library.opcheck(torch.ops.softkv.attention_backward.default, backward)
 

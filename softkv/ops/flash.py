@@ -84,11 +84,15 @@ def _api() -> Any:
         raise RuntimeError(f"backend 'flash': expected flash-attn, got none: {how}") from missing
 
 
-def _refuse(q: Tensor, scale: float, **asked: Any) -> None:
+def _refuse(q: Tensor, v: Tensor, scale: float, **asked: Any) -> None:
     if q.dtype not in (torch.float16, torch.bfloat16):
         raise NotImplementedError(f"backend 'flash': expected float16 or bfloat16, got {q.dtype}")
     if q.shape[-1] > 256 or q.shape[-1] % 8:
         raise NotImplementedError(f"backend 'flash': expected D ≤ 256 and a multiple of 8, got {q.shape[-1]}")
+    if v.shape[-1] != q.shape[-1]:
+        raise NotImplementedError(
+            f"backend 'flash': expected values as wide as keys, D = {q.shape[-1]}, got Dv = {v.shape[-1]}"
+        )
     if scale <= 0:
         raise NotImplementedError(f"backend 'flash': expected a scale above 0, which its kernels need, got {scale}")
     for name, value in asked.items():
@@ -101,8 +105,9 @@ def _parts(
 ) -> list[_Part]:
     """The prefix (first, if there is one) and the tokens (if there are any), in flash-attn's layout."""
     _refuse(
-        q, o["scale"], prefix_index=o["prefix_index"], prefix_lengths=o["prefix_lengths"], key_mask=o["key_mask"],
-        key_lengths=o["key_lengths"], window_covers_prefix=prefix_k is not None and o["window_covers_prefix"],
+        q, v, o["scale"], prefix_index=o["prefix_index"], prefix_lengths=o["prefix_lengths"], key_mask=o["key_mask"],
+        key_lengths=o["key_lengths"], chunk=o["chunk"],
+        window_covers_prefix=prefix_k is not None and o["window_covers_prefix"],
     )  # fmt: skip
     is_packed = o["cu_seqlens_q"] is not None
     softcap = o["softcap"] or 0.0
@@ -157,7 +162,7 @@ def backward(
     None where not asked for, or where nothing was read (zero). A part none of whose gradients is asked for is not
     called; of one that is, flash-attn's kernel computes all three.
     """
-    _refuse(q, options["scale"], **{"gradient of lse": grad_lse})
+    _refuse(q, v, options["scale"], **{"gradient of lse": grad_lse})
     need_q, need_k, need_v, need_pk, need_pv, need_sinks = needs
     dense = q.dim() == 4
 

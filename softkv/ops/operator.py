@@ -1,21 +1,15 @@
-"""The two operators behind the public functions, `softkv::attention` and its backward, and the engines they run.
+"""From a checked call to its engine, with gradients. There are two ways, with the same results:
 
-An engine is a module with two functions, and trusts what it is given:
-
-    forward(q, k, v, prefix_k, prefix_v, *, prefix_index, prefix_lengths, key_mask, key_lengths, cu_seqlens_q,
-            cu_seqlens_k, max_seqlen_q, max_seqlen_k, sinks, scale, is_causal, window, window_covers_prefix, softcap)
-        -> (out, lse)
-    backward(grad_out, grad_lse, out, lse, q, k, v, prefix_k, prefix_v, *, <the same keywords>, needs)
-        -> (dq, dk, dv, dprefix_k, dprefix_v, dsinks)
-
-Dense: q [B, H, T, D], k and v [B, G, S, D], no cu_seqlens, lse [B, H, T]. Packed: q [N, H, D], k and v [M, G, D],
-int32 cu_seqlens [rows + 1], lse [H, N]. There is at least one query. The prefix is None or [A, G, P, D] with P ≥ 1;
-without an index A is 1 (shared) or the number of rows. grad_lse may be None. `needs` says which gradients to compute;
-the others are None.
+- `softkv::attention` and `softkv::attention_backward`, operators of `torch.library`, where something watches or traces:
+  `torch.compile`, fake tensors, dispatch modes, tensor subclasses.
+- An `autograd.Function`, or without gradients the engine itself, in plain eager mode: the dispatcher's way through a
+  Python operator takes longer than the attention of one token.
 """
 
 import importlib
-from types import ModuleType
+import typing
+from collections.abc import Sequence
+from types import NoneType
 from typing import Any, cast
 
 import torch
@@ -24,15 +18,82 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from softkv import ranges
+from softkv.ops.engine import Call, Engine, Gradients, Needs, empty_out
 
 ENGINES = {"torch": "softkv.ops.torch", "triton": "softkv.kernels", "flash": "softkv.ops.flash"}
-_loaded: dict[str, ModuleType] = {}
+_loaded: dict[str, Engine] = {}
+
+_OPERANDS = tuple(Call.__annotations__)
 
 
 def load_engine(name: str) -> Any:
     if name not in _loaded:
-        _loaded[name] = importlib.import_module(ENGINES[name])
+        _loaded[name] = cast(Engine, importlib.import_module(ENGINES[name]))
     return _loaded[name]
+
+
+def attention(call: Call, engine: str) -> tuple[Tensor, Tensor]:
+    """(out, lse) of a checked call."""
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode()
+    tensors = [x for x in call.values() if isinstance(x, Tensor)]
+    if traced or not all(type(x) in _PLAIN and not x.is_meta and not x.is_neg() for x in tensors):
+        return _attention_op(*(call[name] for name in _OPERANDS), engine)  # type: ignore[literal-required]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return _Attention.apply(call, engine, *(call[name] for name in Needs._fields))  # type: ignore[literal-required]
+    return _forward(call, engine)
+
+
+_PLAIN = (Tensor, Parameter)
+
+
+def _forward(call: Call, engine: str) -> tuple[Tensor, Tensor]:
+    if call["q"].numel() == 0:
+        return _empty_results(call)
+    return load_engine(engine).forward(**_without_empty_prefix(call))
+
+
+def _backward(
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, needs: Needs, call: Call, engine: str
+) -> Gradients:
+    """The gradients asked for, laid out as their operands; None elsewhere."""
+    grads: Sequence[Tensor | None] = [None] * len(needs)
+    if call["q"].numel():
+        call_read, needs_read = _without_empty_prefix(call), needs
+        if call_read is not call:
+            needs_read = needs._replace(prefix_k=False, prefix_v=False)
+        if True in needs_read:
+            grads = load_engine(engine).backward(grad_out, grad_lse, out, lse, needs=needs_read, **call_read)
+    return cast(
+        Gradients, tuple(_like(x, g) if n else None for x, g, n in zip(_leaves(call), grads, needs, strict=True))
+    )
+
+
+def _leaves(call: Call) -> list[Any]:
+    return [call[name] for name in Needs._fields]  # type: ignore[literal-required]
+
+
+def _without_empty_prefix(call: Call) -> Call:
+    """Engines read prefixes of at least one slot."""
+    prefix = call["prefix_k"]
+    if prefix is None or prefix.numel():
+        return call
+    return {**call, "prefix_k": None, "prefix_v": None, "prefix_index": None, "prefix_lengths": None}
+
+
+def _like(operand: Tensor, grad: Tensor | None) -> Tensor:
+    """A gradient laid out as the fake operator says; zero where the engine read nothing."""
+    if grad is None:
+        return torch.zeros_like(operand)
+    if grad.stride() == operand.stride():
+        return grad
+    out = torch.empty_like(operand)
+    return grad if grad.stride() == out.stride() else out.copy_(grad)
+
+
+def _empty_results(call: Call) -> tuple[Tensor, Tensor]:
+    q = call["q"]
+    lse_shape = q.shape[:3] if q.dim() == 4 else (q.shape[1], q.shape[0])
+    return empty_out(q, call["v"]), q.new_empty(lse_shape, dtype=torch.promote_types(q.dtype, torch.float32))
 
 
 def rows_of_memory(x: Tensor) -> Tensor:
@@ -40,101 +101,105 @@ def rows_of_memory(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+# Saved between the passes, by both ways
+
+
+def _save(ctx: Any, call: Call, engine: str, out: Tensor, lse: Tensor) -> None:
+    tensors = {name: x for name, x in call.items() if isinstance(x, Tensor)}
+    ctx.save_for_backward(*tensors.values(), out, lse)
+    ctx.names = tuple(tensors)
+    ctx.call = {name: x for name, x in call.items() if name not in tensors}
+    ctx.engine = engine
+    ctx.range = ranges.current()
+    ctx.set_materialize_grads(False)
+
+
+def _derive(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, needs: Needs, by_operator: bool) -> Gradients:
+    *tensors, out, lse = ctx.saved_tensors
+    call = cast(Call, {**ctx.call, **dict(zip(ctx.names, tensors, strict=True))})
+    grad_out = torch.zeros_like(out) if grad_out is None else rows_of_memory(grad_out)
+    with ranges.backward_of(ctx.range):
+        if not by_operator:
+            return _backward(grad_out, grad_lse, out, lse, needs, call, ctx.engine)
+        operands = (call[name] for name in _OPERANDS)  # type: ignore[literal-required]
+        grads = _attention_backward_op(grad_out, grad_lse, out, lse, *operands, ctx.engine, list(needs))
+        return cast(Gradients, tuple(g if n else None for g, n in zip(grads, needs, strict=True)))
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, call: Call, engine: str, *leaves: Tensor | None) -> tuple[Tensor, Tensor]:
+        out, lse = _forward(call, engine)
+        _save(ctx, call, engine, out, lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
+        # The operator refuses to be differentiated again, and is what compiled autograd traces.
+        by_operator = torch.is_grad_enabled() or torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+        return None, None, *_derive(ctx, grad_out, grad_lse, Needs(*ctx.needs_input_grad[2:]), by_operator)
+
+
+# The operators
+
+_SCHEMA_TYPES = {Tensor: "Tensor", int: "SymInt", float: "float", bool: "bool", str: "str"}
+
+
+def _schema_type(annotation: Any) -> str:
+    kinds = typing.get_args(annotation) or (annotation,)
+    (kind,) = (_SCHEMA_TYPES[kind] for kind in kinds if kind is not NoneType)
+    return kind + "?" * (NoneType in kinds)
+
+
 _library = torch.library.Library("softkv", "DEF")
-_OPERANDS = (
-    "Tensor q, Tensor k, Tensor v, Tensor? prefix_k, Tensor? prefix_v, Tensor? prefix_index, Tensor? prefix_lengths, "
-    "Tensor? key_mask, Tensor? key_lengths, Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, SymInt max_seqlen_q, "
-    "SymInt max_seqlen_k, Tensor? sinks, float scale, bool is_causal, int? window, bool window_covers_prefix, "
-    "float? softcap, str engine"
-)
-_library.define(f"attention({_OPERANDS}) -> (Tensor, Tensor)")
+_schema = ", ".join(f"{_schema_type(kind)} {name}" for name, kind in typing.get_type_hints(Call).items())
+_library.define(f"attention({_schema}, str engine) -> (Tensor, Tensor)")
 _library.define(
-    f"attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, {_OPERANDS}, bool[] needs) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    "attention_backward(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, "
+    f"{_schema}, str engine, bool[] needs) -> ({', '.join(['Tensor'] * len(Needs._fields))})"
 )
 
 
-def _attention(
-    q, k, v, prefix_k, prefix_v, prefix_index, prefix_lengths, key_mask, key_lengths, cu_seqlens_q, cu_seqlens_k,
-    max_seqlen_q, max_seqlen_k, sinks, scale, is_causal, window, window_covers_prefix, softcap, engine,
-):  # fmt: skip
-    if q.numel() == 0:
-        return _attention_fake(q, k, v)
-    if prefix_k is not None and prefix_k.numel() == 0:
-        prefix_k = prefix_v = prefix_index = prefix_lengths = None
-    return load_engine(engine).forward(
-        q, k, v, prefix_k, prefix_v, prefix_index=prefix_index, prefix_lengths=prefix_lengths, key_mask=key_mask,
-        key_lengths=key_lengths, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q,
-        max_seqlen_k=max_seqlen_k, sinks=sinks, scale=scale, is_causal=is_causal, window=window,
-        window_covers_prefix=window_covers_prefix, softcap=softcap,
-    )  # fmt: skip
+def _call(operands: Sequence[Any]) -> Call:
+    return cast(Call, dict(zip(_OPERANDS, operands, strict=True)))
 
 
-def _attention_fake(q, k, v, *rest):
-    wide = torch.promote_types(q.dtype, torch.float32)
-    lse_shape = q.shape[:3] if q.dim() == 4 else (q.shape[1], q.shape[0])
-    return torch.empty_like(q), q.new_empty(lse_shape, dtype=wide)
+def _attention(*arguments: Any) -> tuple[Tensor, Tensor]:
+    *operands, engine = arguments
+    return _forward(_call(operands), engine)
+
+
+def _attention_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    return _empty_results(_call(arguments[:-1]))
 
 
 def _attention_backward(
-    grad_out, grad_lse, out, lse, q, k, v, prefix_k, prefix_v, prefix_index, prefix_lengths, key_mask, key_lengths,
-    cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, sinks, scale, is_causal, window, window_covers_prefix,
-    softcap, engine, needs,
-):  # fmt: skip
-    leaves = (q, k, v, prefix_k, prefix_v, sinks)
-    if q.numel() == 0:
-        return tuple(torch.zeros_like(x) if n else q.new_empty(0) for x, n in zip(leaves, needs, strict=True))
-    no_prefix = prefix_k is not None and prefix_k.numel() == 0
-    if no_prefix:
-        prefix_k = prefix_v = prefix_index = prefix_lengths = None
-    grads = load_engine(engine).backward(
-        grad_out, grad_lse, out, lse, q, k, v, prefix_k, prefix_v, prefix_index=prefix_index,
-        prefix_lengths=prefix_lengths, key_mask=key_mask, key_lengths=key_lengths, cu_seqlens_q=cu_seqlens_q,
-        cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, sinks=sinks, scale=scale,
-        is_causal=is_causal, window=window, window_covers_prefix=window_covers_prefix, softcap=softcap,
-        needs=[n and not (no_prefix and i in (3, 4)) for i, n in enumerate(needs)],
-    )  # fmt: skip
-    return tuple(_like(x, g) if n else q.new_empty(0) for x, g, n in zip(leaves, grads, needs, strict=True))
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any
+) -> tuple[Tensor, ...]:
+    *operands, engine, needs = arguments
+    grads = _backward(grad_out, grad_lse, out, lse, Needs(*needs), _call(operands), engine)
+    return tuple(out.new_empty(0) if g is None else g for g in grads)
 
 
-def _like(leaf: Tensor, grad: Tensor | None) -> Tensor:
-    """A gradient laid out as its fake says; zero where the engine read nothing."""
-    if grad is None:
-        return torch.zeros_like(leaf)
-    if grad.stride() == leaf.stride():
-        return grad
-    out = torch.empty_like(leaf)
-    return grad if grad.stride() == out.stride() else out.copy_(grad)
+def _attention_backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    _, _, out, _, *operands, _, needs = arguments
+    leaves = _leaves(_call(operands))
+    return tuple(torch.empty_like(x) if n else out.new_empty(0) for x, n in zip(leaves, needs, strict=True))
 
 
-def _attention_backward_fake(grad_out, grad_lse, out, lse, q, k, v, prefix_k, prefix_v, *rest):
-    sinks, needs = rest[8], rest[-1]
-    leaves = (q, k, v, prefix_k, prefix_v, sinks)
-    return tuple(torch.empty_like(x) if n else q.new_empty(0) for x, n in zip(leaves, needs, strict=True))
+def _save_operands(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *operands, engine = inputs
+    _save(ctx, _call(operands), engine, *output)
 
 
-def _save(ctx, inputs, output):
-    tensors = [x if isinstance(x, Tensor) else None for x in inputs]
-    ctx.save_for_backward(*tensors, *output)
-    ctx.inputs = [None if isinstance(x, Tensor) else x for x in inputs]
-    ctx.set_materialize_grads(False)
-    ctx.range = ranges.current()
+def _derive_operands(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
+    asked = dict(zip(_OPERANDS, ctx.needs_input_grad, strict=False))
+    grads = _derive(ctx, grad_out, grad_lse, Needs(*(asked[name] for name in Needs._fields)), by_operator=True)
+    of = dict(zip(Needs._fields, grads, strict=True))
+    return *(of.get(name) for name in _OPERANDS), None
 
 
-def _derive(ctx, grad_out, grad_lse):
-    *tensors, out, lse = ctx.saved_tensors
-    inputs = [x if t is None else t for t, x in zip(tensors, ctx.inputs, strict=True)]
-    wanted = ctx.needs_input_grad
-    needs = [*wanted[:5], wanted[13]]
-    if grad_out is None:
-        grad_out = torch.zeros_like(out)
-    with ranges.backward_of(ctx.range):
-        grads = _attention_backward_op(rows_of_memory(grad_out), grad_lse, out, lse, *inputs, needs)
-    dq, dk, dv, dprefix_k, dprefix_v, dsinks = (g if n else None for g, n in zip(grads, needs, strict=True))
-    return dq, dk, dv, dprefix_k, dprefix_v, *[None] * 8, dsinks, *[None] * 6
-
-
-def _refuse_double_backward(ctx, *grads):
+def _refuse_double_backward(ctx: Any, *grads: Tensor | None) -> None:
     raise RuntimeError("prefix_attention: double backward is not supported; backend='reference' is")
 
 
@@ -144,21 +209,8 @@ for _name, _kernel, _fake in (
 ):
     _library.impl(_name, _kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"softkv::{_name}", _fake, lib=_library)
-torch.library.register_autograd("softkv::attention", _derive, setup_context=_save, lib=_library)
+torch.library.register_autograd("softkv::attention", _derive_operands, setup_context=_save_operands, lib=_library)
 torch.library.register_autograd("softkv::attention_backward", _refuse_double_backward, lib=_library)
 
 _attention_op = cast(Any, torch.ops.softkv.attention.default)
 _attention_backward_op = cast(Any, torch.ops.softkv.attention_backward.default)
-
-
-def attention(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """`softkv::attention`. Where the dispatcher has nothing to add (no gradient, no tracing, plain tensors), the engine
-    is called at once: for one token of a few rows the way through it would take as long as the attention."""
-    tracing = torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode()
-    if tracing or not all(_plain(x) for x in arguments if isinstance(x, Tensor)):
-        return _attention_op(*arguments)
-    return _attention(*arguments)
-
-
-def _plain(x: Tensor) -> bool:
-    return type(x) in (Tensor, Parameter) and not x.is_meta and not (x.requires_grad and torch.is_grad_enabled())

@@ -4,47 +4,29 @@ With the prefix in front of a row's keys, and scores s = softcap(scale · q kᵀ
 
     lse = log(Σ exp(s) + exp(sink)),   out = exp(s − lse) v
 
-Axes: B rows, H query heads, G key/value heads, T query tokens, S key tokens, P prefix slots, A prefixes, D head dim.
+Scores of more than `_MOST_SCORES` are made in slices, and again in the backward, so that any shape fits a few GiB.
+
+Axes: B rows, H query heads, G key/value heads, T query tokens, S key tokens, P prefix slots, A prefixes, D head dim of
+queries and keys, Dv of values.
 """
+
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+_MOST_SCORES = 2**25  # at once: 128 MiB in float32
 
 
-def visible_keys(
-    q: Tensor,
-    k: Tensor,
-    *,
-    slots: Tensor,
-    key_mask: Tensor | None,
-    key_lengths: Tensor | None,
-    is_causal: bool,
-    window: int | None,
-    window_covers_prefix: bool,
-    P: int,
-) -> Tensor:
-    """Bool [B, T, P + S]: which key each query sees. `slots` [B] is the length of each row's own prefix.
-
-    A prefix slot stands just before the row's first key that `key_mask` keeps, so padding never moves it.
-    """
-    B, T, S = q.shape[0], q.shape[2], k.shape[2]
-    n = torch.full((B,), S, device=q.device) if key_lengths is None else key_lengths.long()
-    position = torch.arange(S, device=q.device)
-    exists = position < n[:, None]  # [B, S]
-    if key_mask is not None:
-        exists = exists & key_mask
-    query = (n[:, None] - T + torch.arange(T, device=q.device))[:, :, None]  # [B, T, 1]
-    tokens = exists[:, None, :].expand(B, T, S)
-    slot = torch.arange(P, device=q.device)
-    prefix = (slot < slots[:, None])[:, None, :].expand(B, T, P)
-    if is_causal:
-        tokens = tokens & (position <= query)
-    if window is not None:
-        tokens = tokens & (position > query - window)
-        if window_covers_prefix:
-            first = exists.int().argmax(1) if S else torch.zeros_like(n)
-            prefix = prefix & ((first - slots)[:, None, None] + slot > query - window)
-    return torch.cat([prefix, tokens], dim=2)
+def forward(**call: Any) -> tuple[Tensor, Tensor]:
+    """(out, lse) of a dense or packed `Call`, as of an engine."""
+    starts_q, starts_k = call.pop("cu_seqlens_q"), call.pop("cu_seqlens_k")
+    del call["max_seqlen_q"], call["max_seqlen_k"]
+    if starts_q is None or starts_k is None:
+        return reference_attention(**call)
+    return _packed_rows(starts_q.tolist(), starts_k.tolist(), **call)
 
 
 def reference_attention(
@@ -60,31 +42,108 @@ def reference_attention(
     is_causal: bool = True,
     key_mask: Tensor | None = None,
     key_lengths: Tensor | None = None,
+    chunk: int | None = None,
     window: int | None = None,
     window_covers_prefix: bool = False,
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(out [B, H, T, D], lse [B, H, T]); arguments as in `softkv.prefix_attention`, nothing is checked."""
-    B, H, D = q.shape[0], q.shape[1], q.shape[3]
+    """(out [B, H, T, Dv], lse [B, H, T]); arguments as in `softkv.prefix_attention`, nothing is checked."""
+    B, H, T, D = q.shape
+    S = k.shape[2]
     if prefix_k is None or prefix_v is None:
-        prefix_k = prefix_v = k.new_zeros(1, k.shape[1], 0, D)
+        prefix_k, prefix_v = (x.new_zeros(1, x.shape[1], 0, x.shape[3]) for x in (k, v))
     A, P = prefix_k.shape[0], prefix_k.shape[2]
     index = torch.arange(B, device=q.device) % A if prefix_index is None else prefix_index.long()
     lengths = torch.full((A,), P, device=q.device) if prefix_lengths is None else prefix_lengths.long()
-    row = index.clamp(0, A - 1)
-    slots = torch.where((index >= 0) & (index < A), lengths[row], 0)
+    has_prefix = (index >= 0) & (index < A)
+    if A == 0:  # an empty bank, of which no row reads anything
+        prefix_k, prefix_v, lengths = (x.new_zeros(1, *x.shape[1:]) for x in (prefix_k, prefix_v, lengths))
+    prefix_of = index.clamp(0, max(A - 1, 0))
+    slots = torch.where(has_prefix, lengths[prefix_of], 0)
+    n = torch.full((B,), S, device=q.device) if key_lengths is None else key_lengths.long()
+    exists = torch.arange(S, device=q.device) < n[:, None]  # [B, S]
+    if key_mask is not None:
+        exists = exists & key_mask
+    query = n[:, None] - T + torch.arange(T, device=q.device)  # [B, T], key positions
+    visible = partial(
+        visible_keys, P=P, is_causal=is_causal, chunk=chunk, window=window, window_covers_prefix=window_covers_prefix
+    )
+    attend = partial(_attend, visible, scale=D**-0.5 if scale is None else scale, softcap=softcap, sinks=sinks)
 
-    visible = visible_keys(
-        q, k, slots=slots, key_mask=key_mask, key_lengths=key_lengths, is_causal=is_causal,
-        window=window, window_covers_prefix=window_covers_prefix, P=P,
-    )  # fmt: skip
+    if B * H * T * (P + S) <= _MOST_SCORES:
+        return attend(query, exists, slots, q, k, v, prefix_k[prefix_of], prefix_v[prefix_of])
+    most_queries = max(1, _MOST_SCORES // (H * (P + S)))
+    rows = []
+    for b in range(B):
+        row, a = slice(b, b + 1), prefix_of[b : b + 1]
+        of_row = k[row], v[row], prefix_k[a], prefix_v[a]
+        parts = [
+            checkpoint(attend, at, exists[row], slots[row], part, *of_row, use_reentrant=False)
+            for at, part in zip(query[row].split(most_queries, 1), q[row].split(most_queries, 2), strict=True)
+        ]
+        rows.append([torch.cat(x, 2) for x in zip(*parts, strict=True)])
+    out, lse = (torch.cat(x) for x in zip(*rows, strict=True))
+    return out, lse
+
+
+def visible_keys(
+    query: Tensor,
+    exists: Tensor,
+    slots: Tensor,
+    *,
+    P: int,
+    is_causal: bool,
+    chunk: int | None,
+    window: int | None,
+    window_covers_prefix: bool,
+) -> Tensor:
+    """Bool [B, T, P + S]: which key each query sees. `query` [B, T] are key positions of queries, `exists` [B, S] keys
+    that are not hidden, `slots` [B] the length of each row's own prefix.
+
+    A prefix slot stands just before the row's first key that exists, so padding never moves it.
+    """
+    B, T = query.shape
+    S = exists.shape[1]
+    query = query[:, :, None]
+    position, slot = torch.arange(S, device=query.device), torch.arange(P, device=query.device)
+    tokens = exists[:, None, :].expand(B, T, S)
+    prefix = (slot < slots[:, None])[:, None, :].expand(B, T, P)
+    if is_causal:
+        tokens = tokens & (position <= query)
+    if chunk is not None:
+        tokens = tokens & (position >= query.div(chunk, rounding_mode="floor") * chunk)
+    if window is not None:
+        tokens = tokens & (position > query - window)
+        if window_covers_prefix:
+            first = exists.int().argmax(1) if S else torch.zeros_like(slots)
+            prefix = prefix & ((first - slots)[:, None, None] + slot > query - window)
+    return torch.cat([prefix, tokens], dim=2)
+
+
+def _attend(
+    visible_of: partial[Tensor],
+    query: Tensor,
+    exists: Tensor,
+    slots: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
+    *,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """q [B, H, T, D] with prefixes [B, G, P, D], one a row."""
+    R = q.shape[1] // k.shape[1]
+    visible = visible_of(query, exists, slots)
     unseen = ~visible.any(1)[:, None, :, None]  # what no query sees may hold anything, NaN too
-    keys = torch.cat([prefix_k[row], k], dim=2).masked_fill(unseen, 0).repeat_interleave(H // k.shape[1], 1)
-    values = torch.cat([prefix_v[row], v], dim=2).masked_fill(unseen, 0).repeat_interleave(H // k.shape[1], 1)
+    keys = torch.cat([prefix_k, k], dim=2).masked_fill(unseen, 0).repeat_interleave(R, 1)
+    values = torch.cat([prefix_v, v], dim=2).masked_fill(unseen, 0).repeat_interleave(R, 1)
 
-    scores = (q @ keys.transpose(-1, -2)) * (D**-0.5 if scale is None else scale)
-    scores = scores.to(torch.promote_types(q.dtype, torch.float32))
+    scores = ((q @ keys.transpose(-1, -2)) * scale).to(torch.promote_types(q.dtype, torch.float32))
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~visible[:, None], float("-inf"))
@@ -102,36 +161,18 @@ def reference_attention(
     return out, lse
 
 
-def reference_attention_varlen(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    prefix_k: Tensor | None = None,
-    prefix_v: Tensor | None = None,
-    *,
-    prefix_index: Tensor | None = None,
-    prefix_lengths: Tensor | None = None,
-    scale: float | None = None,
-    is_causal: bool = True,
-    window: int | None = None,
-    window_covers_prefix: bool = False,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(out [N, H, D], lse [H, N]): each packed row on its own."""
-    if prefix_k is not None and prefix_index is None:
-        prefix_index = torch.arange(cu_seqlens_q.numel() - 1, device=q.device) % prefix_k.shape[0]
-    starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    outs, lses = [q[:0]], [q.new_zeros(q.shape[1], 0, dtype=torch.promote_types(q.dtype, torch.float32))]
+def _packed_rows(starts_q: list[int], starts_k: list[int], **call: Any) -> tuple[Tensor, Tensor]:
+    """(out [N, H, Dv], lse [H, N]): each packed row on its own."""
+    q, k, v, index, prefix_k = (call.pop(name) for name in ("q", "k", "v", "prefix_index", "prefix_k"))
+    if prefix_k is not None and index is None:
+        index = torch.arange(len(starts_q) - 1, device=q.device) % prefix_k.shape[0]
+    outs = [q.new_zeros(0, q.shape[1], v.shape[2])]
+    lses = [q.new_zeros(q.shape[1], 0, dtype=torch.promote_types(q.dtype, torch.float32))]
     for row in range(len(starts_q) - 1):
         here, keys = slice(starts_q[row], starts_q[row + 1]), slice(starts_k[row], starts_k[row + 1])
         out, lse = reference_attention(
             q[here].transpose(0, 1)[None], k[keys].transpose(0, 1)[None], v[keys].transpose(0, 1)[None],
-            prefix_k, prefix_v, prefix_index=None if prefix_index is None else prefix_index[row : row + 1],
-            prefix_lengths=prefix_lengths, scale=scale, is_causal=is_causal, window=window,
-            window_covers_prefix=window_covers_prefix, softcap=softcap, sinks=sinks,
+            prefix_k=prefix_k, prefix_index=None if index is None else index[row : row + 1], **call,
         )  # fmt: skip
         outs.append(out[0].transpose(0, 1))
         lses.append(lse[0])

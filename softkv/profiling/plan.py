@@ -38,6 +38,7 @@ from softkv.methods.encoders import EncodedRows, LSTMEncoder
 from softkv.methods.p_tuning import PTuning
 from softkv.methods.p_tuning_v2 import PTuningV2
 from softkv.ops.api import prefix_attention
+from softkv.ops.engine import Call, Needs
 from softkv.prefix import Prefix
 from softkv.profiling.ledger import Ledger
 from softkv.profiling.presets import PRESETS
@@ -557,18 +558,21 @@ def _pairs(
     return H * tokens, H * queries * (prefix_k[2] if prefix_k is not None else 0)
 
 
-def _attention_flops(lengths: tuple[int, ...], q: Any, k: Any, v: Any, prefix_k: Any, *rest: Any, **_: Any) -> int:
-    tokens, slots = _pairs(lengths, q, k, prefix_k, rest[11], rest[12])
-    return 4 * q[-1] * (tokens + slots)
+def _attention_flops(lengths: tuple[int, ...], *operands: Any, **_: Any) -> int:
+    call = dict(zip(Call.__annotations__, operands, strict=False))
+    tokens, slots = _pairs(lengths, call["q"], call["k"], call["prefix_k"], call["is_causal"], call["window"])
+    return 2 * (call["k"][-1] + call["v"][-1]) * (tokens + slots)
 
 
 def _attention_backward_flops(lengths: tuple[int, ...], *operands: Any, **_: Any) -> int:
     """Scores again, and one product for each of dp, dq, dk, dv that is asked for."""
-    q, k, _, prefix_k, *rest = operands[4:]
-    need_q, need_k, need_v, need_prefix_k, need_prefix_v, _ = rest[-1]
-    tokens, slots = _pairs(lengths, q, k, prefix_k, rest[11], rest[12])
+    _, _, _, _, *of_call, _, needs = operands
+    call, needs = dict(zip(Call.__annotations__, of_call, strict=True)), Needs(*needs)
+    tokens, slots = _pairs(lengths, call["q"], call["k"], call["prefix_k"], call["is_causal"], call["window"])
+    D, Dv = call["k"][-1], call["v"][-1]
 
-    def products(need_key: bool, need_value: bool) -> int:
-        return (1 + (need_q or need_key) + need_q + need_key + need_value) * (need_q or need_key or need_value)
+    def widths(need_key: bool, need_value: bool) -> int:
+        scores = needs.q or need_key
+        return (scores or need_value) * (D + Dv * scores + D * needs.q + D * need_key + Dv * need_value)
 
-    return 2 * q[-1] * (tokens * products(need_k, need_v) + slots * products(need_prefix_k, need_prefix_v))
+    return 2 * (tokens * widths(needs.k, needs.v) + slots * widths(needs.prefix_k, needs.prefix_v))

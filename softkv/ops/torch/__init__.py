@@ -18,83 +18,81 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from typing_extensions import Unpack
 
+from softkv.ops.engine import Call, Gradients, Needs
 from softkv.ops.torch import decode, piece
-from softkv.ops.torch.plan import Call, Piece, plan_prefix, plan_tokens
+from softkv.ops.torch.plan import Geometry, Piece, plan_prefix, plan_tokens
+
+_SMALLEST_SCALE = 1e-30  # times a score, still more than nothing in float32
+_FEW_QUERIES = 16
 
 
-def forward(
-    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, **options: Any
-) -> tuple[Tensor, Tensor]:
-    out, lse = _forward(q, k, v, prefix_k, prefix_v, options)
-    if _hides(options) and not out.isfinite().all():
-        out, lse = _forward(q, *_seen(k, v, prefix_k, prefix_v, options), options)
+def forward(**call: Unpack[Call]) -> tuple[Tensor, Tensor]:
+    out, lse = _forward(call)
+    if _hides(call) and not out.isfinite().all():
+        out, lse = _forward(_seen(call))
     return out, lse
 
 
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, options: dict[str, Any]
-) -> tuple[Tensor, Tensor]:
-    scale, softcap = options["scale"], options["softcap"]
-    if prefix_k is not None and prefix_v is not None and decode.serves(q, k, prefix_k, options):
-        return decode.forward(q, k, v, prefix_k, prefix_v, options["key_mask"], scale)
-    fused = _fused(q, scale, softcap)
-    call = Call(q, k, prefix_k, options, fused, backward=False)
-    line, merged = call.line(q), _Merged(call)
-    for keys, values, plan in _segments(call, k, v, prefix_k, prefix_v):
-        for p in plan(call):
+def _forward(call: Call) -> tuple[Tensor, Tensor]:
+    q, prefix_k, prefix_v, scale = call["q"], call["prefix_k"], call["prefix_v"], call["scale"]
+    if prefix_k is not None and prefix_v is not None and decode.serves(call):
+        return decode.forward(q, call["k"], call["v"], prefix_k, prefix_v, call["key_mask"], scale)
+    fused, width = _fused(call), call["v"].shape[-1]
+    if fused:
+        call = _of_one_width(call)
+    geometry = Geometry(call, fused, backward=False)
+    line, merged = geometry.line(call["q"]), _Merged(geometry)
+    for keys, values, plan in _segments(geometry, call):
+        for p in plan(geometry):
             operands = p.queries.of(line), p.keys(keys), p.keys(values), p.mask
             if fused:
                 merged.add(p, *piece.fused_forward(*operands, p.causal, scale))
             else:
-                merged.add(p, *piece.tiled_forward(*operands, scale, softcap))
-    out, lse = merged.result(options["sinks"])
-    return call.unline(out, q), call.unline_lse(lse)
+                merged.add(p, *piece.tiled_forward(*operands, scale, call["softcap"]))
+    out, lse = merged.result(call["sinks"], call["v"].shape[-1])
+    return geometry.unline(out[..., :width], q), geometry.unline_lse(lse)
 
 
 def backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prefix_k: Tensor | None,
-    prefix_v: Tensor | None,
-    *,
-    needs: list[bool],
-    **options: Any,
-) -> tuple[Tensor | None, ...]:
-    scale, softcap, sinks = options["scale"], options["softcap"], options["sinks"]
-    if _hides(options) and not all(x.sum().isfinite() for x in (k, v, prefix_k, prefix_v) if x is not None):
-        k, v, prefix_k, prefix_v = _seen(k, v, prefix_k, prefix_v, options)
-    fused = _fused(q, scale, softcap) and grad_lse is None
-    call = Call(q, k, prefix_k, options, fused, backward=True)
-    line, grad, merged = call.line(q), call.line(grad_out), call.line(out)
-    denominator = call.line_lse(lse)
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *, needs: Needs, **call: Unpack[Call]
+) -> Gradients:
+    scale, softcap, sinks, q = call["scale"], call["softcap"], call["sinks"], call["q"]
+    if _hides(call) and not all(x.sum().isfinite() for x in _keys_and_values(call)):
+        call = _seen(call)
+    D, Dv = call["k"].shape[-1], call["v"].shape[-1]
+    fused = grad_lse is None and _fused(call)
+    if fused:
+        call = _of_one_width(call)
+        if Dv < D:
+            grad_out, out = F.pad(grad_out, (0, D - Dv)), F.pad(out, (0, D - Dv))
+    geometry = Geometry(call, fused, backward=True)
+    line, grad, merged = geometry.line(call["q"]), geometry.line(grad_out), geometry.line(out)
+    denominator = geometry.line_lse(lse)
     delta = None
-    if not fused or needs[5]:
+    if not fused or needs.sinks:
         delta = (grad.to(lse.dtype) * merged).sum(-1)
         if grad_lse is not None:
-            delta -= call.line_lse(grad_lse)
+            delta -= geometry.line_lse(grad_lse)
     # A query that sees nothing: exp(−∞ − 0) = 0, not exp(−∞ + ∞).
     denominator = denominator.masked_fill(denominator == float("-inf"), 0)
     dsinks = None
-    if needs[5]:
+    if sinks is not None and delta is not None and needs.sinks:
         dsinks = -((sinks - denominator).exp() * delta).sum(0).to(sinks.dtype)
 
-    dq = _Sum(line) if needs[0] else None
+    dq = _Sum(line) if needs.q else None
     sums: list[_Sum | None] = []
-    for keys, values, plan in _segments(call, k, v, prefix_k, prefix_v):
-        first = 3 if plan is plan_prefix else 1
-        dk, dv = _Sum(keys) if needs[first] else None, _Sum(values) if needs[first + 1] else None
+    for keys, values, plan in _segments(geometry, call):
+        need_k, need_v = (needs.prefix_k, needs.prefix_v) if plan is plan_prefix else (needs.k, needs.v)
+        dk, dv = _Sum(keys) if need_k else None, _Sum(values) if need_v else None
         sums = [dk, dv, *sums]
         if dq is None and dk is None and dv is None:
             continue
         # The longest tile comes last and covers every key: taken first, the others are added to it.
-        for p in reversed(plan(call)):
+        for p in reversed(plan(geometry)):
             at = p.queries.of
             operands = at(grad), at(line), p.keys(keys), p.keys(values)
             if delta is None or fused:
@@ -108,69 +106,93 @@ def backward(
             if dv is not None:
                 dv.add_keys(p, parts[2])
             del parts  # or they would stay alive beside the next ones
-    of_tokens, of_prefix = sums[:2], sums[2:] or [None, None]
+    dk_tokens, dv_tokens, dk_prefix, dv_prefix = [*sums, None, None][:4]
     return (
-        None if dq is None else call.unline(dq.result(), q),
-        *(None if x is None else call.unkeys(x.result()) for x in of_tokens),
-        *(None if x is None else x.result() for x in of_prefix),
+        None if dq is None else geometry.unline(dq.result()[..., :D], q),
+        None if dk_tokens is None else geometry.unkeys(dk_tokens.result()[..., :D]),
+        None if dv_tokens is None else geometry.unkeys(dv_tokens.result()[..., :Dv]),
+        None if dk_prefix is None else dk_prefix.result()[..., :D],
+        None if dv_prefix is None else dv_prefix.result()[..., :Dv],
         dsinks,
     )
 
 
-def _hides(options: dict[str, Any]) -> bool:
-    return any(options[name] is not None for name in ("key_mask", "key_lengths", "prefix_lengths"))
+def _hides(call: Call) -> bool:
+    return call["key_mask"] is not None or call["key_lengths"] is not None or call["prefix_lengths"] is not None
 
 
-def _seen(
-    k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, options: dict[str, Any]
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The operands with 0 where keys or slots are hidden from every query: these may hold anything, and a mask
-    multiplies it by 0, which NaN and ∞ survive. Copies, so only made where that shows."""
-    mask, lengths = options["key_mask"], options["key_lengths"]
+def _keys_and_values(call: Call) -> list[Tensor]:
+    return [x for x in (call["k"], call["v"], call["prefix_k"], call["prefix_v"]) if x is not None]
+
+
+def _seen(call: Call) -> Call:
+    """The call with 0 where keys or slots are hidden from every query: these may hold anything, and a mask multiplies
+    it by 0, which NaN and ∞ survive. Copies, so only made where that shows."""
+    k, v, prefix_k, prefix_v = call["k"], call["v"], call["prefix_k"], call["prefix_v"]
+    mask, lengths = call["key_mask"], call["key_lengths"]
     hidden = None if mask is None else ~mask
     if lengths is not None:
         past = torch.arange(k.shape[-2], device=k.device) >= lengths[:, None]
         hidden = past if hidden is None else hidden | past
     if hidden is not None:
         k, v = (x.masked_fill(hidden[:, None, :, None], 0) for x in (k, v))
-    lengths = options["prefix_lengths"]
+    lengths = call["prefix_lengths"]
     if lengths is not None and prefix_k is not None and prefix_v is not None:
         past = (torch.arange(prefix_k.shape[2], device=k.device) >= lengths[:, None])[:, None, :, None]
         prefix_k, prefix_v = prefix_k.masked_fill(past, 0), prefix_v.masked_fill(past, 0)
-    return k, v, prefix_k, prefix_v
+    return {**call, "k": k, "v": v, "prefix_k": prefix_k, "prefix_v": prefix_v}
 
 
-def _fused(q: Tensor, scale: float, softcap: float | None) -> bool:
-    """Whether the library's kernel serves: its causal mask is −∞ before the scale, so NaN or +∞ unless scale > 0."""
-    return q.device.type == "cpu" and softcap is None and scale > 0
+def _fused(call: Call) -> bool:
+    """Whether the library's kernel serves. Its causal mask is −∞ before the scale: NaN or +∞ unless scale > 0."""
+    q, v = call["q"], call["v"]
+    if not q.is_cpu or call["softcap"] is not None or call["scale"] < _SMALLEST_SCALE:
+        return False
+    # It takes values as wide as keys: for a few queries the copies cost more than plain products.
+    few = (q.shape[2] if q.dim() == 4 else call["max_seqlen_q"] or 0) <= _FEW_QUERIES
+    return q.shape[-1] == v.shape[-1] or not few
 
 
-def _segments(
-    call: Call, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None
-) -> Iterator[tuple[Tensor, Tensor, Any]]:
-    if prefix_k is not None and prefix_v is not None:
-        yield prefix_k, prefix_v, plan_prefix
-    yield call.keys(k), call.keys(v), plan_tokens
+def _of_one_width(call: Call) -> Call:
+    """The call with queries, keys and values of one width: more zeros change no score."""
+    D, Dv = call["k"].shape[-1], call["v"].shape[-1]
+    if Dv == D:
+        return call
+    prefix_k, prefix_v = call["prefix_k"], call["prefix_v"]
+    if Dv < D:
+        more = (0, D - Dv)
+        return {**call, "v": F.pad(call["v"], more), "prefix_v": None if prefix_v is None else F.pad(prefix_v, more)}
+    more = (0, Dv - D)
+    return {
+        **call, "q": F.pad(call["q"], more), "k": F.pad(call["k"], more),
+        "prefix_k": None if prefix_k is None else F.pad(prefix_k, more),
+    }  # fmt: skip
+
+
+def _segments(geometry: Geometry, call: Call) -> Iterator[tuple[Tensor, Tensor, Any]]:
+    if call["prefix_k"] is not None and call["prefix_v"] is not None:
+        yield call["prefix_k"], call["prefix_v"], plan_prefix
+    yield geometry.keys(call["k"]), geometry.keys(call["v"]), plan_tokens
 
 
 class _Merged:
     """out [N, H, D] and lse [N, H] of the pieces so far, in at least float32."""
 
-    def __init__(self, call: Call):
-        self.call = call
+    def __init__(self, geometry: Geometry):
+        self.geometry = geometry
         self.so_far: tuple[Tensor, Tensor] | None = None
 
     def add(self, p: Piece, out: Tensor, lse: Tensor) -> None:
         """out [rows, H, t, D], lse [rows, H, t]"""
         queries = p.queries
-        out = out.to(self.call.wide)
+        out = out.to(self.geometry.wide)
         if p.blind is not None:
             lse = lse.masked_fill(p.blind, float("-inf"))
         if self.so_far is None:
-            if queries.whole(self.call.N):
+            if queries.whole(self.geometry.N):
                 self.so_far = queries.back(out), queries.back(lse)
                 return
-            self.so_far = self._nothing()
+            self.so_far = self._nothing(out.shape[-1])
         outs, lses = self.so_far
         here, before = queries.of(outs), queries.of(lses)
         weight = (lse - before).sigmoid_()
@@ -181,13 +203,13 @@ class _Merged:
         if queries.index is not None:
             outs[queries.index], lses[queries.index] = queries.back(here), queries.back(before)
 
-    def _nothing(self) -> tuple[Tensor, Tensor]:
-        call = self.call
-        out = torch.zeros(call.N, *call.heads, dtype=call.wide, device=call.device)
-        return out, torch.full((call.N, call.heads[0]), float("-inf"), dtype=call.wide, device=call.device)
+    def _nothing(self, width: int) -> tuple[Tensor, Tensor]:
+        geometry = self.geometry
+        out = torch.zeros(geometry.N, geometry.H, width, dtype=geometry.wide, device=geometry.device)
+        return out, torch.full((geometry.N, geometry.H), float("-inf"), dtype=geometry.wide, device=geometry.device)
 
-    def result(self, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
-        out, lse = self.so_far or self._nothing()
+    def result(self, sinks: Tensor | None, width: int) -> tuple[Tensor, Tensor]:
+        out, lse = self.so_far or self._nothing(width)
         if sinks is None:
             return out, lse
         total = torch.logaddexp(lse, sinks.to(lse.dtype))

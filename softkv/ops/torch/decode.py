@@ -5,27 +5,28 @@ A query sees every key its row has, so there is no causal mask. The query heads 
 row's R = H/G for its tokens, all rows' B·R for the prefix, whose slots are thus read once.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
+from softkv.ops.engine import Call
 from softkv.ops.torch import piece
 
 _HIDDEN = 0.9 * torch.finfo(torch.float32).max  # past any score
-_LEFT_TO_PLANS = ("prefix_index", "prefix_lengths", "key_lengths", "window", "sinks", "softcap")
+_LEFT_TO_PLANS = ("prefix_index", "prefix_lengths", "key_lengths", "window", "chunk", "sinks", "softcap")
 
 
-def serves(q: Tensor, k: Tensor, prefix_k: Tensor | None, options: dict[str, Any]) -> bool:
+def serves(call: Call) -> bool:
+    q, k, prefix_k = call["q"], call["k"], call["prefix_k"]
     return (
         prefix_k is not None
         and q.dim() == 4
         and q.shape[2] == 1
         and k.shape[2] > 0
         and prefix_k.shape[0] == 1
+        and call["v"].shape[3] == q.shape[3]
         and q.dtype in (torch.float32, torch.float64)
-        and q.device.type == "cpu"
-        and all(options[name] is None for name in _LEFT_TO_PLANS)
+        and q.is_cpu
+        and all(call[name] is None for name in _LEFT_TO_PLANS)  # type: ignore[literal-required]
     )
 
 

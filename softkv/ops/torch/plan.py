@@ -4,10 +4,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import Any
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
+
+from softkv.ops.engine import Call, empty_out
 
 # Up to here rows that differ in what they see share one masked call; longer ones get slices of their own, which skip
 # the work that a mask only hides.
@@ -19,6 +21,9 @@ _CHUNKS = 4
 _LONG = 1024
 _SHORT = 96
 _ROWS_AT_ONCE = 4
+
+
+Tile: TypeAlias = tuple[int, int, int, int, Tensor | None, bool]  # t0, t1, s0, s1, mask, causal kernel
 
 
 @dataclass(slots=True)
@@ -84,31 +89,34 @@ class Run:
     holes: Tensor | None = None  # [S] bool, keys that are seen
 
 
-class Call:
+class Geometry:
     """One call's operands brought into one form, dense and packed alike."""
 
-    def __init__(
-        self, q: Tensor, k: Tensor, prefix_k: Tensor | None, options: dict[str, Any], fused: bool, backward: bool
-    ):
+    def __init__(self, options: Call, fused: bool, backward: bool):
         self.options, self.fused, self.backward = options, fused, backward
+        q, k, prefix_k = options["q"], options["k"], options["prefix_k"]
         self.dtype, self.device = q.dtype, q.device
         self.wide = torch.promote_types(q.dtype, torch.float32)
         self.dense = q.dim() == 4
-        self.window: int | None = options["window"]
+        self.window, self.chunk = options["window"], options["chunk"]
         self.A, self.P = (0, 0) if prefix_k is None else (prefix_k.shape[0], prefix_k.shape[2])
         self.key_mask: Tensor | None = None
         self.n: list[int] | None = None  # each row's keys, where that is not S
         if self.dense:
             self.B, self.T, self.S = q.shape[0], q.shape[2], k.shape[2]
-            self.N, self.heads = self.B * self.T, (q.shape[1], q.shape[3])
+            self.N, self.H = self.B * self.T, q.shape[1]
             self.starts: list[int] | range = range(0, self.N + 1, self.T)
             mask, lengths = options["key_mask"], options["key_lengths"]
             self.key_mask = None if mask is None or bool(mask.all()) else mask
             self.n = None if lengths is None else lengths.tolist()
         else:
-            self.N, self.S, self.heads = q.shape[0], k.shape[0], (q.shape[1], q.shape[2])
-            self.starts = options["cu_seqlens_q"].tolist()
-            self.B, self.T = len(self.starts) - 1, options["max_seqlen_q"]
+            self.N, self.S, self.H = q.shape[0], k.shape[0], q.shape[1]
+            starts_q, starts_k, longest = options["cu_seqlens_q"], options["cu_seqlens_k"], options["max_seqlen_q"]
+            assert starts_q is not None
+            assert starts_k is not None
+            assert longest is not None
+            self.starts, self.key_starts = starts_q.tolist(), starts_k.tolist()
+            self.B, self.T = len(self.starts) - 1, longest
 
     @property
     def masked(self) -> bool:
@@ -131,10 +139,11 @@ class Call:
     @cached_property
     def runs(self) -> list[Run]:
         if not self.dense:
-            keys = self.options["cu_seqlens_k"].tolist()
             return [
                 Run(b, 1, q0, q1 - q0, 0, k0, k1 - k0, 0, k1 - k0)
-                for b, ((q0, q1), (k0, k1)) in enumerate(zip(pairwise(self.starts), pairwise(keys), strict=True))
+                for b, ((q0, q1), (k0, k1)) in enumerate(
+                    zip(pairwise(self.starts), pairwise(self.key_starts), strict=True)
+                )
                 if q1 > q0
             ]
         if self.key_mask is None and self.n is None:
@@ -165,10 +174,9 @@ class Call:
         return x.transpose(1, 2).flatten(0, 1) if self.dense else x.transpose(0, 1).contiguous()
 
     def unline(self, x: Tensor, q: Tensor) -> Tensor:
-        """[N, H, D] in any precision → shape, dtype and layout of q."""
-        if self.dense:
-            x = x.view(self.B, self.T, *self.heads).transpose(1, 2)
-        return x.to(q.dtype) if x.stride() == q.stride() else torch.empty_like(q).copy_(x)
+        """[N, H, D] in any precision → shape, dtype and layout of q; of another width, laid out token by token."""
+        x = x.unflatten(0, (self.B, self.T)).transpose(1, 2) if self.dense else x
+        return x.to(q.dtype) if x.stride() == q.stride() else empty_out(q, x).copy_(x)
 
     def unline_lse(self, x: Tensor) -> Tensor:
         if self.dense:
@@ -183,7 +191,7 @@ class Call:
         return x if self.dense else x.squeeze(0).transpose(0, 1)
 
 
-def plan_tokens(call: Call) -> list[Piece]:
+def plan_tokens(call: Geometry) -> list[Piece]:
     if call.S == 0:
         return []
     causal, window = call.options["is_causal"], call.window
@@ -192,7 +200,12 @@ def plan_tokens(call: Call) -> list[Piece]:
         return [piece] if piece.s1 else []
     pieces = []
     for run in call.runs:
-        for t0, t1, s0, s1, mask, flag in _band(call, run.T, run.hi - run.lo, run.n - run.T - run.lo, causal, window):
+        n, offset = run.hi - run.lo, run.n - run.T - run.lo
+        if call.chunk is None:
+            tiles = _band(call, run.T, n, offset, causal, window)
+        else:
+            tiles = _chunks(call, run.T, n, offset, run.lo, call.chunk)
+        for t0, t1, s0, s1, mask, flag in tiles:
             blind = None
             if run.holes is not None:
                 holes = _additive(run.holes[run.lo + s0 : run.lo + s1], call.dtype).expand(t1 - t0, -1)
@@ -210,11 +223,11 @@ def plan_tokens(call: Call) -> list[Piece]:
     return pieces
 
 
-def plan_prefix(call: Call) -> list[Piece]:
+def plan_prefix(call: Geometry) -> list[Piece]:
     if call.P == 0:
         return []
-    lengths = call.options["prefix_lengths"]
-    lengths = [call.P] * call.A if lengths is None else lengths.tolist()
+    given = call.options["prefix_lengths"]
+    lengths = [call.P] * call.A if given is None else given.tolist()
     if max(lengths) == 0:
         return []
     index = call.options["prefix_index"]
@@ -243,7 +256,7 @@ def plan_prefix(call: Call) -> list[Piece]:
     return pieces
 
 
-def _shared(call: Call, a: int, length: int, start: int, stop: int) -> list[Piece]:
+def _shared(call: Geometry, a: int, length: int, start: int, stop: int) -> list[Piece]:
     """All queries of a stretch of the line to prefix a."""
     if length == 0:
         return []
@@ -255,7 +268,7 @@ def _shared(call: Call, a: int, length: int, start: int, stop: int) -> list[Piec
     return pieces
 
 
-def _prefix_per_row(call: Call, lengths: list[int]) -> list[Piece]:
+def _prefix_per_row(call: Geometry, lengths: list[int]) -> list[Piece]:
     T, P = call.T, max(lengths)
     if min(lengths) == P:
         return [Piece(Queries(0, call.B, T, 0, T), slice(0, call.B), 0, P)]
@@ -265,7 +278,7 @@ def _prefix_per_row(call: Call, lengths: list[int]) -> list[Piece]:
     return [Piece(Queries(b * T, 1, T, 0, T), slice(b, b + 1), 0, length) for b, length in enumerate(lengths) if length]
 
 
-def _few_each(call: Call, readers: dict[int, list[int]]) -> bool:
+def _few_each(call: Geometry, readers: dict[int, list[int]]) -> bool:
     """Whether neighbours in a bank have few queries each, about as many: generation with an adapter a row."""
     if call.backward or not call.dense or len(readers) < 2:
         return False
@@ -274,7 +287,7 @@ def _few_each(call: Call, readers: dict[int, list[int]]) -> bool:
     return neighbours and most * call.T <= _FEW_QUERIES and most * len(readers) <= 2 * sum(map(len, readers.values()))
 
 
-def _bank(call: Call, readers: dict[int, list[int]], lengths: list[int]) -> Piece:
+def _bank(call: Geometry, readers: dict[int, list[int]], lengths: list[int]) -> Piece:
     """All prefixes that are read, in one call. Where one has fewer readers than another, its last stands in again, with
     the same result."""
     most = max(len(rows) for rows in readers.values())
@@ -288,7 +301,7 @@ def _bank(call: Call, readers: dict[int, list[int]], lengths: list[int]) -> Piec
     return Piece(queries, slice(used[0], used[-1] + 1), 0, longest, mask)
 
 
-def _windowed_prefix(call: Call, window: int, lengths: list[int], index: list[int] | None) -> list[Piece]:
+def _windowed_prefix(call: Geometry, window: int, lengths: list[int], index: list[int] | None) -> list[Piece]:
     shared = index is None and call.A == 1
     if shared and call.masked and not call.backward:  # its gradient would be one for each row
         n, lo, _, _ = (x[:, None, None] for x in call.extent)
@@ -310,7 +323,7 @@ def _windowed_prefix(call: Call, window: int, lengths: list[int], index: list[in
     return pieces
 
 
-def _masked_tokens(call: Call) -> Piece:
+def _masked_tokens(call: Geometry) -> Piece:
     n, _, end, _ = (x[:, None, None] for x in call.extent)
     S = int(end.max())
     position = torch.arange(S, device=call.device)
@@ -322,10 +335,12 @@ def _masked_tokens(call: Call) -> Piece:
         seen = seen & (position <= query)
     if call.window is not None:
         seen = seen & (position > query - call.window)
+    if call.chunk is not None:
+        seen = seen & (position >= query.div(call.chunk, rounding_mode="floor") * call.chunk)
     return _masked(call, seen.expand(-1, call.T, -1), slice(0, call.B))
 
 
-def _masked(call: Call, seen: Tensor, key_rows: slice) -> Piece:
+def _masked(call: Geometry, seen: Tensor, key_rows: slice) -> Piece:
     """All rows in one call, seen [B, T, s] in a mask: for a few queries, where calls cost more than work."""
     queries = Queries(0, call.B, call.T, 0, call.T)
     return Piece(
@@ -333,10 +348,8 @@ def _masked(call: Call, seen: Tensor, key_rows: slice) -> Piece:
     )
 
 
-def _band(
-    call: Call, T: int, n: int, offset: int, causal: bool, window: int | None
-) -> Iterator[tuple[int, int, int, int, Tensor | None, bool]]:
-    """Tiles (t0, t1, s0, s1, mask, causal kernel) of T queries over n keys, where query t stands at key t + offset and
+def _band(call: Geometry, T: int, n: int, offset: int, causal: bool, window: int | None) -> Iterator[Tile]:
+    """Tiles of T queries over n keys, where query t stands at key t + offset and
     sees keys up to itself (causal) and after t + offset − window. Queries that see nothing are in no tile."""
     reach = offset + T + n if window is None else window  # one that no query notices, where there is no window
     first = max(0, -offset) if causal else 0
@@ -361,7 +374,25 @@ def _band(
         yield t0, t1, s0, s1, mask, False
 
 
-def _band_mask(call: Call, t: int, s: int, diagonal: int, causal: bool, window: int) -> Tensor:
+def _chunks(call: Geometry, T: int, n: int, offset: int, origin: int, chunk: int) -> Iterator[Tile]:
+    """Tiles as of a causal `_band`, where a query sees the keys of its own chunk alone; key 0 stands at `origin`."""
+    first = max(0, -offset)
+    last = min(T, (origin + n - 1) // chunk * chunk + chunk - origin - offset)  # later chunks hold no key
+    step = max(1, _SHORT // chunk) * chunk  # short chunks share a tile
+    while n > 0 and first < last:
+        start = (first + offset + origin) // step * step - origin
+        t0, first = first, min(last, start + step - offset)
+        s0, s1 = max(0, start), min(n, first + offset)
+        if step == chunk:
+            for a, b, c, d, mask, causal in _band(call, first - t0, s1 - s0, t0 + offset - s0, True, None):
+                yield t0 + a, t0 + b, s0 + c, s0 + d, mask, causal
+            continue
+        key = torch.arange(s0, s1, device=call.device) + origin
+        query = torch.arange(t0, first, device=call.device)[:, None] + offset + origin
+        yield t0, first, s0, s1, _additive((key <= query) & (key >= query // chunk * chunk), call.dtype), False
+
+
+def _band_mask(call: Geometry, t: int, s: int, diagonal: int, causal: bool, window: int) -> Tensor:
     """[t, s]: 0 where key j ≤ i + diagonal (causal) and j > i + diagonal − window, −∞ elsewhere."""
     hidden = torch.full((t, s), float("-inf"), dtype=call.dtype, device=call.device)
     mask = hidden.triu(diagonal + 1) if causal else torch.zeros_like(hidden)
