@@ -284,7 +284,22 @@ class DecoderHooks:
             bounded = not call.positions_given and isinstance(slots, int) and isinstance(longest, int)
             if not bounded or longest + slots + self._offset > self._table:
                 self._check_positions(int(positions.max()))
+        elif self.base.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._check_made_for(past + T if rows is None else rows.longest, slots, positions)
         return positions
+
+    def _check_made_for(self, longest: int, slots: int | Tensor, positions: Tensor) -> None:
+        """Raise where computed positions lie past those that the model was made for: it would be trained on them, and
+        nothing else would tell."""
+        made_for = computed_positions(self.base.config.get_text_config())
+        most = slots if isinstance(slots, int) else int(slots.max())
+        if made_for is None or longest + most <= made_for or int(positions.max()) < made_for:
+            return
+        raise ValueError(
+            f"prefix and tokens need {int(positions.max()) + 1} positions, the model was made for {made_for} "
+            f"(max_position_embeddings): cut rows to {made_for - most} tokens, with max_length={made_for - most} of "
+            "softkv.Trainer"
+        )
 
     def _check_positions(self, last: int) -> None:
         assert self._table is not None
@@ -293,6 +308,17 @@ class DecoderHooks:
                 f"prefix and tokens need positions up to {last}, but the model's learned position table ends at "
                 f"{self._table - 1}: use a shorter prefix or shorter rows"
             )
+
+
+def computed_positions(config: Any) -> int | None:
+    """How many positions a model that computes them was made for, None where its config does not say."""
+    made_for = getattr(config, "max_position_embeddings", None)
+    if not isinstance(made_for, int) or made_for < 1:
+        return None
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [each for each in (rope, *rope.values()) if isinstance(each, dict)]
+    stretched = [each.get("factor") or 1.0 for each in kinds if each.get("rope_type") in ("linear", "dynamic")]
+    return int(made_for * max(stretched, default=1.0))
 
 
 def _learned_positions(decoder: nn.Module) -> nn.Embedding | None:

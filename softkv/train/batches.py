@@ -19,19 +19,32 @@ class PackingCollator(DataCollatorWithFlattening):
 
     Beside its ids and labels a row may have `prompt_lengths` (an int: where its prompt ends when that is not its first
     label) and `adapter_names` (a name, or None: its adapter).
+
+    Args:
+        max_length: shorten rows of more tokens (`shortened`).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, max_length: int | None = None) -> None:
         super().__init__(return_flash_attn_kwargs=True)
+        self.max_length = max_length
 
     def __call__(self, features: list[dict[str, Any]], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        features = [shortened(row, self.max_length) for row in features]
         return super().__call__(features, *args, **kwargs) | _of_each_row(features)
 
 
 class PaddingCollator:
-    """Puts rows below each other, padded on the right with id 0 and a mask: slower than packing, the same results."""
+    """Puts rows below each other, padded on the right with id 0 and a mask: slower than packing, the same results.
+
+    Args:
+        max_length: shorten rows of more tokens (`shortened`).
+    """
+
+    def __init__(self, max_length: int | None = None) -> None:
+        self.max_length = max_length
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+        features = [shortened(row, self.max_length) for row in features]
         ids, labels = ([torch.as_tensor(row[key]) for row in features] for key in ("input_ids", "labels"))
         return {
             "input_ids": pad_sequence(ids, batch_first=True),
@@ -47,6 +60,37 @@ def _of_each_row(features: list[dict[str, Any]]) -> dict[str, Any]:
     if "adapter_names" in features[0]:
         found["adapter_names"] = [row["adapter_names"] for row in features]
     return found
+
+
+def shortened(row: dict[str, Any], max_length: int | None) -> dict[str, Any]:
+    """A row of at most `max_length` tokens.
+
+    A prompt loses tokens from its front, but neither its first one nor soft ones, so the answer and what stands next to
+    it are kept. A row of labels alone, as a text to be continued, loses its end.
+
+    Raises:
+        ValueError: when a row is still longer without its prompt.
+    """
+    ids, labels = list(row["input_ids"]), list(row["labels"])
+    excess = 0 if max_length is None else len(ids) - max_length
+    if excess <= 0:
+        return row
+    prompt = next((at for at, label in enumerate(labels) if label != IGNORED), len(ids))
+    prompt = int(row.get("prompt_lengths", prompt))
+    free = [at for at in range(1, prompt) if ids[at] >= 0] if prompt > 1 else list(range(len(ids)))[::-1]
+    if len(free) < excess:
+        raise ValueError(
+            f"a row of {len(ids)} tokens can't be cut to max_length={max_length}: its prompt has only {len(free)} "
+            "tokens that may go"
+        )
+    gone = set(free[:excess])
+    kept = {
+        name: [x for at, x in enumerate(row) if at not in gone]
+        for name, row in (("input_ids", ids), ("labels", labels))
+    }
+    if "prompt_lengths" in row:
+        kept["prompt_lengths"] = prompt - sum(at < prompt for at in gone)
+    return {**row, **kept}
 
 
 def whole_row_labels(example: dict[str, Any]) -> dict[str, Any]:

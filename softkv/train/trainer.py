@@ -43,6 +43,8 @@ class Trainer(transformers.Trainer):
         model: a `SoftModel`, unless `model_init` makes one.
         args: transformers' `TrainingArguments`.
         data_collator: packs by default.
+        max_length: shorten rows of more tokens (`softkv.train.batches.shortened`). Rows that need more positions than
+            the model has are an error.
         max_tokens: train on batches of as many rows as this number of tokens holds, instead of
             `per_device_train_batch_size` rows.
         label_logits_only: whether to skip the logits that no label looks at.
@@ -52,7 +54,8 @@ class Trainer(transformers.Trainer):
 
     Raises:
         TypeError: when the model is no `SoftModel`.
-        ValueError: when `max_tokens` is not a positive number.
+        ValueError: when `max_tokens` is not a positive number; when `max_length` comes with a collator of one's own, or
+            `dispatch_batches=True` with packed rows.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class Trainer(transformers.Trainer):
         args: TrainingArguments | None = None,
         data_collator: Any = None,
         *remaining: Any,
+        max_length: int | None = None,
         max_tokens: int | None = None,
         label_logits_only: bool = True,
         **kwargs: Any,
@@ -76,7 +80,11 @@ class Trainer(transformers.Trainer):
         self._logits_wanted = False
         self._evaluated = torch.zeros(2, dtype=torch.float64)  # sum of the losses and number of labels
         uses_cache = getattr(model, "config", None) and model.config.use_cache  # type: ignore[union-attr]
-        collator = data_collator if data_collator is not None else PackingCollator()
+        if max_length is not None and data_collator is not None:
+            raise ValueError("max_length is of the default collator: give it to a collator of your own")
+        collator = data_collator if data_collator is not None else PackingCollator(max_length)
+        if args is not None:
+            _keep_batches_whole(args, collator)
         super().__init__(model, args, collator, *remaining, **kwargs)
         if model is not None:
             model.config.use_cache = uses_cache  # the base keeps its config
@@ -94,7 +102,7 @@ class Trainer(transformers.Trainer):
         ids = data["input_ids"] if columns is not None else (row["input_ids"] for row in data)
         arguments = self.args
         batches = TokenBatches(
-            [len(row) for row in ids],
+            [min(len(row), getattr(self.data_collator, "max_length", None) or len(row)) for row in ids],
             self.max_tokens,
             padded=not isinstance(self.data_collator, transformers.DataCollatorWithFlattening),
             seed=arguments.seed if arguments.data_seed is None else arguments.data_seed,
@@ -237,6 +245,19 @@ class Trainer(transformers.Trainer):
             if self.is_world_process_zero():
                 shutil.copy(Path(checkpoint_folder) / name, Path(self.args.output_dir) / name)
         super()._push_from_checkpoint(checkpoint_folder)
+
+
+def _keep_batches_whole(args: TrainingArguments, collator: Any) -> None:
+    """Has each process read its own share of streamed data: accelerate's default, one that reads for all, cuts every
+    tensor of a batch by rows, and packed rows are one."""
+    config: Any = args.accelerator_config
+    if config.dispatch_batches and isinstance(collator, transformers.DataCollatorWithFlattening):
+        raise ValueError(
+            "dispatch_batches=True cuts batches by rows, which packed rows have one of: leave it out, or give "
+            "data_collator=softkv.PaddingCollator()"
+        )
+    if config.dispatch_batches is None:
+        config.dispatch_batches = False
 
 
 def _folders(model: SoftModel, checkpoint_folder: Path) -> dict[str, Path]:
