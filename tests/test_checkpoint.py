@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from torch import Tensor, nn
 
 import softkv
 from softkv.io import checkpoint
+from softkv.io.config import SHAPE
 from softkv.methods import PTuning
-from softkv.methods.base import Method
+from softkv.methods.base import BaseShape, Method
 from tests.hf.tiny import METHODS as PLAIN
 from tests.hf.tiny import model_of, tokenizer
 
@@ -375,26 +377,76 @@ class TestHub:
             asked.append((repo_id, options))
             return str(tmp_path)
 
+        monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *arguments, **options: None)
         monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
         loaded = softkv.load(model_of("Llama"), "me/soft", revision="v1")
         patterns = [CONFIG, WEIGHTS, "adapter_config.json", "adapter_model.safetensors"]
-        assert asked == [("me/soft", {"allow_patterns": patterns, "revision": "v1", "token": None})]
+        options = {"allow_patterns": patterns, "revision": "v1", "token": None, "local_files_only": False}
+        assert asked == [("me/soft", options)]
         assert torch.equal(answers(loaded), answers(soft_model))
+
+    @pytest.fixture
+    def out_of_reach(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        import huggingface_hub
+
+        def fail(*arguments: Any, timeout: float, **options: Any) -> None:
+            assert timeout < 5
+            raise ConnectionError("Name or service not known\nand more")
+
+        monkeypatch.setattr(huggingface_hub.HfApi, "model_info", fail)
+
+    @pytest.mark.usefixtures("out_of_reach")
+    def test_the_cache_serves_where_the_hub_is_out_of_reach(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        import huggingface_hub
+
+        soft_model = attach("p-tuning v2")
+        soft_model.save_pretrained(tmp_path)
+
+        def download(repo_id: str, local_files_only: bool, **options: Any) -> str:
+            assert local_files_only
+            return str(tmp_path)
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+        assert torch.equal(answers(softkv.load(model_of("Llama"), "me/soft")), answers(soft_model))
+
+    @pytest.mark.usefixtures("out_of_reach")
+    def test_out_of_reach_and_never_fetched(self) -> None:
+        with pytest.raises(FileNotFoundError, match=r"^me/soft is no folder here, .* \(Name or service not known\): "):
+            softkv.load(model_of("Llama"), "me/soft")
 
     def test_neither_a_folder_nor_a_repository(self, monkeypatch: pytest.MonkeyPatch) -> None:
         import huggingface_hub
-        from huggingface_hub.errors import LocalEntryNotFoundError
+        from huggingface_hub.errors import HFValidationError
 
-        def download(repo_id: str, **options: Any) -> str:
-            raise LocalEntryNotFoundError("Cannot find it\nand more")
+        def fail(*arguments: Any, **options: Any) -> None:
+            raise HFValidationError("Cannot find it\nand more")
 
-        monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+        monkeypatch.setattr(huggingface_hub.HfApi, "model_info", fail)
         with pytest.raises(
             FileNotFoundError, match=r"^me/soft is neither a folder nor a repository on the Hub: Cannot"
         ):
             softkv.load(model_of("Llama"), "me/soft")
         with pytest.raises(FileNotFoundError, match="holds no soft prompt"):
             softkv.load(model_of("Llama"), "runs/of/mine")
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
+def test_file_modes_follow_the_umask(mask: int, tmp_path: Path) -> None:
+    before = os.umask(mask)
+    try:
+        attach("p-tuning v2").save_pretrained(tmp_path / "soft")
+        attach("prompt-tuning before").save_pretrained(tmp_path / "peft", format="peft")
+    finally:
+        os.umask(before)
+    files = [path for folder in ("soft", "peft") for path in (tmp_path / folder).iterdir()]
+    assert len(files) == 4
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~mask}
+
+
+def test_config_names_the_sizes_of_a_base() -> None:
+    assert tuple(field.name for field in fields(BaseShape)) == SHAPE
 
 
 def test_only_softkvs_methods_are_saved(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -26,19 +25,16 @@ from torch.distributed.tensor import DTensor
 from softkv.hf.learned import IN_BASE, check_learned, learned_in, peft_configs, put_learned
 from softkv.hf.model import PromptedModel
 from softkv.io import foreign, peft, state
+from softkv.io.config import CONFIG, FORMAT, SHAPE, WEIGHTS, check_size, check_sum, of_header, parse
 from softkv.io.flat import FLAT, unflatten
 from softkv.io.safe_files import check_values, checksum, read_tensors
 from softkv.methods import METHODS, PTuningV2
 from softkv.methods.base import BaseShape, FrozenModel, Method, SoftPrompt
 from softkv.prefix import Prefix
 
-FORMAT = 2
-CONFIG, WEIGHTS = "softkv_config.json", "softkv.safetensors"
-_SHAPE = tuple(field.name for field in fields(BaseShape))
-_FIXED = tuple(name for name in _SHAPE if name != "vocab_size")  # tokens may be added: no learned shape depends on it
+_FIXED = tuple(name for name in SHAPE if name != "vocab_size")  # tokens may be added: no learned shape depends on it
 _SIZES = ("encoder_size", "reparametrize_size")
 _MOST_SLOTS = 1 << 16  # of an encoder, whose tensors don't tell how many it makes
-_LARGEST_CONFIG = 1 << 22  # characters: parsed JSON may take twenty times as much memory
 _ABANDONED = 3600.0  # seconds after which no save is still writing a temporary file
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
@@ -76,7 +72,7 @@ def save(
         return
     check_values(tensors, "the soft prompt")
     metadata = header(config, tensors)
-    _check_size(metadata["softkv_config"], "the soft prompt's config")
+    check_size(metadata["softkv_config"], "the soft prompt's config")
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     _replace(directory / WEIGHTS, lambda path: save_file(tensors, path, metadata=metadata))
@@ -109,33 +105,6 @@ def _save_for_peft(model: PromptedModel, directory: Path, folded: bool) -> None:
     _replace(directory / peft.WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     text = json.dumps(config, indent=2, sort_keys=True)
     _replace(directory / peft.CONFIG, lambda path: path.write_text(text + "\n", encoding="utf-8"))
-
-
-def push(
-    model: PromptedModel, repo_id: str, *, private: bool | None = None, token: str | None = None, **kwargs: Any
-) -> str:
-    """Saves a soft prompt to a repository on the Hugging Face Hub, made where it doesn't exist.
-
-    Args:
-        model: the model that holds it.
-        repo_id: "user/name".
-        private: whether a new repository is private.
-        token: None takes the one of `hf auth login`.
-        **kwargs: of `huggingface_hub.upload_folder`: `commit_message`, `revision`, `create_pr`.
-
-    Returns:
-        The address of the commit.
-    """
-    from huggingface_hub import HfApi
-
-    api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    with tempfile.TemporaryDirectory() as folder:
-        save(model, folder)
-        if not api.file_exists(repo_id, "README.md"):
-            (Path(folder) / "README.md").write_text(_card(model, repo_id), encoding="utf-8")
-        kwargs.setdefault("commit_message", "Upload soft prompt")
-        return str(api.upload_folder(repo_id=repo_id, folder_path=folder, **kwargs))
 
 
 def saved(
@@ -241,17 +210,14 @@ def read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return peft.read(directory)
     if not path.is_file() and (directory / state.FILE).is_file():
         text, tensors = state.read(directory / state.FILE)
-        return _parse(text, directory / state.FILE), tensors
+        return parse(text, directory / state.FILE), tensors
     if not path.is_file():
         pickles = sorted(file.name for file in directory.glob("*") if file.suffix in _PICKLES)
         hint = f"; {pickles[0]} is a pickle, which softkv never reads: convert it to safetensors" if pickles else ""
         raise FileNotFoundError(f"{directory} holds no soft prompt: expected {WEIGHTS} and {CONFIG}{hint}")
     metadata, tensors = read_tensors(path)
-    if "softkv_config" not in metadata:
-        raise ValueError(f"{path} was not written by softkv: its header holds no softkv_config")
-    config = _parse(metadata["softkv_config"], path)
-    if config["format"] >= 2 and metadata.get("softkv_sha256") != checksum(metadata["softkv_config"], tensors):
-        raise ValueError(f"{path} is damaged: its values or config are not those that were saved (checksum)")
+    config = of_header(metadata, path)
+    check_sum(config, metadata, checksum(metadata["softkv_config"], tensors), path)
     return config, tensors
 
 
@@ -365,36 +331,6 @@ def _check_shapes(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor])
             )
 
 
-def _parse(text: str, path: Path) -> dict[str, Any]:
-    """The config in a file's header, with the right types down to the method's own settings."""
-    _check_size(text, str(path))
-    try:
-        config = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} holds no softkv config: {error}") from error
-    version = config.get("format") if isinstance(config, dict) else None
-    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise ValueError(f"{path} holds no softkv config: it has format {version!r}")
-    if version > FORMAT:
-        raise ValueError(f"{path} has format {version}, this softkv reads up to {FORMAT}: upgrade softkv")
-    kinds = {"method": str, "config": dict, "folded": bool, "base": dict}
-    wrong = [key for key, kind in kinds.items() if not isinstance(config.get(key), kind)]
-    if not wrong:
-        base_kinds = {"name": str, "model_type": str} | dict.fromkeys(_SHAPE, int)
-        wrong = [f"base.{key}" for key, kind in base_kinds.items() if not isinstance(config["base"].get(key), kind)]
-        beside = config.get("peft", {})
-        if not isinstance(beside, dict) or not all(isinstance(each, dict) for each in beside.values()):
-            wrong.append("peft")
-    if wrong:
-        raise ValueError(f"{path} has a config without a valid {', '.join(wrong)}")
-    return config
-
-
-def _check_size(text: str, where: str) -> None:
-    if len(text) > _LARGEST_CONFIG:
-        raise ValueError(f"{where} has {len(text):,} characters, expected a config of at most {_LARGEST_CONFIG:,}")
-
-
 def _method(config: dict[str, Any], encoder: nn.Module | None) -> Method:
     """The method of a parsed config."""
     name, settings = config["method"], config["config"]
@@ -422,48 +358,12 @@ def _replace(path: Path, write: Callable[[Path], Any]) -> None:
                 left.unlink()
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # as the umask has it; safetensors makes its files private
         write(temporary)
+        temporary.chmod(mode)
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def local(directory: str | os.PathLike[str], revision: str | None = None, token: str | None = None) -> Path:
-    """The folder of an adapter, fetched from the Hub where it is no local one."""
-    path = Path(directory)
-    if path.exists() or not isinstance(directory, str) or directory.count("/") != 1:
-        return path
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    patterns = [CONFIG, WEIGHTS, peft.CONFIG, peft.WEIGHTS]
-    try:
-        return Path(snapshot_download(directory, allow_patterns=patterns, revision=revision, token=token))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(f"{directory} is neither a folder nor a repository on the Hub: {reason}") from error
-
-
-def _card(model: PromptedModel, repo_id: str) -> str:
-    """The README of a repository."""
-    name = model.config.name_or_path
-    kind = next(name for name, config in METHODS.items() if type(model.method) is config)
-    known = "/" in name and not name.startswith((".", "/"))
-    front = ["---", "library_name: softkv", "tags: [softkv, soft-prompt]", *([f"base_model: {name}"] if known else [])]
-    return "\n".join(
-        [
-            *front,
-            "---",
-            f"A soft prompt ({kind}, {model.num_trainable():,} trained values) for {name or 'a transformers model'}.",
-            "",
-            "```python",
-            "import softkv, transformers",
-            "",
-            f'model = transformers.AutoModelForCausalLM.from_pretrained("{name}")',
-            f'model = softkv.load(model, "{repo_id}")',
-            "```",
-            "",
-        ]
-    )

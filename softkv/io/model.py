@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from softkv.hf.learned import check_learned, inject, put_learned
 from softkv.hf.model import PromptedModel
-from softkv.io import checkpoint, state
+from softkv.io import checkpoint, hub, state
 from softkv.methods.base import Method
 from softkv.prefix import Prefix
 
@@ -68,7 +68,7 @@ class SoftModel(PromptedModel):
         """
         if isinstance(adapter, str | os.PathLike):
             self._check_new_name(name)
-            adapter = checkpoint.saved(self.base, *checkpoint.prompt_alone(checkpoint.local(adapter)))
+            adapter = checkpoint.saved(self.base, *checkpoint.prompt_alone(hub.local(adapter)))
         super().add_adapter(name, adapter, tokenizer=tokenizer)
 
     def get_extra_state(self) -> Tensor:
@@ -90,8 +90,8 @@ class SoftModel(PromptedModel):
             checkpoint.save(self, save_directory, **kwargs)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
-        """Saves what is learned to a repository on the Hugging Face Hub (`softkv.io.checkpoint.push`)."""
-        return checkpoint.push(self, repo_id, **kwargs)
+        """Saves what is learned to a repository on the Hugging Face Hub (`softkv.io.hub.push`)."""
+        return hub.push(self, repo_id, **kwargs)
 
 
 def load(
@@ -120,7 +120,7 @@ def load(
         FileNotFoundError: when there is no adapter.
         ValueError: when the files are damaged, of a newer version, or of another base model. Nothing is attached then.
     """
-    config, tensors = checkpoint.read(checkpoint.local(directory, revision, token))
+    config, tensors = checkpoint.read(hub.local(directory, revision, token))
     soft_model = assemble(model, config, tensors, encoder=encoder, backend=backend)
     name, trained_on = model.config.name_or_path, config["base"]["name"]
     if name and trained_on and Path(name).name != Path(trained_on).name:
