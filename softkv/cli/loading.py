@@ -58,6 +58,7 @@ def load_adapter(adapter: str, model: str | None, dtype: str, device: str | None
 
 def read_adapter(adapter: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """The config and the tensors of a soft prompt, from a folder or the Hub."""
-    from softkv.io.checkpoint import local, read
+    from softkv.io.checkpoint import read
+    from softkv.io.hub import local
 
     return read(local(adapter))
