@@ -118,11 +118,6 @@ class SoftPrompt(nn.Module):
         `lengths[r]` (the rest is padding and must not matter), in their dtype."""
         raise NotImplementedError(f"{type(self).__name__} does not encode rows")
 
-    def version(self) -> tuple[Any, ...]:
-        """Another one after every change of a parameter."""
-        # An optimizer's updates show in the version counters.
-        return tuple((id(each), 0 if each.is_inference() else each._version) for each in self.parameters())
-
     @property
     def foldable(self) -> bool:
         """Whether `folded` gives another module."""
@@ -159,35 +154,13 @@ class SoftMatrices(SoftPrompt):
 
 
 class Computed(SoftPrompt):
-    """A soft prompt that a network computes: at every call while it learns, once and remembered in evaluation without
-    gradients."""
-
-    def __init__(self, config: Method) -> None:
-        super().__init__(config)
-        self._remembered: tuple[tuple[Any, ...], Tensor] | None = None
+    """A soft prompt that a network computes, at every call: nothing tells cheaply that no weight has changed since."""
 
     def compute(self) -> Tensor:
         """Run the network, in fp32."""
         raise NotImplementedError
 
     def computed(self) -> Tensor:
-        """What `compute` gives, remembered where no gradient is asked for."""
+        """What `compute` gives, out of autocast."""
         with torch.autocast(next(self.parameters()).device.type, enabled=False):
-            if self.training or torch.is_grad_enabled():
-                return self.compute()
-            version = self.version()
-            if self._remembered is None or self._remembered[0] != version:
-                self._remembered = version, self.compute()
-            return self._remembered[1]
-
-    def train(self, mode: bool = True) -> Computed:
-        self._remembered = None
-        return super().train(mode)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._remembered = None
-        super()._load_from_state_dict(*args, **kwargs)
-
-    def _apply(self, *args: Any, **kwargs: Any) -> Computed:
-        self._remembered = None
-        return super()._apply(*args, **kwargs)
+            return self.compute()
