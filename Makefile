@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test bench lint pins constraints compile-matrix mutants docs clean
+.PHONY: demo test bench gpu lint pins constraints compile-matrix mutants docs clean
 
 $(READY): setup.py constraints.txt
 	@test -n "$(PYTHON)" || { echo "softkv needs Python 3.10 or newer, and none was found: make PYTHON=/path/to/python" >&2; exit 1; }
@@ -29,6 +29,10 @@ bench: $(READY)
 	$(BIN)/softkv bench generate --rounds 2 --case P64 --case P1024 --case P2048
 	$(BIN)/softkv bench train --steps 1
 	$(BIN)/softkv bench adapters --seconds 0 --case generation-16
+
+# Everything a GPU can tell, in ten minutes; goes on where it stopped. Table: runs/gpu/table.md.
+gpu: $(READY)
+	$(BIN)/softkv bench gpu
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -65,7 +65,7 @@ DENSE = {
     "sinks of integers": ({"sinks": torch.ones(4).long()}, TypeError, r"sinks: expected a floating dtype, got torch.int64"),
     "sinks on another device": ({"sinks": _rand(4).to("meta")}, ValueError, r"sinks: expected the device of q"),
     "triton without a GPU": ({"backend": "triton"}, RuntimeError, r"backend 'triton': expected a CUDA or ROCm tensor, or TRITON_INTERPRET=1, got cpu"),
-    "unknown backend": ({"backend": "fast"}, ValueError, r"backend: expected None or one of torch, triton, flash, reference, got 'fast'"),
+    "unknown backend": ({"backend": "fast"}, ValueError, r"backend: expected None or one of torch, triton, cudnn, flash, reference, got 'fast'"),
 }  # fmt: skip
 
 # rows of 2 and 3 tokens

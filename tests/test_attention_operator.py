@@ -155,7 +155,7 @@ def test_explicit_backends() -> None:
     case = dense(P=7, A=1)
     torch.testing.assert_close(case.run("torch"), case.run())
     with pytest.raises(
-        ValueError, match=r"backend: expected None or one of torch, triton, flash, reference, got 'cuda'"
+        ValueError, match=r"backend: expected None or one of torch, triton, cudnn, flash, reference, got 'cuda'"
     ):
         case.call(backend="cuda")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterable
@@ -132,6 +133,37 @@ def adapters(
     chosen = {name: known[name] for name in _chosen(list(known), case, only_list)}
     settings = ModelSettings.of(device.value, quick)
     _collect("adapters", benchmark.run(chosen, seconds, settings, _command()), output, list(known))
+
+
+@app.command()
+@friendly
+def gpu(
+    minutes: Annotated[float, typer.Option(min=0.1, help="Time for everything.")] = 9.0,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the results.")] = Path("runs/gpu"),
+    part: Annotated[list[str] | None, typer.Option("--part", help="Only these parts, by name.")] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="That compile and test.  [default: cores, 16 at most]")
+    ] = None,
+    again: Annotated[bool, typer.Option("--again", help="Measure anew what an earlier run measured.")] = False,
+    quick: Annotated[
+        bool,
+        typer.Option("--quick", help="Tiny jobs on a CPU, kernels interpreted: shows that it works."),
+    ] = False,
+    only_list: Annotated[bool, typer.Option("--list", help="Print the names of the parts.")] = False,
+) -> None:
+    """Everything a GPU can tell, in ten minutes: correctness, times, whole models, tiles. Goes on where it stopped."""
+    from softkv.benchmarks.gpu import PARTS
+    from softkv.benchmarks.gpu.__main__ import settings_of
+    from softkv.benchmarks.gpu.conductor import conduct
+
+    names = [one.name for one in PARTS]
+    if only_list:
+        out.print("\n".join(f"{one.name}: {one.title}" for one in PARTS))
+        return
+    if unknown := [name for name in part or [] if name not in names]:
+        fail(f"--part expects one of {', '.join(names)}, got {unknown[0]!r}")
+    settings = settings_of(quick, processes or min(os.cpu_count() or 1, 16))
+    print(conduct(settings, output, minutes, part or [], again, say=lambda line: print(line, flush=True)))
 
 
 @app.command()

@@ -364,3 +364,37 @@ def _bytes(count: int) -> str:
 def _flops(count: int) -> str:
     unit = next((i for i in range(1, 6) if count < 1000 ** (i + 1) * 0.9995), 5)
     return f"{count / 1000**unit:.2f} {('', 'k', 'M', 'G', 'T', 'P')[unit]}FLOP"
+
+
+@app.command(epilog="Example:\n\n    softkv profile host --calls 1000")
+@friendly
+def host(
+    device: Annotated[str | None, typer.Option(help="cuda or cpu; the GPU, if there is one.")] = None,
+    calls: Annotated[int, typer.Option(min=15, help="Timed calls of each kind.")] = 300,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Host time of a call of the op by stage, beside scaled_dot_product_attention.
+
+    Without a GPU the Triton engine runs in front of a driver that launches nothing."""
+    import torch
+
+    from softkv.profiling import host as measuring
+
+    if device not in (None, "cpu", "cuda"):
+        fail(f"--device expects cpu or cuda, got {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        fail("--device cuda expects a CUDA or ROCm device: without one, --device cpu measures what comes before it")
+    where = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    records = [measuring.measure(mode, where, calls) for mode in measuring.MODES]
+    if as_json:
+        print(json.dumps(records, indent=1))
+        return
+    stages = list(records[0]["stages"])
+    title = f"Microseconds of host time a call, {where}" + (", a driver that launches nothing" * (where == "cpu"))
+    table = Table("", "softkv", *stages, "SDPA", "ratio", title=title, title_justify="left")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for one in records:
+        cells = [one["call"], *one["stages"].values(), one["sdpa"]]
+        table.add_row(one["mode"], *(f"{cell:.1f}" for cell in cells), f"{one['ratio']:.2f}×")
+    out.print(table)

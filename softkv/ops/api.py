@@ -5,7 +5,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from softkv.ops import checks, reference
+from softkv.ops import checks, choice, reference
 from softkv.ops.engine import Call
 from softkv.ops.operator import ENGINES, attention, load_engine, rows_of_memory
 
@@ -57,8 +57,9 @@ def prefix_attention(
         softcap: c > 0 turns a scaled score s into c·tanh(s/c).
         sinks: [H] floating, one more logit of each head in the denominator, neither scaled nor capped.
         return_lse: also return the log-sum-exp.
-        backend: None chooses by device (CPU: "torch", CUDA and ROCm: "triton"); "torch" | "triton" | "flash" |
-            "reference" forces that backend; unsupported calls raise.
+        backend: None chooses by device (CPU: "torch"; CUDA and ROCm: "triton", or what `softkv.ops.choice` says was
+            measured to be faster there); "torch" | "triton" | "cudnn" | "flash" | "reference" forces that backend;
+            unsupported calls raise.
 
     Returns:
         out [B, H, T, Dv], of q's dtype and, for Dv = D, layout in memory (but for a head dim that is not last there).
@@ -159,7 +160,7 @@ def _attend(call: Call, backend: str | None, return_lse: bool) -> Tensor | tuple
         out, lse = reference.forward(**call)
     else:
         checks.refuse_transforms(call)
-        engine = _engine(backend, call["q"])
+        engine = _engine(backend, call)
         call["q"], call["k"], call["v"] = (
             rows_of_memory(call["q"]),
             rows_of_memory(call["k"]),
@@ -171,9 +172,10 @@ def _attend(call: Call, backend: str | None, return_lse: bool) -> Tensor | tuple
     return (out, lse) if return_lse else out
 
 
-def _engine(backend: str | None, q: Tensor) -> str:
+def _engine(backend: str | None, call: Call) -> str:
+    q = call["q"]
     if backend is None:
-        return "triton" if q.is_cuda else "torch"
+        return choice.engine_for(call) if q.is_cuda else "torch"
     if backend not in _BACKENDS:
         raise ValueError(f"backend: expected None or one of {', '.join(_BACKENDS)}, got {backend!r}")
     if backend == "triton" and not q.is_cuda and not load_engine("triton").interpreter_enabled():

@@ -20,7 +20,12 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from softkv import ranges
 from softkv.ops.engine import Call, Engine, Gradients, Needs, empty_out
 
-ENGINES = {"torch": "softkv.ops.torch", "triton": "softkv.kernels", "flash": "softkv.ops.flash"}
+ENGINES = {
+    "torch": "softkv.ops.torch",
+    "triton": "softkv.kernels",
+    "cudnn": "softkv.ops.library.cudnn",
+    "flash": "softkv.ops.library.flash",
+}
 _loaded: dict[str, Engine] = {}
 
 _OPERANDS = tuple(Call.__annotations__)

@@ -9,25 +9,11 @@ from typing import Any
 
 import torch
 from triton import knobs
-from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from softkv.kernels.compile import COMMON, OTHERS, TARGETS, TRAINER, label, record, specialise
 from softkv.kernels.launch import Launch
-
-
-class NoDevice:
-    def __init__(self, target: GPUTarget):
-        self.target = target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
+from softkv.profiling.no_device import NoDevice
 
 
 def asked_of_the_jit(launch: Launch) -> dict[str, Any]:

@@ -1,0 +1,61 @@
+"""`softkv bench gpu`: everything a GPU can tell, in ten minutes and in order of value.
+
+A part is a module of this package with
+
+    jobs(settings) -> names, in order of value
+    run(job, settings, seconds) -> a record: numbers, text, lists and dicts of them
+    lines(results) -> what the part's records say, for the table
+    warm(settings) -> optional: calls that compile what the jobs need, made by many processes at once
+
+Each part runs in a process of its own, under its own time limit; a record is on disk before the next job begins, and
+records made by the same code on the same device are not made again (`conductor`). Needs torch, triton, transformers,
+peft and softkv: `python -m softkv.benchmarks.gpu` in a source tree needs no installation, and no typer, rich, psutil or
+matplotlib. `correctness` also runs the tests where pytest and hypothesis are installed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Where the parts run, and how large their jobs are."""
+
+    device: str
+    quick: bool
+    processes: int
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device == "cuda"
+
+    @property
+    def dtype(self) -> str:
+        return "bfloat16" if self.on_gpu else "float32"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A module of this package, and the seconds that it may take of nine minutes."""
+
+    name: str
+    seconds: float
+    title: str
+    interpreted: bool = True  # on a CPU the kernels run in Triton's interpreter
+
+    @property
+    def module(self) -> str:
+        return f"{__name__}.{self.name}"
+
+
+PARTS = (
+    Part("environment", 10, "Environment"),
+    Part("correctness", 110, "Correctness"),
+    Part("host", 25, "Host time of a call", interpreted=False),
+    Part("passes", 110, "The op, by CUDA graph"),
+    Part("models", 130, "Training and generating, random Llamas"),
+    Part("tiles", 85, "Tiles"),
+    Part("compiled", 40, "A compiled training step"),
+    Part("determinism", 20, "Bits of repeated gradients"),
+)

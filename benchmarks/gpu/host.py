@@ -1,0 +1,24 @@
+"""Host time of a call by stage, beside SDPA: `softkv profile host` on the device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import Settings
+
+
+def jobs(settings: Settings) -> list[str]:
+    return ["forward", "forward + backward", "decoding"]
+
+
+def run(job: str, settings: Settings, seconds: float) -> dict[str, Any]:
+    from softkv.profiling import host
+
+    record = host.measure(job, device=settings.device, calls=20 if settings.quick else 300)
+    return record | {"said": f"{record['call']:.0f} µs, {record['ratio']:.2f}× SDPA"}
+
+
+def lines(results: dict[str, Any]) -> list[str]:
+    from softkv.profiling import host
+
+    return [f"- {job}: {host.sentence(record)}" for job, record in results.items()]

@@ -1,0 +1,63 @@
+"""Which engine serves a call on a GPU that names none: rows of measured data, looked up, never tried at run time.
+
+A row holds for plain calls (dense, 16 bits, as many queries as keys, no bank of lengths, mask, window, chunk or cap),
+which is what every library kernel takes; all others are Triton's. Prefix gradients are promised to be the same bits in
+every run, so a row for gradients needs an engine whose bits were compared (`softkv bench gpu`, determinism).
+"""
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+from softkv.ops.engine import Call
+
+DEFAULT = "triton"
+_SPECIAL = ("prefix_index", "prefix_lengths", "key_mask", "key_lengths", "window", "chunk", "softcap")
+
+
+class Row(NamedTuple):
+    """Of one device: calls of this head dim, with these many tokens and slots or more, are fastest by `engine`."""
+
+    device: str  # torch.cuda.get_device_name()
+    gradients: bool  # any operand takes one: forward and backward together
+    head_dim: int
+    tokens: int  # T, at least
+    slots: int  # P, at least; 0: no prefix
+    work: int  # B·H·T, at least
+    engine: str
+    measured: str  # versions and date
+
+
+# Filled from `softkv bench gpu` (docs/benchmarks.md). The first row that fits is taken.
+MEASURED: tuple[Row, ...] = ()
+
+
+def engine_for(call: Call) -> str:
+    """The engine of a checked call on a GPU."""
+    if not MEASURED or not _is_plain(call):
+        return DEFAULT
+    q, prefix = call["q"], call["prefix_k"]
+    B, H, T, D = q.shape
+    slots, device = 0 if prefix is None else prefix.shape[2], _name_of(q.device.index)
+    operands = (q, call["k"], call["v"], prefix, call["prefix_v"], call["sinks"])
+    gradients = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in operands)
+    for row in MEASURED:
+        fits = (row.device, row.gradients, row.head_dim) == (device, gradients, D)
+        if fits and row.tokens <= T and row.slots <= slots and row.work <= B * H * T:
+            return row.engine
+    return DEFAULT
+
+
+def _is_plain(call: Call) -> bool:
+    q, k, v, prefix = call["q"], call["k"], call["v"], call["prefix_k"]
+    if q.dtype not in (torch.float16, torch.bfloat16) or q.dim() != 4 or not call["scale"] > 0:
+        return False
+    if call["window_covers_prefix"] or any(call[name] is not None for name in _SPECIAL):  # type: ignore[literal-required]
+        return False
+    return q.shape[2] == k.shape[2] > 1 and q.shape[3] == v.shape[3] and (prefix is None or prefix.shape[2] > 1)
+
+
+@cache
+def _name_of(device: int | None) -> str:
+    return torch.cuda.get_device_name(device)
