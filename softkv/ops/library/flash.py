@@ -1,9 +1,9 @@
 """backend="flash": flash-attn's kernels, from the flash-attn package where it is installed, otherwise torch's own.
 
 torch's are FlashAttention-2, or what `torch.nn.attention.activate_flash_attention_impl` has put there ("FA3", "FA4"):
-that is then taken first. A causal mask is aligned bottom-right. The package (https://github.com/Dao-AILab/flash-attention,
-`pip install flash-attn --no-build-isolation`) takes soft caps too, and gives the same dq in every run; torch's does under
-`torch.use_deterministic_algorithms`.
+that is then taken first. A causal mask is aligned bottom-right. The package (`pip install flash-attn
+--no-build-isolation`, https://github.com/Dao-AILab/flash-attention) takes soft caps too, and gives the same dq in every
+run; torch's does under `torch.use_deterministic_algorithms`.
 """
 
 import importlib.util
@@ -31,7 +31,7 @@ class Flash:
             return
         if any(part.softcap is not None for part in parts):
             raise NotImplementedError(
-                "backend 'flash': expected no softcap without the package, `pip install flash-attn --no-build-isolation`"
+                "backend 'flash': expected no softcap without `pip install flash-attn --no-build-isolation`"
             )
         if torch.version.hip and any(part.causal and not _is_square(q, part) for part in parts):
             raise NotImplementedError("backend 'flash': expected as many queries as keys on ROCm, where causal")
