@@ -198,7 +198,7 @@ def attention(
         )
     context = softkv_prefix if softkv_prefix is not None else SoftContext()
     layer = getattr(module, "layer_idx", 0) if context.order is None else context.order.number(module, context.turns)
-    keys = _Keys.of(attention_mask, len(query), key.shape[2])
+    keys = _Keys.of(attention_mask, len(query))
     causal, window = keys.causal, sliding_window
     if causal is None:
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
@@ -351,7 +351,7 @@ class _Keys(NamedTuple):
     allowed: Tensor | None = None
 
     @classmethod
-    def of(cls, state: Tensor | None, batch: int, keys: int) -> _Keys:
+    def of(cls, state: Tensor | None, batch: int) -> _Keys:
         if state is None:
             return cls()
         if isinstance(state, KeyState):
@@ -395,6 +395,28 @@ class _Keys(NamedTuple):
         if self.mask is not None:
             sees = sees & self.mask[:, None]
         return sees[:, None]
+
+
+def padding_mask(mask: Any) -> Tensor | None:
+    """`[B, S]`, the keys that are seen, of what a model hands to its decoder as attention mask: one, or one of each
+    kind of layer (wrapped models make them outside). None where it hides none.
+
+    Raises:
+        ValueError: for a mask that says what each query sees.
+    """
+    if isinstance(mask, dict):
+        found = [padding_mask(each) for each in mask.values() if each is not None]
+        return max((each for each in found if each is not None), key=lambda each: each.shape[1], default=None)
+    if mask is None or mask.dim() == 2:
+        return mask
+    keys = _Keys.of(mask, len(mask))
+    if keys.allowed is not None:
+        if mask.dtype != torch.bool:
+            raise ValueError(
+                "softkv tells positions by a 2-D padding mask, got one of four axes: give position_ids beside it"
+            )
+        return mask[:, 0].any(1)
+    return keys.mask
 
 
 AttentionInterface.register(NAME, attention)

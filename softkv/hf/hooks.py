@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from softkv.evaluation import in_evaluation
 from softkv.hf import calls
+from softkv.hf.attention import padding_mask
+from softkv.hf.behaviour import TOKENS, Behaviour, behaviour_of
 from softkv.hf.context import BlockInputs, BlockOrder, LayerKV, RowEncoder, RowPrompts, SoftContext
 from softkv.hf.frozen import decoder_of
 from softkv.hf.generation.cache_state import CacheState
@@ -21,6 +23,9 @@ from softkv.hf.generation.prefill import Unpadded
 from softkv.hf.generation.prompts import Prompts
 from softkv.hf.layout import RowLayout, token_positions
 from softkv.hf.prefixes import SoftRows
+
+# What a model raises that softkv's attention does not suit; softkv's own refusals are ValueErrors.
+_OBSCURE = (AttributeError, AssertionError, LookupError, NotImplementedError, RuntimeError, TypeError)
 
 
 @dataclass(frozen=True)
@@ -52,11 +57,13 @@ class DecoderHooks:
     Attributes:
         base: the frozen model.
         order: its attention blocks; known after `probe`.
+        behaviour: what it does with tokens; known after `probe`.
     """
 
     def __init__(self, base: Any, backend: str | None) -> None:
         self.base, self.backend = base, backend
         self.order = BlockOrder()
+        self.behaviour = Behaviour(packs=False, carries=False)
         self._reads_blocks = False
         self._offset = 0
         table = _learned_positions(self.decoder)
@@ -70,11 +77,6 @@ class DecoderHooks:
     @property
     def decoder(self) -> nn.Module:
         return cast(nn.Module, decoder_of(self.base))
-
-    @property
-    def _all_attention(self) -> bool:
-        """Whether only attention looks at other tokens: states and convolutions would run from row to row."""
-        return len(self.order) == self.base.config.get_text_config().num_hidden_layers
 
     def hook_blocks(self) -> None:
         """Has encoders read what enters the attention modules."""
@@ -110,16 +112,20 @@ class DecoderHooks:
         return context.capture
 
     def probe(self) -> list[BlockInputs]:
-        """Runs one token through the decoder to see its attention blocks."""
-        name = type(self.base).__name__
+        """Runs a few tokens through the decoder to see its attention blocks, and what it does with tokens."""
+        name, device, view = type(self.base).__name__, self.base.device, in_evaluation(self.decoder)
+        ids = (torch.arange(TOKENS, device=device) + 1)[None] % self.base.get_input_embeddings().num_embeddings
+        context = SoftContext(backend=self.backend, capture=[])
+        assert context.capture is not None
         try:
-            view = in_evaluation(self.decoder)
-            with torch.no_grad():
-                blocks = self.capture(view, input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.base.device))
+            row = self._hidden(view, context, input_ids=ids)
         except TypeError as error:
             if "softkv_prefix" not in str(error):
-                raise
-            blocks = []
+                raise self._not_run(error) from error
+            context.capture.clear()
+        except _OBSCURE as error:
+            raise self._not_run(error) from error
+        blocks = context.capture
         if not blocks:
             raise ValueError(
                 f"{name} does not pass keywords through to transformers' attention interface, so softkv can't reach "
@@ -128,9 +134,36 @@ class DecoderHooks:
         self._check_positions_are_taken(name)
         self._offset = self._first_position()
         of_view = {id(module): name for name, module in view.named_modules()}
+        in_view = BlockOrder([each.block for each in blocks])
         blocks = [each._replace(block=self.decoder.get_submodule(of_view[id(each.block)])) for each in blocks]
-        self.order = BlockOrder([captured.block for captured in blocks])
+        if all(each.causal for each in blocks):
+
+            def run(context: SoftContext, at: Tensor, positions: Tensor) -> Tensor:
+                return self._hidden(
+                    view, replace(context, backend=self.backend), input_ids=ids[:, at], position_ids=positions
+                )
+
+            self.order = in_view
+            try:
+                self.behaviour = behaviour_of(run, row, blocks)
+            except _OBSCURE as error:
+                raise self._not_run(error) from error
+        else:
+            layers = self.base.config.get_text_config().num_hidden_layers
+            self.behaviour = Behaviour(packs=len(blocks) == layers, carries=False)
+        self.order = BlockOrder([each.block for each in blocks])
         return blocks
+
+    @torch.no_grad()
+    def _hidden(self, decoder: nn.Module, context: SoftContext, **inputs: Tensor) -> Tensor:
+        output = self.run(Call(self, context), decoder, **inputs, use_cache=False)
+        return output if isinstance(output, Tensor) else output[0]
+
+    def _not_run(self, error: Exception) -> ValueError:
+        return ValueError(
+            f"softkv.attach could not run {type(self.base).__name__} with attention of softkv's on token ids alone: "
+            f"{type(error).__name__}: {error}"
+        )
 
     def _check_positions_are_taken(self, name: str) -> None:
         """Tokens stand behind a prefix by their position ids: a decoder must take them."""
@@ -176,7 +209,7 @@ class DecoderHooks:
             context = self._enter_generation(call, call.prompts, kwargs)
         if context.capture is None:
             kwargs["position_ids"] = self._positions(call, context, kwargs)
-            if call.prompts is not None and context.encoder is None and self._all_attention:
+            if call.prompts is not None and context.encoder is None and self.behaviour.packs:
                 context = self._without_padding(context, kwargs)
         kwargs["softkv_prefix"] = replace(context, order=self.order, turns={}) if len(self.order) else context
         return (), kwargs
@@ -272,8 +305,7 @@ class DecoderHooks:
         cache, positions, rows = kwargs.get("past_key_values"), kwargs.get("position_ids"), context.rows
         past = cache.get_seq_length() if cache is not None else 0
         if positions is None:
-            mask = kwargs.get("attention_mask")
-            positions = token_positions(mask if isinstance(mask, Tensor) else None, (B, T), past, tokens.device)
+            positions = token_positions(padding_mask(kwargs.get("attention_mask")), (B, T), past, tokens.device)
         slots = context.slots_of(B if rows is None else len(rows.cu_seqlens) - 1)
         if isinstance(slots, Tensor):
             slots = slots[:, None] if rows is None else slots.repeat_interleave(rows.cu_seqlens.diff(), output_size=T)

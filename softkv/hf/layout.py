@@ -192,7 +192,11 @@ def token_positions(
 ) -> Tensor:
     """Positions `[B or 1, T]` of the last T tokens, counted from each row's first real token."""
     if attention_mask is not None and attention_mask.dim() == 2:
-        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -shape[1] :]
+        positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        end = past + shape[1]
+        if isinstance(end, int) and end < positions.shape[1]:  # of a whole static buffer
+            positions = positions[:, :end]
+        return positions[:, -shape[1] :]
     return (torch.arange(shape[1], device=device) + past)[None]
 
 

@@ -35,6 +35,9 @@ class Unpadded:
         given = {name for name, value in kwargs.items() if value is not None and value is not False}
         if torch.compiler.is_compiling() or not isinstance(mask, Tensor) or mask.dim() != 2 or given - _UNDERSTOOD:
             return None
+        positions = kwargs.get("position_ids")
+        if positions is not None and positions.dim() != 2:  # of images too
+            return None
         if cache is not None and (cache.get_seq_length() or not _grows_by_token(cache)):
             return None
         tokens = kwargs["inputs_embeds"] if kwargs.get("inputs_embeds") is not None else kwargs["input_ids"]
