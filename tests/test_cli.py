@@ -1,5 +1,6 @@
 """The `softkv` command on a tiny saved model: every command, config files, one-line errors, Ctrl-C and resuming."""
 
+import csv
 import gc
 import json
 import os
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from softkv import attach
 from softkv.cli import app
+from softkv.cli.methods import CHOICES, Sizes, explained
 from softkv.io import checkpoint
-from softkv.train.data import Columns, read_rows
+from softkv.methods import METHODS
+from softkv.train.data import Columns, read_filled, read_rows
 from tests.hf.tiny import model_of, tokenizer
 
 ROWS = [{"text": f"w{i} w{i + 1} w{i + 2}", "label": ("w50", "w51")[i % 2]} for i in range(2, 22)]
@@ -39,9 +44,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     gc.freeze()
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", out_of_reach)
     monkeypatch.setattr("softkv.train.trainer.draw_learning_curve", lambda *arguments: None)
     yield
     gc.unfreeze()
+
+
+def out_of_reach(*arguments: Any, **options: Any) -> None:
+    raise ConnectionError("Name or service not known\n(and more)")
 
 
 def softkv(*arguments: Any, code: int = 0) -> str:
@@ -212,7 +222,29 @@ def test_methods() -> None:
     said = softkv("methods")
     for part in ("prompt-tuning: k learned", "position='after'", "template=needed", "share_encoder=True"):
         assert part in said
+    assert "learns 2·n·G·D·L values: 368,640 for smollm2-135m and n = 32" in said
+    said = softkv("methods", "prefix-tuning", "--model", "llama-3.1-8b", "--length", 2)
+    assert "4,096 for llama-3.1-8b and n = 2" in said
+    assert "prompt-tuning" not in said
 
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_methods_counts_what_is_learned(name: str) -> None:
+    base = model_of("Llama")
+    method = METHODS[name](template="[X] [P1][P2][P3] [Y]") if name == "p-tuning" else METHODS[name](length=3)
+    learned = attach(base, method, tokenizer=tokenizer()).num_trainable()
+    assert CHOICES[name].count(Sizes.of(base.config.to_dict()), 3) == learned
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_methods_explains_every_option(method: type) -> None:
+    assert list(explained(method)) == [one.name for one in fields(method)]
+    assert all(explained(method).values())
+
+
+# The base is an empty folder: what is wrong must be found before it is loaded.
+NO_MODEL = ["train", "-m", "empty", "-d", "rows.jsonl", "-o", "out", "--length", "3", "--prompt", "text"]
+NO_MODEL += ["--answer", "label"]
 
 # What is wrong → (arguments, what the one line says).
 MISTAKES: dict[str, tuple[list[Any], str]] = {
@@ -244,7 +276,10 @@ MISTAKES: dict[str, tuple[list[Any], str]] = {
         ["train", "-m", "model", "-d", "rows.jsonl", "-o", "out", "-s", "rank=8"],
         "p-tuning-v2 has no option rank: it has length, init,",
     ),
-    "no length": (["train", "-m", "model", "-d", "rows.jsonl", "-o", "out"], "length is needed"),
+    "no length": (
+        ["train", "-m", "model", "-d", "rows.jsonl", "-o", "out"],
+        "p-tuning-v2 expects --length, the number",
+    ),
     "no template": (
         ["train", "-m", "model", "-d", "rows.jsonl", "-o", "out", "--method", "p-tuning"],
         "p-tuning expects a template",
@@ -256,6 +291,60 @@ MISTAKES: dict[str, tuple[list[Any], str]] = {
     "no value": (
         ["train", "-m", "model", "-d", "rows.jsonl", "-o", "out", "-s", "length"],
         "--set expects NAME=VALUE, got 'length'",
+    ),
+    "a length that the template says": (
+        ["train", "-m", "model", "-d", "rows.jsonl", "-o", "out", "--method", "p-tuning", "--length", "3"],
+        "p-tuning takes no --length: its template says",
+    ),
+    "an option of another type": (
+        ["train", "-m", "model", "-d", "rows.jsonl", "-o", "out", "--length", "3", "-s", "init_std=much"],
+        "p-tuning-v2 can't use init_std='much', length=3: ",
+    ),
+    "a null answer": (
+        ["train", "-m", "model", "-d", "null.jsonl", "-o", "out", "--length", "3", "--prompt", "text"]
+        + ["--answer", "label"],
+        "null.jsonl, row 2: the column 'label' expects a text or a number, got null",
+    ),
+    "a null answer in the evaluation": (
+        ["train", "-m", "model", "-d", "rows.jsonl", "-o", "out", "--length", "3", "--prompt", "text"]
+        + ["--answer", "label", "--eval-data", "null.jsonl"],
+        "null.jsonl, row 2: the column 'label' expects a text or a number, got null",
+    ),
+    "a base that is nowhere": (
+        ["train", "-m", "nobody/none-such", "-d", "rows.jsonl", "-o", "out", "--length", "3", "--prompt", "text"]
+        + ["--answer", "label"],
+        "nobody/none-such is no folder here, was never fetched, and the Hugging Face Hub is out of reach",
+    ),
+    "an adapter that is nowhere": (["inspect", "nobody/none-such"], "nobody/none-such is no folder here"),
+    "a base of a soft prompt that is nowhere": (
+        ["generate", "trained", "w3", "-m", "nobody/none-such"],
+        "nobody/none-such is no folder here",
+    ),
+    "a reporter that is not installed": (
+        [*NO_MODEL, "--report-to", "clearml"],
+        "--report-to clearml expects the package clearml, which is not installed: pip install clearml",
+    ),
+    "a reporter that is none": ([*NO_MODEL, "--report-to", "paper"], "--report-to expects one of azure_ml, "),
+    "no rate": ([*NO_MODEL, "--learning-rate", "0"], "--learning-rate expects a number above 0, got 0.0"),
+    "a rate that is no number": ([*NO_MODEL, "--learning-rate", "nan"], "--learning-rate expects a number above 0"),
+    "endless epochs": ([*NO_MODEL, "--epochs", "inf"], "--epochs expects a number above 0, got inf"),
+    "a training argument that is no number": (
+        [*NO_MODEL, "--arg", "weight_decay=much"],
+        "--arg: argument --weight_decay/--weight-decay: invalid float value: 'much'",
+    ),
+    "a training argument that is not finite": (
+        [*NO_MODEL, "--arg", "weight-decay=nan"],
+        "--arg weight_decay expects a finite number, got nan",
+    ),
+    "a training argument out of range": ([*NO_MODEL, "--arg", "lr_scheduler_type=up"], "lr_scheduler_type"),
+    "a temperature that is no number": (
+        ["generate", "trained", "w3", "--temperature", "inf"],
+        "--temperature expects 0 or a number above it, got inf",
+    ),
+    "no top p": (["generate", "trained", "w3", "--top-p", "0"], "--top-p expects a number above 0 and at most 1"),
+    "a file for the output": (
+        ["train", "-m", "model", "-d", "rows.jsonl", "-o", "odd.txt", "--length", "3"],
+        "--output expects a folder, got the file odd.txt",
     ),
     "a verbalizer too few": (
         ["train", "-m", "model", "-d", "rows.jsonl", "-o", "out", "--length", "3", "--prompt", "text"]
@@ -297,7 +386,9 @@ def test_mistakes_are_one_line(
     for file in ("model", "rows.jsonl"):
         Path(file).symlink_to(folder / file)
     Path("trained").symlink_to(trained)
+    Path("empty").mkdir()
     Path("odd.txt").write_text("x")
+    Path("null.jsonl").write_text('{"text": "w3", "label": "w4"}\n\n{"text": "w3", "label": null}\n')
     Path("bad.jsonl").write_text('{"text": "w3"}\n{"text"\n')
     Path("empty.csv").write_text("text,label\n")
     Path("wrong.yaml").write_text("lr: 0.1")
@@ -320,10 +411,18 @@ def test_a_damaged_adapter_is_one_line(trained: Path, tmp_path: Path) -> None:
     assert "is damaged" in softkv("inspect", tmp_path, code=2)
 
 
-def test_importing_the_command_is_quick() -> None:
-    code = "import softkv.cli, sys; print(sorted({'torch', 'transformers', 'matplotlib'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+@pytest.mark.parametrize("command", [["--help"], ["inspect", "TRAINED"], ["inspect", "nobody/none-such"]])
+def test_commands_that_load_no_base_are_quick(command: list[str], trained: Path) -> None:
+    code = """if True:
+        import sys
+        from softkv.cli import app
+        try:
+            app(sys.argv[1:])
+        finally:
+            print(sorted({"torch", "transformers", "matplotlib", "pandas"} & set(sys.modules)))"""
+    arguments = [str(trained) if one == "TRAINED" else one for one in command]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
 
 
 def test_every_command_has_help() -> None:
@@ -357,13 +456,41 @@ class TestData:
             ("a.json", "{}", "is not a list of rows"),
             ("a.json", "{", "is not JSON"),
             ("a.csv", "a,b\n1\n", "not as many cells as its header"),
-            ("a.csv", "a,b\n1,2,3\n", "not as many cells as its header"),
+            ("a.csv", "a,b\n1,2\n1,2,3\n", "line 3 of .* has not as many cells as its header: 3, not 2"),
+            ("a.csv", "a,b\n1,2\n1\n", "line 3 of .* has not as many cells as its header: 1, not 2"),
+            ("a.csv", "a,a\n1,2\n", "several columns called 'a'"),
+            ("a.csv", 'a,b\n1,"2\n', "line . of .* can't be read as CSV"),
         ],
     )
     def test_broken_files(self, name: str, text: str, message: str, tmp_path: Path) -> None:
         (tmp_path / name).write_text(text)
         with pytest.raises(ValueError, match=message):
             read_rows(str(tmp_path / name))
+
+    def test_a_cell_may_be_longer_than_the_csv_modules_limit(self, tmp_path: Path) -> None:
+        limit = csv.field_size_limit()
+        (tmp_path / "a.csv").write_text(f"text,label\n{'w' * (2 * limit)},x\n")
+        assert len(read_rows(str(tmp_path / "a.csv"))[0]["text"]) == 2 * limit
+        assert csv.field_size_limit() == limit
+
+    @pytest.mark.parametrize(
+        ("label", "message"),
+        [
+            (None, "got null"),
+            (float("nan"), "got NaN"),
+            ({"a": 1}, "got an object"),
+            ([["w3"]], "got a list"),
+            ([], "got an empty list"),
+            (["w3", None], "got null"),
+        ],
+    )
+    def test_what_is_no_text_is_named_by_file_and_row(self, label: Any, message: str, tmp_path: Path) -> None:
+        rows = [{"X": "w1", "label": "w2"}, {"X": "w1", "label": label}]
+        (tmp_path / "a.json").write_text(json.dumps(rows))
+        with pytest.raises(ValueError, match=rf"a\.json, row 2: the column 'label' expects .*, {message}$"):
+            read_filled(Columns(("X",), "label"), str(tmp_path / "a.json"))
+        with pytest.raises(ValueError, match=r"a\.json, row 1: there is no column 'Z'"):
+            read_filled(Columns(("X",), "Z"), str(tmp_path / "a.json"))
 
     def test_columns(self) -> None:
         columns = Columns(("X",), "label", {"X": "text"}, {"0": "bad", "1": "good"})

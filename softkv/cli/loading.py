@@ -10,55 +10,94 @@ from softkv.cli.console import fail
 if TYPE_CHECKING:  # torch and transformers take seconds to import
     from softkv.io.model import SoftModel
 
-
-def load_base(name: str, dtype: str) -> tuple[Any, Any]:
-    """A causal LM and its tokenizer."""
-    import transformers
-
-    return load_model(name, dtype), transformers.AutoTokenizer.from_pretrained(name)
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-def load_model(name: str, dtype: str) -> Any:
-    """A causal LM."""
-    import transformers
-
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        fail(f"--dtype expects auto, float32, bfloat16 or float16, got {dtype!r}")
-    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
+def check_base(name: str, dtype: str) -> bool:
+    """Whether the Hub is to be asked for a base; one line and the end where there is no such base."""
+    if dtype not in DTYPES:
+        fail(f"--dtype expects {', '.join(DTYPES[:-1])} or {DTYPES[-1]}, got {dtype!r}")
+    if Path(name).is_dir():
+        return False
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
         fail(f"there is no folder {name}: --model is a folder or an id on the Hugging Face Hub")
+    from softkv.io.hub import reachable
+
+    return reachable(name)
+
+
+def load_base(name: str, dtype: str, *, online: bool | None = None) -> tuple[Any, Any]:
+    """A causal LM and its tokenizer. `online` is what `check_base` said, where it was asked before."""
+    if online is None:
+        online = check_base(name, dtype)
+    model = load_model(name, dtype, online=online)
+
+    import transformers
+
+    return model, transformers.AutoTokenizer.from_pretrained(name, local_files_only=not online)
+
+
+def load_model(name: str, dtype: str, *, online: bool | None = None) -> Any:
+    """A causal LM."""
+    if online is None:
+        online = check_base(name, dtype)  # before seconds are spent on imports
+
+    import transformers
+
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    return transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    return transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype, local_files_only=not online)
 
 
-def on_device(model: Any, device: str | None) -> Any:
-    """The model on a device; None takes the accelerator, if there is one."""
+def find_device(device: str | None) -> str:
+    """A device that torch can put tensors on; None takes the accelerator, if there is one."""
     import torch
 
     if device is None:
         found = torch.accelerator.current_accelerator(check_available=True)
-        device = found.type if found is not None else "cpu"
+        return found.type if found is not None else "cpu"
     try:
-        return model.to(device)
-    except (AssertionError, RuntimeError) as error:  # unknown to torch, out of its reach, or too small
+        torch.empty(1, device=device)
+    except (AssertionError, RuntimeError) as error:  # unknown to torch, or out of its reach
         reason = str(error).strip().splitlines()[0]
         fail(f"--device expects a device that this machine's torch can put the model on, got {device!r}: {reason}")
+    return device
+
+
+def on_device(model: Any, device: str | None) -> Any:
+    """The model on a device; None takes the accelerator, if there is one."""
+    device = find_device(device)
+    try:
+        return model.to(device)
+    except RuntimeError as error:  # too small
+        reason = str(error).strip().splitlines()[0]
+        fail(f"the base does not go on --device {device}: {reason}")
 
 
 def load_adapter(adapter: str, model: str | None, dtype: str, device: str | None) -> tuple[SoftModel, Any]:
     """A soft prompt on its base (or on the one given) and the base's tokenizer."""
-    import softkv
-
-    name = model or read_adapter(adapter)[0]["base"]["name"]
+    name = model or describe_adapter(adapter)[0]["base"]["name"]
     if not name:
         fail("the soft prompt doesn't say what its base is called: give --model")
-    base, tokenizer = load_base(name, dtype)
+    online = check_base(name, dtype)
+    device = find_device(device)
+
+    import softkv
+
+    base, tokenizer = load_base(name, dtype, online=online)
     return softkv.load(on_device(base, device), adapter), tokenizer
 
 
-def read_adapter(adapter: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The config and the tensors of a soft prompt, from a folder or the Hub."""
-    from softkv.io.checkpoint import read
+def describe_adapter(adapter: str) -> tuple[dict[str, Any], dict[str, list[int]]]:
+    """The config of a soft prompt and the shapes of its tensors, from a folder or the Hub."""
+    from softkv.io.config import WEIGHTS, described
     from softkv.io.hub import local
 
-    return read(local(adapter))
+    folder = local(adapter)
+    if (folder / WEIGHTS).is_file():
+        return described(folder / WEIGHTS)
+
+    from softkv.io.checkpoint import read  # other formats; torch takes seconds to import
+
+    config, tensors = read(folder)
+    return config, {name: list(tensor.shape) for name, tensor in tensors.items()}

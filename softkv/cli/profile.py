@@ -14,6 +14,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from softkv.cli.console import err, fail, friendly, out
+from softkv.cli.options import MethodName
+
+PLAN_EXAMPLES = "Example:\n\n    softkv plan --model llama-3.1-405b --length 128 --batch 64 --devices 16"
 
 app = typer.Typer(
     help="What kernels and steps cost: static bounds from machine code, traces of real runs.",
@@ -165,13 +168,6 @@ def _mixes(rows: list[dict[str, Any]]) -> Table:
             counts = str(loop["warps"]), str(loop["instructions"])
             table.add_row(row["kernel"], row["target"], name, *counts, mix, opcodes)
     return table
-
-
-class MethodName(str, Enum):
-    P_TUNING_V2 = "p-tuning-v2"
-    PREFIX_TUNING = "prefix-tuning"
-    PROMPT_TUNING = "prompt-tuning"
-    P_TUNING = "p-tuning"
 
 
 class EncoderName(str, Enum):

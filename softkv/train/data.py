@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
+_LONGEST_CELL = 1 << 30  # characters; the csv module's own limit is 131,072
 
 
 def read_rows(source: str, *, split: str = "train", limit: int | None = None) -> list[Row]:
@@ -69,10 +70,23 @@ def _json(path: Path, file: Any) -> Iterator[Row]:
 
 
 def _csv(path: Path, file: Any, delimiter: str = ",") -> Iterator[Row]:
-    for row in csv.DictReader(file, delimiter=delimiter):
-        if None in row or None in row.values():
-            raise ValueError(f"a row of {path} has not as many cells as its header: {list(row.values())}")
-        yield row
+    before = csv.field_size_limit(_LONGEST_CELL)
+    try:
+        reader = csv.DictReader(file, delimiter=delimiter, strict=True)
+        names = reader.fieldnames or []
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"{path} has several columns called {', '.join(map(repr, twice))}")
+        for row in reader:
+            if None in row or None in row.values():
+                cells = len(row) - list(row.values()).count(None) + len(row.get(None) or ()) - (None in row)
+                raise ValueError(
+                    f"line {reader.line_num} of {path} has not as many cells as its header: {cells}, not {len(names)}"
+                )
+            yield row
+    except csv.Error as error:
+        raise ValueError(f"line {reader.line_num} of {path} can't be read as CSV: {error}") from error
+    finally:
+        csv.field_size_limit(before)
 
 
 _READERS = {
@@ -124,18 +138,21 @@ class Columns:
         """The text of each field.
 
         Raises:
-            ValueError: when a column is missing.
+            ValueError: when a column is missing, or holds no text.
         """
-        return {name: str(self._cell(row, self.sources.get(name, name), f"[{name}]")) for name in self.fields}
+        return {name: _text(*self._cell(row, self.sources.get(name, name), f"[{name}]")) for name in self.fields}
 
     def answers(self, row: Row) -> list[str]:
         """The row's right answers.
 
         Raises:
-            ValueError: when the column is missing, or a value has no verbalizer although others do.
+            ValueError: when the column is missing or holds no text, or a value has no verbalizer although others do.
         """
-        value = self._cell(row, self.answer, "the answer")
-        return [self._verbalized(str(one)) for one in (value if isinstance(value, list) else [value])]
+        column, value = self._cell(row, self.answer, "the answer")
+        several = value if isinstance(value, list) else [value]
+        if not several:
+            raise ValueError(f"the column {column!r} expects an answer, or a list of them, got an empty list")
+        return [self._verbalized(_text(column, one)) for one in several]
 
     def _verbalized(self, value: str) -> str:
         if self.verbalizers and value not in self.verbalizers:
@@ -143,10 +160,44 @@ class Columns:
             raise ValueError(f"the answer {value!r} has no verbalizer (they are for {known}): give --verbalizer too")
         return self.verbalizers.get(value, value)
 
-    def _cell(self, row: Row, column: str, what: str) -> Any:
-        if column not in row or row[column] is None:
+    def _cell(self, row: Row, column: str, what: str) -> tuple[str, Any]:
+        if column not in row:
             raise ValueError(
                 f"there is no column {column!r} for {what} (the row has {', '.join(map(str, row))}): "
                 "say which with --field or --answer"
             )
-        return row[column]
+        return column, row[column]
+
+
+def _text(column: str, value: Any) -> str:
+    if value is None or value != value:
+        raise ValueError(f"the column {column!r} expects a text or a number, got {'null' if value is None else 'NaN'}")
+    if isinstance(value, dict | list | bytes):
+        kind = {"dict": "an object", "list": "a list", "bytes": "bytes"}[type(value).__name__]
+        raise ValueError(f"the column {column!r} expects a text or a number, got {kind}")
+    return str(value)
+
+
+@dataclass(frozen=True)
+class Filled:
+    """A row's texts: those of the template's fields, and its right answers. `where` names the row in messages."""
+
+    where: str
+    fields: dict[str, str]
+    answers: list[str]
+
+
+def read_filled(columns: Columns, source: str, *, split: str = "train", limit: int | None = None) -> list[Filled]:
+    """The rows of `read_rows`, as texts.
+
+    Raises:
+        ValueError: also when a row doesn't fit the columns; names file and row.
+    """
+    rows = []
+    for number, row in enumerate(read_rows(source, split=split, limit=limit), start=1):
+        where = f"{source}, row {number}"
+        try:
+            rows.append(Filled(where, columns.prompt(row), columns.answers(row)))
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+    return rows

@@ -1,0 +1,45 @@
+"""The method that a command's options describe."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from softkv.cli.console import fail
+from softkv.cli.options import pairs
+
+
+def method_of(name: str, settings: list[str] | None, **flags: Any) -> Any:
+    """The method with its options, from --set and from flags of their own (None where they were not given)."""
+    from dataclasses import fields
+
+    from softkv.methods import METHODS
+
+    given = {key: value for key, value in flags.items() if value is not None}
+    options = pairs(settings, "--set") | given
+    for key in {"template", "init_text"} & options.keys():
+        options[key] = str(options[key]).replace("\\n", "\n")  # a shell has no easy way to write a new line
+    known = [one.name for one in fields(METHODS[name])]  # type: ignore[arg-type]
+    _check_names(name, options, given, known)
+    if "init_text" in options:
+        options.setdefault("init", "text")
+    if "length" in known and "length" not in options and options.get("init") != "text":
+        fail(
+            f"{name} expects --length, the number of {'soft tokens' if name == 'prompt-tuning' else 'slots'} to learn; "
+            "or --init-text, whose tokens can be counted"
+        )
+    if name == "p-tuning" and "template" not in options:
+        fail("p-tuning expects a template that says where its soft tokens go: --template '[P1][P2] [X] [P3] [Y]'")
+    try:
+        return METHODS[name](**options)
+    except TypeError as error:  # a text where a number belongs
+        fail(f"{name} can't use {', '.join(f'{key}={value!r}' for key, value in options.items())}: {error}")
+
+
+def _check_names(name: str, options: dict[str, Any], given: dict[str, Any], known: list[str]) -> None:
+    if name == "p-tuning" and "length" in options:
+        fail("p-tuning takes no --length: its template says how many soft tokens there are, [P1][P2]...")
+    if name == "p-tuning" and "init_text" in options:
+        fail("p-tuning takes no --init-text: its encoder can read a text, --set prompt_text='...'")
+    if unknown := sorted(options.keys() - set(known)):
+        names = [f"--{key.replace('_', '-')}" if key in given else key for key in unknown]
+        fail(f"{name} has no option {', '.join(names)}: it has {', '.join(known)}")

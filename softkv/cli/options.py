@@ -1,0 +1,63 @@
+"""Options that several commands have, and how they are read."""
+
+from __future__ import annotations
+
+import json
+import math
+from enum import Enum
+from typing import Annotated, Any
+
+import typer
+
+from softkv.cli.console import fail
+
+
+class MethodName(str, Enum):
+    PROMPT_TUNING = "prompt-tuning"
+    P_TUNING = "p-tuning"
+    PREFIX_TUNING = "prefix-tuning"
+    P_TUNING_V2 = "p-tuning-v2"
+
+
+Model = Annotated[str | None, typer.Option("--model", "-m", help="Base: a folder or an id on the Hugging Face Hub.")]
+Adapter = Annotated[str, typer.Argument(help="Folder of a trained soft prompt, or an id on the Hugging Face Hub.")]
+Data = Annotated[str, typer.Option("--data", "-d", help=".jsonl, .json, .csv or .tsv file, or a data set's name.")]
+Split = Annotated[str, typer.Option(help="Split of a `datasets` data set: train, test\\[:100]...")]
+Answer = Annotated[str, typer.Option(help="Column of the answer (a list in it: several right answers).")]
+Fields = Annotated[
+    list[str] | None, typer.Option("--field", "-f", help="FIELD=COLUMN, where a column isn't called as its field.")
+]
+Prompt = Annotated[str | None, typer.Option(help="Column of the prompt: short for --field X=COLUMN.")]
+Verbalizers = Annotated[
+    list[str] | None, typer.Option("--verbalizer", "-v", help="VALUE=TEXT: the text that stands for a class.")
+]
+End = Annotated[bool, typer.Option(help="Answers end with the model's end token, so that generation stops.")]
+Limit = Annotated[int | None, typer.Option(min=1, help="Read at most this many rows.")]
+Dtype = Annotated[str, typer.Option(help="Of the base: auto, float32, bfloat16 or float16.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda...; by default the first accelerator there is.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def pairs(given: list[str] | None, option: str, *, parse: bool = True) -> dict[str, Any]:
+    """NAME=VALUE options; values that are JSON are what they say."""
+    found: dict[str, Any] = {}
+    for one in given or []:
+        name, sign, value = one.partition("=")
+        if not sign or not name:
+            fail(f"{option} expects NAME=VALUE, got {one!r}")
+        found[name.strip().replace("-", "_") if parse else name] = _value(value) if parse else value
+    return found
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return {"True": True, "False": False, "None": None}.get(text, text)
+
+
+def check_above(**numbers: float) -> None:
+    """One line for an option that is not a number above 0."""
+    for name, number in numbers.items():
+        if not (math.isfinite(number) and number > 0):
+            fail(f"--{name.replace('_', '-')} expects a number above 0, got {number}")

@@ -1,0 +1,208 @@
+"""`softkv train`."""
+
+from __future__ import annotations
+
+import json
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from softkv.cli.config import Config
+from softkv.cli.console import err, fail, out
+from softkv.cli.loading import check_base, load_base
+from softkv.cli.method import method_of
+from softkv.cli.options import (
+    Answer,
+    Data,
+    Dtype,
+    End,
+    Fields,
+    Limit,
+    MethodName,
+    Model,
+    Prompt,
+    Split,
+    Verbalizers,
+    check_above,
+)
+from softkv.cli.rows import columns_of, ending_of, examples_of
+from softkv.cli.training_arguments import training_arguments
+from softkv.train.data import read_filled
+
+EXAMPLES = """
+Examples:
+
+    softkv train -m HuggingFaceTB/SmolLM2-135M-Instruct --method p-tuning-v2 --data train.jsonl --output runs/a \\
+        --template "Review: [text] Sentiment: [Y]" --answer label --length 32 --steps 200
+
+    softkv train -m MODEL --method prompt-tuning --data train.csv --prompt question --answer reply --length 20 -o runs/b
+
+    softkv train --config runs/a/train.json --resume
+
+The options of each method: `softkv methods`. With more processes: `torchrun --nproc-per-node 2 -m softkv.cli train ...`
+"""
+
+
+class Loss(str, Enum):
+    ANSWER = "answer"
+    ALL = "all"
+
+
+def train(
+    data: Data,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the soft prompt and its checkpoints.")],
+    method: Annotated[MethodName, typer.Option(help="What is learned.")] = MethodName.P_TUNING_V2,
+    model: Model = None,
+    config: Config = None,
+    template: Annotated[
+        str | None,
+        typer.Option(help="How a row is written: text, \\[column], \\[P1] for soft tokens, \\[Y] at its end."),
+    ] = None,
+    prompt: Prompt = None,
+    answer: Answer = "answer",
+    field: Fields = None,
+    verbalizer: Verbalizers = None,
+    split: Split = "train",
+    limit: Limit = None,
+    end: End = True,
+    length: Annotated[int | None, typer.Option(min=1, help="Soft tokens, or slots of the prefix.")] = None,
+    init_text: Annotated[str | None, typer.Option(help="Start from this text.")] = None,
+    set: Annotated[
+        list[str] | None, typer.Option("--set", "-s", help="NAME=VALUE: any option of the method (softkv methods).")
+    ] = None,
+    loss: Annotated[Loss, typer.Option(help="On the answers, or on all tokens of a row.")] = Loss.ANSWER,
+    eval_data: Annotated[str | None, typer.Option(help="Rows to evaluate the loss on.")] = None,
+    eval_split: Annotated[str, typer.Option(help="Split of --eval-data.")] = "validation",
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps; by default as many as --epochs take.")] = None,
+    epochs: Annotated[float, typer.Option(help="Times to go through the data.")] = 1.0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows a step and process.")] = 16,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens a step and process, in place of rows.")] = None,
+    accumulate: Annotated[int, typer.Option(min=1, help="Batches a step.")] = 1,
+    learning_rate: Annotated[float, typer.Option(help="At its highest.")] = 5e-3,
+    warmup_steps: Annotated[int, typer.Option(min=0)] = 0,
+    eval_every: Annotated[int, typer.Option(min=1, help="Steps between evaluations.")] = 100,
+    save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
+    dtype: Dtype = "auto",
+    cpu: Annotated[bool, typer.Option("--cpu", help="Leave accelerators alone.")] = False,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Autocast to bfloat16.")] = False,
+    gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing", help="Less memory.")] = False,
+    packing: Annotated[bool, typer.Option(help="Rows end to end, or padded.")] = True,
+    head_once: Annotated[bool, typer.Option(help="Soft tokens before every row: run once a batch.")] = True,
+    label_logits: Annotated[bool, typer.Option(help="Logits only where a label is.")] = True,
+    report_to: Annotated[list[str] | None, typer.Option(help="tensorboard, wandb...")] = None,
+    arg: Annotated[list[str] | None, typer.Option(help="NAME=VALUE: any of transformers' TrainingArguments.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --output.")] = False,
+) -> None:
+    """Train a soft prompt; the base stays as it is."""
+    options = {name: value for name, value in locals().items() if name not in ("config", "resume")}
+    if model is None:
+        fail("which base? Give --model")
+    check_above(learning_rate=learning_rate, epochs=epochs)
+    if not Path(output).is_dir() and Path(output).exists():
+        fail(f"--output expects a folder, got the file {output}")
+    # What may be wrong is looked for before seconds are spent on imports, and minutes on a base.
+    online = check_base(model, dtype)
+    chosen = method_of(method.value, set, length=length, init_text=init_text, template=template)
+    columns = columns_of(chosen.template, answer, field, prompt, verbalizer)
+    rows = read_filled(columns, data, split=split, limit=limit)
+    eval_rows = read_filled(columns, eval_data, split=eval_split) if eval_data else []
+    values = {
+        "output_dir": str(output),
+        "max_steps": steps if steps is not None else -1,
+        "num_train_epochs": epochs,
+        "per_device_train_batch_size": batch_size,
+        "per_device_eval_batch_size": batch_size,
+        "gradient_accumulation_steps": accumulate,
+        "learning_rate": learning_rate,
+        "warmup_steps": warmup_steps,
+        "weight_decay": 0.0,
+        "logging_steps": 1,
+        "eval_strategy": "steps" if eval_rows else "no",
+        "eval_steps": eval_every,
+        "save_steps": save_every,
+        "save_total_limit": 2,
+        "seed": seed,
+        "bf16": bf16,
+        "gradient_checkpointing": gradient_checkpointing,
+        "report_to": report_to or [],
+        "use_cpu": cpu,
+        "log_level": "error",
+        "disable_tqdm": False,
+    }
+    arguments = training_arguments(values, arg)
+
+    import transformers
+
+    import softkv
+    from softkv.train.trainer import ProgressBar, StopOnSignal, last_checkpoint
+
+    if resume and last_checkpoint(output) is None:
+        fail(f"{output} holds no whole checkpoint to resume from: leave --resume out")
+    if not resume and last_checkpoint(output) is not None:
+        fail(f"{output} holds checkpoints of another run: add --resume to go on with it, or choose another --output")
+    transformers.set_seed(seed)
+    base, tokenizer = load_base(model, dtype, online=online)
+    soft_model = softkv.attach(base, chosen, tokenizer=tokenizer, head_once=head_once)
+    ending = ending_of(tokenizer, end)
+    stop = StopOnSignal()
+    trainer = softkv.Trainer(
+        soft_model,
+        arguments,
+        None if packing else softkv.PaddingCollator(),
+        max_tokens=max_tokens,
+        label_logits_only=label_logits,
+        train_dataset=examples_of(soft_model, tokenizer, rows, ending, whole_rows=loss is Loss.ALL),
+        eval_dataset=examples_of(soft_model, tokenizer, eval_rows, ending, whole_rows=loss is Loss.ALL) or None,
+        callbacks=[stop],
+    )
+    if not arguments.disable_tqdm:
+        trainer.remove_callback(transformers.ProgressCallback)
+        trainer.add_callback(ProgressBar)
+    if trainer.is_world_process_zero():
+        _keep(options, output)
+        err.print(f"{soft_model.num_trainable():,} values to learn, {len(rows):,} rows. Ctrl-C saves and stops.")
+    _run(trainer, stop, output, resume=resume)
+
+
+def _keep(options: dict[str, Any], output: Path) -> None:
+    """Leaves the options of a run in its folder, for --config."""
+    output.mkdir(parents=True, exist_ok=True)
+    kept = {name: value.value if isinstance(value, Enum) else value for name, value in options.items()}
+    kept = {name: str(value) if isinstance(value, Path) else value for name, value in kept.items()}
+    text = json.dumps({name: value for name, value in kept.items() if value is not None}, indent=2)
+    (output / "train.json").write_text(text + "\n", encoding="utf-8")
+
+
+def _run(trainer: Any, stop: Any, output: Path, *, resume: bool) -> None:
+    """Trains, saves, and says how it ended."""
+    from softkv.train.processes import leave_together
+    from softkv.train.trainer import last_checkpoint
+
+    again = f"softkv train --config {output / 'train.json'} --resume"
+    try:
+        result = trainer.train(resume_from_checkpoint=resume)
+    except KeyboardInterrupt:
+        whole = last_checkpoint(output)
+        saved = f"{whole} is whole. Resume with: {again}" if whole else "no checkpoint was saved yet"
+        err.print(f"softkv: interrupted; {saved}", soft_wrap=True)
+        raise typer.Exit(130) from None
+    finally:
+        stop.release()
+    if stop.stopped:
+        done = f"{result.global_step} of {trainer.state.max_steps} steps"
+        err.print(f"softkv: stopped after {done}, and saved them. Resume with: {again}", soft_wrap=True)
+        raise typer.Exit(130)
+    if trainer.is_world_process_zero():
+        trainer.model.save_pretrained(output)
+        measured = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+        evaluated = f", evaluation {measured[-1]:.4f}" if measured else ""
+        out.print(f"{result.global_step} steps, loss {result.training_loss:.4f} on average{evaluated}")
+        curve = output / "learning_curve.png"
+        out.print(f"Soft prompt: {output}", soft_wrap=True)
+        if curve.is_file():
+            out.print(f"Learning curve: {curve}", soft_wrap=True)
+    if trainer.args.world_size > 1:
+        leave_together()
