@@ -30,13 +30,20 @@ class Case:
         op: Callable[..., Any] = prefix_attention_varlen if self.packed else prefix_attention
         return op(**{**self.leaves, **self.options, **overrides}, return_lse=True)
 
-    def run(self, backend: str | None = None, with_lse: bool = True) -> dict[str, Tensor]:
-        """Outputs and the gradient of every leaf, for one fixed random direction of grad_out and grad_lse."""
-        out, lse = self.call(backend=backend)
+    def directions(self, backend: str | None = None) -> list[Tensor]:
+        """One fixed random direction of grad_out and grad_lse."""
+        with torch.no_grad():
+            results = self.call(backend=backend)
         generator = torch.Generator().manual_seed(1)
-        grad_out = torch.randn(out.shape, dtype=torch.float64, generator=generator).to(out)
-        grad_lse = torch.randn(lse.shape, dtype=torch.float64, generator=generator).to(lse)
-        targets = ([out, lse], [grad_out, grad_lse]) if with_lse else ([out], [grad_out])
+        return [torch.randn(x.shape, dtype=torch.float64, generator=generator).to(x) for x in results]
+
+    def run(
+        self, backend: str | None = None, with_lse: bool = True, directions: list[Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Outputs and the gradient of every leaf, for `directions` of grad_out and grad_lse."""
+        out, lse = self.call(backend=backend)
+        directions = directions or self.directions(backend)
+        targets = ([out, lse], directions) if with_lse else ([out], directions[:1])
         grads = torch.autograd.grad(targets[0], list(self.leaves.values()), targets[1])
         return {"out": out.detach(), "lse": lse.detach(), **dict(zip(self.leaves, grads, strict=True))}
 

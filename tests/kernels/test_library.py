@@ -16,6 +16,7 @@ from torch import Tensor
 
 from softkv.ops.library import flash, merge, parts
 from tests.attention_cases import CASES, Case, dense, packed
+from tests.kernels.test_kernels import DEVICE, on_device
 
 
 def scores(q: Tensor, k: Tensor, scale: float, causal: bool, left: int, softcap: float) -> tuple[Tensor, Tensor]:
@@ -26,10 +27,10 @@ def scores(q: Tensor, k: Tensor, scale: float, causal: bool, left: int, softcap:
         s = softcap * torch.tanh(s / softcap)
         slope = scale * (1 - (s / softcap) ** 2)
     T, S = s.shape[1:]
-    at = torch.arange(T)[:, None] + S - T
-    hidden = (torch.arange(S) > at) if causal else torch.zeros(T, S, dtype=torch.bool)
+    at, keys = torch.arange(T, device=q.device)[:, None] + S - T, torch.arange(S, device=q.device)
+    hidden = (keys > at) if causal else torch.zeros(T, S, dtype=torch.bool, device=q.device)
     if left >= 0:
-        hidden = hidden | (torch.arange(S) < at - left)
+        hidden = hidden | (keys < at - left)
     return s.masked_fill(hidden, float("-inf")), slope
 
 
@@ -223,7 +224,7 @@ PAIRS = [(kernel, name) for kernel, names in TAKEN.items() for name in names]
 
 @pytest.mark.parametrize(("kernel", "name"), PAIRS, indirect=["kernel"])
 def test_matches_the_oracle(name: str, kernel: str) -> None:
-    case = (MORE.get(name) or CASES[name])().to(torch.float16)
+    case = on_device((MORE.get(name) or CASES[name])()).to(torch.float16)
     got, want = case.run(kernel, with_lse=False), case.to(torch.float64).run("reference", with_lse=False)
     for key in want:
         assert got[key].shape == want[key].shape
@@ -233,7 +234,7 @@ def test_matches_the_oracle(name: str, kernel: str) -> None:
 @pytest.mark.parametrize("kernel", KERNELS[:3], indirect=True)
 def test_only_parts_with_a_wanted_gradient_are_called(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A frozen base's first layer asks for the prefix's gradient alone: the tokens' backward is not called."""
-    case = CASES["shared prefix"]().to(torch.float16)
+    case = on_device(CASES["shared prefix"]()).to(torch.float16)
     called = []
     engine = importlib.import_module(f"softkv.ops.library.{kernel}")._engine
     plain = engine.kernel.backward
@@ -259,13 +260,14 @@ REFUSED = {
 def test_what_no_kernel_takes_is_refused(kernel: str) -> None:
     for name, expected in REFUSED.items():
         with pytest.raises(NotImplementedError, match=f"backend '{kernel}': expected .*{expected}"):
-            CASES[name]().to(torch.float16).call(backend=kernel)
+            on_device(CASES[name]()).to(torch.float16).call(backend=kernel)
+    case = on_device(CASES["shared prefix"]())
     with pytest.raises(NotImplementedError, match="float16 or bfloat16"):
-        CASES["shared prefix"]().to(torch.float32).call(backend=kernel)
+        case.to(torch.float32).call(backend=kernel)
     with pytest.raises(NotImplementedError, match="multiples of 8, got 20"):
-        dense(D=20, P=3, A=1).to(torch.float16).call(backend=kernel)
+        on_device(dense(D=20, P=3, A=1)).to(torch.float16).call(backend=kernel)
     with pytest.raises(NotImplementedError, match="no gradient of lse"):
-        CASES["shared prefix"]().to(torch.float16).run(kernel)
+        case.to(torch.float16).run(kernel)
 
 
 @pytest.mark.parametrize(
@@ -283,7 +285,7 @@ def test_what_no_kernel_takes_is_refused(kernel: str) -> None:
 )
 def test_what_one_kernel_does_not_take_is_refused(kernel: str, name: str, expected: str) -> None:
     with pytest.raises(NotImplementedError, match=expected):
-        CASES[name]().to(torch.float16).call(backend=kernel)
+        on_device(CASES[name]()).to(torch.float16).call(backend=kernel)
 
 
 @pytest.mark.parametrize("backend", ["cudnn", "flash"])
@@ -324,14 +326,14 @@ def test_merge(is_packed: bool, with_sinks: bool, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
     tokens = (77,) if is_packed else (3, 19)
     H, D = 3, 24
-    outs = [torch.randn(*tokens, H, D, generator=generator).to(dtype) for _ in range(2)]
-    lses = [3 * torch.randn(*tokens, H, generator=generator).transpose(-1, -2) for _ in range(2)]
+    outs = [torch.randn(*tokens, H, D, generator=generator).to(DEVICE, dtype) for _ in range(2)]
+    lses = [3 * torch.randn(*tokens, H, generator=generator).to(DEVICE).transpose(-1, -2) for _ in range(2)]
     lses[1] = lses[1].contiguous()
     lses[0][..., 0], lses[1][..., 0] = torch.inf, -torch.inf
     lses[1][..., 1] = torch.inf
     outs[1].transpose(-2, -3)[..., 1, :] = torch.nan  # of a query that saw nothing there
-    sinks = torch.randn(H, generator=generator) if with_sinks else None
-    out = torch.empty(*tokens[:-1], H, tokens[-1], D, dtype=dtype).transpose(-2, -3)
+    sinks = torch.randn(H, generator=generator).to(DEVICE) if with_sinks else None
+    out = torch.empty(*tokens[:-1], H, tokens[-1], D, dtype=dtype, device=DEVICE).transpose(-2, -3)
     lse = merge.merge(list(zip(outs, lses, strict=True)), sinks, out)
     logits = [x.double().masked_fill(x == torch.inf, -torch.inf) for x in lses]
     if sinks is not None:

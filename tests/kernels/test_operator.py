@@ -54,10 +54,11 @@ def test_compiles_whole(name: str) -> None:
 @pytest.mark.parametrize("name", ["shared prefix", "one query, bank", "packed, bank"])
 def test_cuda_graph(name: str) -> None:
     case = on_device(CASES[name]()).to(torch.float16)
-    want = case.run("triton")
+    directions = case.directions("triton")
+    want = case.run("triton", directions=directions)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        got = case.run("triton")
+        got = case.run("triton", directions=directions)
     for x in got.values():
         x.fill_(float("nan"))
     graph.replay()
