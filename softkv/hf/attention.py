@@ -215,6 +215,7 @@ def attention(
     autocasts = device != "meta" and torch.is_autocast_enabled(device)  # torch knows no autocast there, and raises
     dtype = torch.get_autocast_dtype(device) if autocasts else query.dtype
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    like: dict[str, Any] = {"dtype": dtype, "device": query.device}
     options: dict[str, Any] = {
         "scale": scaling,
         "softcap": softcap,
@@ -238,7 +239,7 @@ def attention(
                 f"{type(module).__name__} has a mask or a position bias of its own, which softkv takes in padded rows "
                 "and without a window over a prefix only"
             )
-        prefix = context.of_layer(layer, len(query), dtype)
+        prefix = context.of_layer(layer, len(query), **like)
         out = masked_attention(query, key, value, allowed, position_bias, prefix, **options)
         return out.transpose(1, 2), None
     options |= {"is_causal": causal, "window": window}
@@ -257,13 +258,13 @@ def attention(
             **options,
         )
         with named("attention, layer", layer):
-            out = _attend(attend, context, layer, len(rows.cu_seqlens) - 1, dtype, window)
+            out = _attend(attend, context, layer, len(rows.cu_seqlens) - 1, like, window)
         return out.unsqueeze(0), None
 
     op = prefix_attention if causal or window is None else two_sided_attention
     attend = partial(op, query, key, value, key_mask=keys.mask, key_lengths=keys.lengths, **options)
     with named("attention, layer", layer):
-        out = _attend(attend, context, layer, len(query), dtype, window)
+        out = _attend(attend, context, layer, len(query), like, window)
     return out.transpose(1, 2), None
 
 
@@ -292,11 +293,11 @@ def _window(module: nn.Module, given: int | None) -> int:
 
 
 def _attend(
-    attend: Callable[..., Any], context: SoftContext, layer: int, rows: int, dtype: torch.dtype, window: int | None
+    attend: Callable[..., Any], context: SoftContext, layer: int, rows: int, like: dict[str, Any], window: int | None
 ) -> Tensor:
     """Attention of one block with the context's prefixes. Where windows count the slots of some and not of others, it
     runs once for either kind."""
-    prefix, covers = context.of_layer(layer, rows, dtype), context.window_covers
+    prefix, covers = context.of_layer(layer, rows, **like), context.window_covers
     if window is None:
         return cast(Tensor, attend(**prefix))
     if not isinstance(covers, Tensor):

@@ -136,16 +136,18 @@ class SoftContext:
     turns: dict[nn.Module, int] = field(default_factory=dict)
     capture: list[BlockInputs] | None = None
 
-    def of_layer(self, layer: int, rows: int, dtype: torch.dtype) -> dict[str, Any]:
-        """The prefix keywords of the attention op for one block and `rows` rows, but for `window_covers_prefix`."""
+    def of_layer(self, layer: int, rows: int, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+        """The prefix keywords of the attention op for one block and `rows` rows, but for `window_covers_prefix`. Blocks
+        may be on devices of their own."""
         if self.layers is None:
             return {}
         k, v = self.layers[layer]
+        index = self.index_of(rows)
         return {
-            "prefix_k": k.to(dtype),
-            "prefix_v": v.to(dtype),
-            "prefix_lengths": self.lengths,
-            "prefix_index": self.index_of(rows),
+            "prefix_k": k.to(device, dtype),
+            "prefix_v": v.to(device, dtype),
+            "prefix_lengths": None if self.lengths is None else self.lengths.to(device),
+            "prefix_index": None if index is None else index.to(device),
         }
 
     def index_of(self, rows: int) -> Tensor | None:

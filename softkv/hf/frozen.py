@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from softkv.hf.attention import NAME
 from softkv.hf.generation import processors
+from softkv.hf.placement import device_of, free_to_pack, keep_differentiable
 from softkv.methods.base import BaseShape
 from softkv.prefix import Prefix
 
@@ -51,10 +52,10 @@ class FrozenBase:
 
     @torch.no_grad()
     def embed(self, ids: Tensor) -> Tensor:
-        return self.model.get_input_embeddings()(ids.to(self.model.device))
+        return self.model.get_input_embeddings()(ids.to(device_of(self.model)))
 
     def prefix_of(self, ids: Tensor) -> Prefix:
-        return Prefix.from_ids(self.model, ids[None].to(self.model.device))
+        return Prefix.from_ids(self.model, ids[None].to(device_of(self.model)))
 
     def tokenize(self, text: str, special: bool = False) -> list[int]:
         if self.tokenizer is None:
@@ -75,6 +76,7 @@ class BaseState:
         self.requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self.training = {name: module.training for name, module in model.named_modules()}
         self.checkpointing = model.is_activation_checkpointing
+        self.quantised = keep_differentiable(model)
         self.dropouts: list[tuple[nn.Module, str, float]] = []
         self.holders: list[Any] = []
 
@@ -129,6 +131,7 @@ class BaseState:
 
     def _restore(self, model: Any) -> None:
         processors.uninstall(model)
+        free_to_pack(self.quantised)
         for config, implementation in self.implementations:
             config._attn_implementation = implementation
         for name, parameter in model.named_parameters():

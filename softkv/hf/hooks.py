@@ -22,6 +22,7 @@ from softkv.hf.generation.cache_state import CacheState
 from softkv.hf.generation.prefill import Unpadded
 from softkv.hf.generation.prompts import Prompts
 from softkv.hf.layout import RowLayout, token_positions
+from softkv.hf.placement import device_of
 from softkv.hf.prefixes import SoftRows
 
 # What a model raises that softkv's attention does not suit; softkv's own refusals are ValueErrors.
@@ -113,7 +114,7 @@ class DecoderHooks:
 
     def probe(self) -> list[BlockInputs]:
         """Runs a few tokens through the decoder to see its attention blocks, and what it does with tokens."""
-        name, device, view = type(self.base).__name__, self.base.device, in_evaluation(self.decoder)
+        name, device, view = type(self.base).__name__, device_of(self.base), in_evaluation(self.decoder)
         ids = (torch.arange(TOKENS, device=device) + 1)[None] % self.base.get_input_embeddings().num_embeddings
         context = SoftContext(backend=self.backend, capture=[])
         assert context.capture is not None
@@ -177,7 +178,7 @@ class DecoderHooks:
             return 0
         read: list[int] = []
         token = int(self.base.config.get_text_config().pad_token_id == 0)  # any but padding
-        ids = torch.full((1, 1), token, device=self.base.device)
+        ids = torch.full((1, 1), token, device=device_of(self.base))
         note = table.register_forward_pre_hook(lambda _, args: read.append(int(args[0].flatten()[0])))
         try:
             view = in_evaluation(self.decoder)

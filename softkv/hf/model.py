@@ -29,6 +29,7 @@ from softkv.hf.inner import inside, say_prompt_lengths
 from softkv.hf.inputs import Inputs
 from softkv.hf.layout import RowLayout
 from softkv.hf.learned import leave_frozen, miss_nothing_frozen
+from softkv.hf.placement import device_of
 from softkv.hf.prefixes import SoftRows, check_known
 from softkv.methods.base import BaseShape, Method, SoftPrompt
 from softkv.methods.p_tuning_v2 import matrices_of
@@ -140,7 +141,9 @@ class PromptedModel(nn.Module):
             )
         if soft.encodes_rows:
             self._hooks.hook_blocks()
-        self.adapters[name] = soft.to(self.base.device).train(self.training)
+        device = device_of(self.base)
+        # A base without values yet leaves what is learned where it was made.
+        self.adapters[name] = (soft if device.type == "meta" else soft.to(device)).train(self.training)
 
     def _check_new_name(self, name: Any) -> None:
         if name in self.adapters:
@@ -196,6 +199,11 @@ class PromptedModel(nn.Module):
         """This model: what others would patch or call around a wrapper carries the soft prompt here. The frozen model
         is `base`."""
         return self
+
+    @property
+    def device(self) -> torch.device:
+        """The device that the base takes its inputs on."""
+        return device_of(self.base)
 
     def num_trainable(self) -> int:
         """The number of trainable parameters."""
@@ -502,7 +510,7 @@ class PromptedModel(nn.Module):
                     prefixes[name] = prefix
                     if not isinstance(prefix.k, nn.Parameter):  # learned matrices cost nothing to read again
                         remembered[name] = prefix
-            context = soft.context(prefixes, len(self._hooks.order), self.base.device)
+            context = soft.context(prefixes, len(self._hooks.order), self.device)
         return replace(context, backend=self.backend)
 
     def _head_prefix(self, soft: SoftPrompt) -> Prefix:
@@ -513,8 +521,9 @@ class PromptedModel(nn.Module):
         dtype = self.base.dtype
         with named("head once"):
             blocks = self._hooks.capture(inputs_embeds=soft_tokens[None].to(dtype))
+        like = {"device": soft_tokens.device, "dtype": dtype}
         return Prefix.from_layers(
-            [block.key.to(dtype) for block in blocks], [block.value.to(dtype) for block in blocks]
+            [block.key.to(**like) for block in blocks], [block.value.to(**like) for block in blocks]
         )
 
     def _check_attached(self) -> None:

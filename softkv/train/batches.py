@@ -84,10 +84,8 @@ def shortened(row: dict[str, Any], max_length: int | None) -> dict[str, Any]:
             "tokens that may go"
         )
     gone = set(free[:excess])
-    kept = {
-        name: [x for at, x in enumerate(row) if at not in gone]
-        for name, row in (("input_ids", ids), ("labels", labels))
-    }
+    stay = [at for at in range(len(ids)) if at not in gone]
+    kept: dict[str, Any] = {"input_ids": [ids[at] for at in stay], "labels": [labels[at] for at in stay]}
     if "prompt_lengths" in row:
         kept["prompt_lengths"] = prompt - sum(at < prompt for at in gone)
     return {**row, **kept}

@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 import threading
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,7 @@ class Trainer(transformers.Trainer):
         if args is not None:
             _keep_batches_whole(args, collator)
         super().__init__(model, args, collator, *remaining, **kwargs)
+        self.add_callback(_FirstGradients())
         if model is not None:
             model.config.use_cache = uses_cache  # the base keeps its config
 
@@ -304,6 +306,21 @@ def draw_learning_curve(log_history: list[dict[str, float]], path: str | os.Path
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
+
+
+class _FirstGradients(TrainerCallback):
+    """Warns where the gradients of the first step are all zero: some bases let none through, without a word."""
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if state.global_step:
+            return
+        gradients = [each.grad for each in model.parameters() if each.requires_grad and each.grad is not None]
+        if not any(bool(each.any()) for each in gradients):
+            warnings.warn(
+                "the gradients of the first step are all zero, so nothing is learned: the base lets none through (a "
+                "quantised one may not), or no label depends on what is learned",
+                stacklevel=2,
+            )
 
 
 class StopOnSignal(TrainerCallback):

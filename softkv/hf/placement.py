@@ -1,0 +1,40 @@
+"""Where a base runs, and in which form: bases that are offloaded, without values yet, or quantised."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+_PACKS = "support_avx512bf16_for_cpu"
+
+
+def device_of(base: Any) -> torch.device:
+    """The device that a base takes its inputs on. Parameters that accelerate keeps elsewhere, in memory or on disk, are
+    on "meta" between forward passes, as those of a base without values are."""
+    device = base.device
+    hook = getattr(base.get_input_embeddings(), "_hf_hook", None)
+    if device.type != "meta" or hook is None:
+        return device
+    found = [getattr(each, "execution_device", None) for each in getattr(hook, "hooks", (hook,))]
+    return next((torch.device(each) for each in found if each is not None), device)
+
+
+def keep_differentiable(base: nn.Module) -> list[nn.Module]:
+    """Has quantised layers keep the form that gradients flow through, and returns those that would not have.
+
+    On CPUs with AVX-512 bf16, bitsandbytes packs 4-bit weights for inference at the first forward in evaluation, for
+    good: gradients past such a layer are lost without a word.
+    """
+    found = [module for module in base.modules() if getattr(module, _PACKS, False)]
+    for module in found:
+        setattr(module, _PACKS, False)
+        module.state_dict()  # gives what is packed already its usual form back
+    return found
+
+
+def free_to_pack(layers: list[nn.Module]) -> None:
+    """Undoes `keep_differentiable`."""
+    for module in layers:
+        setattr(module, _PACKS, True)
