@@ -62,7 +62,7 @@ DENSE = {
     "values of no width": ({"v": _rand(2, 2, 5, 0)}, ValueError, r"heads: expected D ≥ 1, Dv ≥ 1 .* Dv = 0"),
     "softcap of 0": ({"softcap": 0.0}, ValueError, r"softcap: expected a number above 0, from .* or None, got 0.0"),
     "sinks of another length": ({"sinks": _rand(3)}, ValueError, r"sinks: expected \[H\] = \[4\], got \[3\]"),
-    "sinks of integers": ({"sinks": torch.ones(4).long()}, TypeError, r"sinks: expected a floating dtype, got torch.int64"),
+    "sinks of integers": ({"sinks": torch.ones(4).long()}, TypeError, r"sinks: expected float16.*got torch.int64"),
     "sinks on another device": ({"sinks": _rand(4).to("meta")}, ValueError, r"sinks: expected the device of q"),
     "triton without a GPU": ({"backend": "triton"}, RuntimeError, r"backend 'triton': expected a CUDA or ROCm tensor, or TRITON_INTERPRET=1, got cpu"),
     "unknown backend": ({"backend": "fast"}, ValueError, r"backend: expected None or one of torch, triton, cudnn, flash, reference, got 'fast'"),

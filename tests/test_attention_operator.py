@@ -1,6 +1,9 @@
 """What the op is besides its numbers: an operator that compiles, computes only what is asked for, and stays small."""
 
+import itertools
+import random
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -53,6 +56,76 @@ def test_compiles_to_one_graph(name: str) -> None:
         grads = torch.autograd.grad(out.square().sum() + lse.clamp(min=-9).sum(), list(case.leaves.values()))
         results.append((out, lse, *grads))
     torch.testing.assert_close(*results)
+
+
+def drawn(seed: int) -> Case:
+    """Any set of options, of few shapes."""
+    draw = random.Random(seed)
+    causal, rows = draw.random() < 0.7, 3
+    options: dict[str, Any] = {
+        "is_causal": causal,
+        "scale": draw.choice([None, 0.5, 0.3, 1]),
+        "softcap": draw.choice([None, 2.0, 3]),
+        "window_covers_prefix": draw.random() < 0.5,
+    }
+    if causal:
+        options |= draw.choice([{}, {"window": draw.randint(1, 9)}, {"chunk": draw.randint(1, 6)}])
+    A, P = draw.choice([1, rows]), draw.choice([0, 4, 9])
+    if draw.random() < 0.5:
+        options["prefix_index"] = index(*(draw.randrange(-1, A) for _ in range(rows)))
+    if draw.random() < 0.3:
+        options["prefix_lengths"] = index(*(draw.randint(0, P) for _ in range(A)))
+    shape = {"A": A, "P": P, "D": 8, "Dv": draw.choice([8, 8, 12]), "sinks": draw.random() < 0.3, "seed": seed}
+    if draw.random() < 0.4:
+        return packed([draw.randint(0, 9) for _ in range(rows)], **shape, **options)
+    T = draw.choice([1, 5, 12])
+    S = draw.choice([T, T + 4])
+    if draw.random() < 0.3:
+        options["key_lengths"] = index(*(draw.randint(0, S) for _ in range(rows)))
+    if draw.random() < 0.3:
+        options["key_mask"] = torch.tensor([[draw.random() < 0.8 for _ in range(S)] for _ in range(rows)])
+    return dense(B=rows, T=T, S=S, **shape, **options)
+
+
+@pytest.mark.parametrize("dynamic", [True, None])
+def test_drawn_calls_compile_to_one_graph(dynamic: bool | None) -> None:
+    for seed in range(8 if dynamic else 4):
+        torch.compiler.reset()
+        case = drawn(seed)
+        run = torch.compile(_compiled_call, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+        assert_same(case, run)
+
+
+def _compiled_call(leaves: dict[str, Tensor], options: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    return Case(leaves, options).call()
+
+
+def assert_same(case: Case, run: Callable[..., Any]) -> None:
+    leaves = list(case.leaves.values())
+    results = []
+    for call in (run, _compiled_call):
+        out, lse = call(case.leaves, case.options)
+        grads = torch.autograd.grad(out.square().sum() + lse.clamp(min=-9).sum(), leaves)
+        results.append((out, lse, *grads))
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("dynamic", [True, None])
+def test_compiles_again_as_numbers_change(dynamic: bool | None) -> None:
+    torch.compiler.reset()
+    run = torch.compile(_compiled_call, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for T, scale, softcap in ((4, 0.5, 2.0), (5, 0.25, 3.0), (6, 1, 3.5)):
+        assert_same(dense(T=T, P=T + 1, A=1, scale=scale, softcap=softcap, window=T - 1), run)
+
+
+def test_sizes_windows_and_chunks_are_compiled_once() -> None:
+    for option in ("window", "chunk"):
+        torch.compiler.reset()
+        torch._dynamo.utils.counters.clear()
+        run = torch.compile(_compiled_call, fullgraph=True, dynamic=True, backend="aot_eager")
+        for T in (7, 9, 11):  # unlike every other size, which would be taken for one
+            assert_same(dense(T=T, P=T + 1, A=1, **{option: T - 1}), run)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 ASKED = {
@@ -116,6 +189,15 @@ def allocations(run: Callable[[], object]) -> list[int]:
     return [e.nbytes() for e in events if e.name() == "[memory]" and e.nbytes() > 0]
 
 
+def peak(run: Callable[[], object]) -> int:
+    """Most bytes at once."""
+    with profile(profile_memory=True) as recorded:
+        run()
+    events = recorded.profiler.kineto_results.events()  # type: ignore[union-attr]
+    sizes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()) if e.name() == "[memory]"]
+    return max(itertools.accumulate(sizes))
+
+
 MEMORY = {
     "shared": lambda: dense(B=16, T=16, P=2048, A=1),
     "bank": lambda: dense(B=16, T=16, P=2048, A=2, prefix_index=index(*[0, 1] * 8)),
@@ -169,3 +251,21 @@ def test_no_gradient_no_graph() -> None:
     torch.testing.assert_close(out, case.run()["out"])
     detached = {name: x.detach() for name, x in case.leaves.items()}
     assert not prefix_attention(**detached).requires_grad
+
+
+@pytest.mark.parametrize("name", ["everything at once", "tiles of queries, T > S", "packed, bank", "chunks, padded"])
+def test_the_oracle_in_slices(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = (CASES | CHUNKS_AND_WIDTHS)[name]()
+    whole = case.run("reference")
+    monkeypatch.setattr("softkv.ops.reference._MOST_SCORES", 64)
+    for key, got in case.run("reference").items():
+        torch.testing.assert_close(got, whole[key], rtol=1e-12, atol=1e-12)
+
+
+def test_the_oracle_keeps_no_more_than_a_slice() -> None:
+    case = dense(B=2, H=4, G=2, T=1024, P=64, A=1, D=8).to(torch.float32)
+    scores = 4 * 2 * 4 * 1024 * 1088
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("softkv.ops.reference._MOST_SCORES", scores // 4 // 32)
+        assert peak(lambda: case.run("reference")) < scores / 3
+    assert peak(lambda: case.run("reference")) > scores

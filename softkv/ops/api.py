@@ -55,7 +55,7 @@ def prefix_attention(
         window: a query sees the last `window` key positions, its own included; needs `is_causal`. Counts tokens only.
         window_covers_prefix: the window counts prefix slots too, as the positions just before the row's first seen key.
         softcap: c > 0 turns a scaled score s into c·tanh(s/c).
-        sinks: [H] floating, one more logit of each head in the denominator, neither scaled nor capped.
+        sinks: [H], of any of q's dtypes, one more logit of each head in the denominator, neither scaled nor capped.
         return_lse: also return the log-sum-exp.
         backend: None chooses by device (CPU: "torch"; CUDA and ROCm: "triton", or what `softkv.ops.choice` says was
             measured to be faster there); "torch" | "triton" | "cudnn" | "flash" | "reference" forces that backend;

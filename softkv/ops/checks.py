@@ -148,8 +148,8 @@ def _check_tokens(call: Call, form: str) -> None:
         )
     if sinks is not None:
         _check_tensor("sinks", sinks)
-        if not sinks.dtype.is_floating_point:
-            raise TypeError(f"sinks: expected a floating dtype, got {sinks.dtype}")
+        if sinks.dtype not in _DTYPES:
+            raise TypeError(f"sinks: expected float16, bfloat16, float32 or float64, got {sinks.dtype}")
         if sinks.dim() != 1 or sinks.shape[0] != H:
             raise ValueError(f"sinks: expected [H] = [{H}], got {_shape(sinks)}")
         _check_device(q, "sinks", sinks)

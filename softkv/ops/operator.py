@@ -9,6 +9,7 @@
 import importlib
 import typing
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import NoneType
 from typing import Any, cast
 
@@ -54,7 +55,8 @@ _PLAIN = (Tensor, Parameter)
 def _forward(call: Call, engine: str) -> tuple[Tensor, Tensor]:
     if call["q"].numel() == 0:
         return _empty_results(call)
-    return load_engine(engine).forward(**_without_empty_prefix(call))
+    with _own_precision(call["q"]):
+        return load_engine(engine).forward(**_without_empty_prefix(call))
 
 
 def _backward(
@@ -67,10 +69,20 @@ def _backward(
         if call_read is not call:
             needs_read = needs._replace(prefix_k=False, prefix_v=False)
         if True in needs_read:
-            grads = load_engine(engine).backward(grad_out, grad_lse, out, lse, needs=needs_read, **call_read)
+            with _own_precision(call["q"]):
+                grads = load_engine(engine).backward(grad_out, grad_lse, out, lse, needs=needs_read, **call_read)
     return cast(
         Gradients, tuple(_like(x, g) if n else None for x, g, n in zip(_leaves(call), grads, needs, strict=True))
     )
+
+
+_AS_IT_IS: AbstractContextManager[None] = nullcontext()
+
+
+def _own_precision(q: Tensor) -> AbstractContextManager[Any]:
+    """Engines compute in the dtypes they choose: autocast would lower the products inside."""
+    device = q.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _AS_IT_IS
 
 
 def _leaves(call: Call) -> list[Any]:

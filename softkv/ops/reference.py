@@ -58,7 +58,9 @@ def reference_attention(
     lengths = torch.full((A,), P, device=q.device) if prefix_lengths is None else prefix_lengths.long()
     has_prefix = (index >= 0) & (index < A)
     if A == 0:  # an empty bank, of which no row reads anything
-        prefix_k, prefix_v, lengths = (x.new_zeros(1, *x.shape[1:]) for x in (prefix_k, prefix_v, lengths))
+        prefix_k, prefix_v, lengths = (
+            torch.cat([x, x.new_zeros(1, *x.shape[1:])]) for x in (prefix_k, prefix_v, lengths)
+        )
     prefix_of = index.clamp(0, max(A - 1, 0))
     slots = torch.where(has_prefix, lengths[prefix_of], 0)
     n = torch.full((B,), S, device=q.device) if key_lengths is None else key_lengths.long()
