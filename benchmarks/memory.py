@@ -23,7 +23,7 @@ def working_mib(case: Case, provider: str, variant: str, device: str, dtype: str
     if device == "cuda":
         step = _step(case, provider, variant, device, dtype)
         step()
-        return _allocated(step)
+        return allocated_mib(step)
     if sys.platform != "linux":
         return None
     context = multiprocessing.get_context("forkserver")
@@ -48,7 +48,8 @@ def _step(case: Case, provider: str, variant: str, device: str, dtype: str) -> C
     return problem.step(chosen.variants[variant](problem), torch.randn_like(problem.q), leaves)
 
 
-def _allocated(step: Callable[[], object]) -> float:
+def allocated_mib(step: Callable[[], object]) -> float:
+    """What torch's allocator held on the GPU at most during a call, above what it held before."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

@@ -12,7 +12,7 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from .shapes import CPU, CUDA, QUICK
+from .shapes import CPU, CUDA, GIVEN, QUICK
 
 Records = dict[str, Any]
 Lines = dict[str, list[tuple[float, float]]]  # by provider: points (x, y)
@@ -37,7 +37,7 @@ def _attention(records: Records) -> dict[str, Figure]:
     figures = {}
     for sweep in dict.fromkeys(record["case"]["sweep"] for record in records.values()):
         chosen = [record for record in records.values() if record["case"]["sweep"] == sweep]
-        known = next(sweeps[sweep] for sweeps in (CPU, CUDA, QUICK) if sweep in sweeps)
+        known = next(sweeps[sweep] for sweeps in (CPU, CUDA, QUICK, GIVEN) if sweep in sweeps)
         if known.axis is None:
             for mode in dict.fromkeys(record["case"]["mode"] for record in chosen):
                 rows = {_axes_of(one): _times(one) for one in chosen if one["case"]["mode"] == mode}

@@ -115,9 +115,8 @@ class Problem:
 
 def softkv(backend: str) -> Variant:
     def variant(problem: Problem) -> Forward:
-        if backend in ("triton", "flash") and not problem.on_gpu:
+        if backend in ("triton", "cudnn", "flash") and not problem.on_gpu:
             raise Unavailable("needs a GPU")
-        _need("flash_attn" if backend == "flash" else None)
         return partial(prefix_attention, *problem.leaves, prefix_index=problem.index, backend=backend)
 
     return variant
@@ -249,8 +248,8 @@ def cascade(problem: Problem) -> Forward:
     return lambda: levels.run(q, pages).unsqueeze(2)
 
 
-def _need(package: str | None) -> None:
-    if package and importlib.util.find_spec(package) is None:
+def _need(package: str) -> None:
+    if importlib.util.find_spec(package) is None:
         raise Unavailable(f"{package} is not installed")
 
 
@@ -284,6 +283,7 @@ MASKS = ("float mask", "bool mask", "lower right", "no mask")
 PROVIDERS = {
     "softkv torch": Provider({"": softkv("torch")}),
     "softkv triton": Provider({"": softkv("triton")}),
+    "softkv cudnn": Provider({"": softkv("cudnn")}),
     "softkv flash": Provider({"": softkv("flash")}),
     "cat": Provider({f"{mask}, {heads}": concatenate(mask, heads) for mask in MASKS for heads in HEADS}),
     "cat cached": Provider({heads: concatenated(heads) for heads in HEADS}, ("decoding",)),

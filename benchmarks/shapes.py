@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 Mode = Literal["forward", "forward + backward", "decoding"]
 BOTH: tuple[Mode, ...] = ("forward", "forward + backward")
+_AXES = ("B", "H", "G", "T", "P", "D", "S", "A")
 TRAIN: tuple[Mode, ...] = ("forward + backward",)
 DECODE: tuple[Mode, ...] = ("decoding",)
 
@@ -65,6 +66,35 @@ class Case:
     @property
     def name(self) -> str:
         return f"{self.sweep}/{self.mode.replace(' ', '')}/{self.shape}"
+
+
+def parse(text: str) -> Shape:
+    """B=8,H=32,G=8,T=2048,P=128,D=128, and S and A where they are not T and 1; ValueError for anything else."""
+    example = "B=8,H=32,G=8,T=2048,P=128,D=128"
+    sizes: dict[str, int] = {}
+    for pair in text.replace(" ", "").split(","):
+        axis, _, size = pair.partition("=")
+        if axis not in _AXES or axis in sizes or not size.isdigit():
+            raise ValueError(f"a shape is written {example} (axes {', '.join(_AXES)}), got {pair!r} in {text!r}")
+        sizes[axis] = int(size)
+    if missing := [axis for axis in _AXES[:6] if axis not in sizes]:
+        raise ValueError(f"a shape is written {example}, got {text!r} without {', '.join(missing)}")
+    shape = Shape(**sizes)
+    if 0 in (value for axis, value in sizes.items() if axis != "P") or shape.H % shape.G:
+        raise ValueError(f"expected sizes of at least 1 (P: 0) and H a multiple of G, got {text!r}")
+    if shape.keys < shape.T:
+        raise ValueError(f"expected as many keys as queries or more, got S = {shape.keys} and T = {shape.T}")
+    return shape
+
+
+def of_user(texts: list[str]) -> dict[str, Sweep]:
+    """Shapes given on the command line, as sweeps: those of one query are decoding."""
+    shapes = [parse(text) for text in texts]
+    chosen = {
+        "shapes": [shape for shape in shapes if shape.T > 1],
+        "decoding-shapes": [shape for shape in shapes if shape.T == 1],
+    }
+    return {name: replace(GIVEN[name], shapes=tuple(some)) for name, some in chosen.items() if some}
 
 
 def grow(title: str, modes: tuple[Mode, ...], start: Shape, axis: str, sizes: tuple[int, ...]) -> Sweep:
@@ -145,6 +175,12 @@ QUICK = {
     "decoding": Sweep("Decoding one token", DECODE, (Shape(2, 4, 2, 1, 5, 16, S=4),)),
     "prefix": grow("Training as the prefix grows", TRAIN, Shape(2, 4, 2, 8, 0, 16), "P", (2, 8)),
     "bank": grow("Training with a bank of prefixes", TRAIN, Shape(4, 4, 2, 8, 5, 16), "A", (1, 2)),
+}
+
+
+GIVEN = {
+    "shapes": Sweep("Given shapes", BOTH, ()),
+    "decoding-shapes": Sweep("Given shapes, one token", DECODE, ()),
 }
 
 

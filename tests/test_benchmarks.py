@@ -324,9 +324,10 @@ def test_an_unknown_case_is_an_error_and_cases_are_listed() -> None:
 def test_make_bench_runs_every_benchmark() -> None:
     recipe = (Path(__file__).parents[1] / "Makefile").read_text().split("\nbench:")[1].split("\n\n")[0]
     names = {command.callback.__name__ for command in bench_app.registered_commands if command.callback}
-    assert names == {"attention", "train", "generate", "adapters", "report"}
-    assert names - {"report"} == set(re.findall(r"softkv bench (\w+)", recipe))
-    assert report.TITLES.keys() == tables.GRIDS.keys() == plots.PLOTS.keys() == names - {"report"}
+    assert names == {"attention", "train", "generate", "adapters", "report", "gpu"}
+    names -= {"report", "gpu"}
+    assert names == set(re.findall(r"softkv bench (\w+)", recipe))
+    assert report.TITLES.keys() == tables.GRIDS.keys() == plots.PLOTS.keys() == names
 
 
 def test_tokens_that_differ_keep_peft_from_being_timed() -> None:
@@ -365,3 +366,36 @@ def test_memory_of_a_call_is_what_it_makes() -> None:
     assert joined is not None
     assert made * 0.9 <= ours
     assert joined - made > 2 * case.shape.B * 8 * (256 + 64) * 64 * 4 / 2**20 * 0.9  # keys and values once more
+
+
+def test_shapes_of_a_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(PROVIDERS, "flex")  # its compiler takes a minute
+    monkeypatch.setattr(attention, "working_mib", lambda *_: 0.0)  # a process each
+    shapes = ("B=1,H=2,G=1,T=9,P=3,D=8", "B=2, H=2, G=2, T=1, S=7, P=5, D=8")
+    options = [option for shape in shapes for option in ("--shape", shape)]
+    result = CliRunner().invoke(bench_app, ["attention", *options, "--seconds", "0", "-o", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    records = json.loads((tmp_path / "attention.json").read_text())["results"]
+    assert list(records) == [
+        "shapes/forward/B1-H2-G1-T9-P3-D8-A1",
+        "shapes/forward+backward/B1-H2-G1-T9-P3-D8-A1",
+        "decoding-shapes/decoding/B2-H2-G2-T1-P5-D8-S7-A1",
+    ]
+    assert all({"softkv torch", "cat", "no prefix"} <= set(record["providers"]) for record in records.values())
+    assert (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("B=8,H=32", "without G, T, P, D"),
+        ("B=8,H=32,G=8,T=64,P=8,D=big", "'D=big'"),
+        ("B=8,H=32,G=8,T=64,P=8,D=64,Z=1", "'Z=1'"),
+        ("B=8,H=32,G=5,T=64,P=8,D=64", "H a multiple of G"),
+        ("B=8,H=32,G=8,T=64,P=8,D=64,S=9", "as many keys as queries"),
+    ],
+)
+def test_a_shape_that_is_none(text: str, said: str) -> None:
+    result = CliRunner().invoke(bench_app, ["attention", "--shape", text])
+    assert result.exit_code == 2
+    assert said in " ".join(result.output.split())

@@ -46,8 +46,8 @@ def warm(settings: Settings) -> list[Callable[[], Any]]:
     """A call of each way: binaries, and FlexAttention's."""
     calls: list[Callable[[], Any]] = []
     for kind, shape in _all(settings):
-        mode = "decoding" if kind == "decoding" else "forward + backward"
-        calls += [partial(_once, shape, mode, name, settings) for name in _COMPILED]
+        for mode in ("decoding",) if kind == "decoding" else ("forward + backward", "forward"):
+            calls += [partial(_once, shape, mode, name, settings) for name in _COMPILED]
     return calls
 
 
@@ -76,7 +76,7 @@ def _problem(shape: Any, mode: Any, settings: Settings) -> Any:
 def _measure(shape: Any, mode: Any, settings: Settings) -> dict[str, Any]:
     import torch
 
-    from ..memory import _allocated
+    from ..memory import allocated_mib
     from ..timing import clock_of, interleaved
     from .operands import ways
 
@@ -95,7 +95,7 @@ def _measure(shape: Any, mode: Any, settings: Settings) -> dict[str, Any]:
                 absent[name] = f"differs by {differs:.1e}"
                 continue
             graphs[name] = clock.prepared(step)
-            found[name] = {"differs": differs, "mib": _allocated(step) if settings.on_gpu else None}
+            found[name] = {"differs": differs, "mib": allocated_mib(step) if settings.on_gpu else None}
             steps[name] = step
         except Exception as failure:  # a peer's own, or an engine's refusal
             absent[name] = f"{type(failure).__name__}: {failure}".splitlines()[0][:160]

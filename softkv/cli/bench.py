@@ -50,19 +50,26 @@ FOLDER = Path("runs/bench")
 def attention(
     case: Cases = None,
     device: OnDevice = Device.CPU,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option("--shape", help="Shapes of your own in place of the sweep's: B=8,H=32,G=8,T=2048,P=128,D=128."),
+    ] = None,
     seconds: Annotated[float | None, typer.Option(min=0.0, help="Time for each case's samples.")] = None,
     output: Output = FOLDER,
     quick: Quick = False,
     only_list: OnlyList = False,
 ) -> None:
-    """The op: time, memory, part of the machine's peak, and how they grow."""
+    """The op: time, memory, part of the machine's peak, and how they grow.
+
+    A shape of your own is measured forward and forward + backward; with T=1 as decoding, S=… cached tokens."""
     from dataclasses import replace
 
     from softkv.benchmarks import attention as benchmark
     from softkv.benchmarks import figures
-    from softkv.benchmarks.shapes import cases
+    from softkv.benchmarks.shapes import cases, of_user
 
-    known = {one.name: one for one in cases(benchmark.sweeps(device.value, quick))}
+    sweeps = of_user(shape) if shape else benchmark.sweeps(device.value, quick)
+    known = {one.name: one for one in cases(sweeps)}
     chosen = [known[name] for name in _chosen(list(known), case, only_list)]
     settings = benchmark.Settings.of(device.value, quick)
     if seconds is not None:
