@@ -8,7 +8,7 @@ import torch
 
 import softkv
 from softkv.io import checkpoint
-from tests.fixtures.write import FOLDER, METHODS, numbered
+from tests.fixtures.write import FOLDER, METHODS, classifier, numbered
 from tests.hf.tiny import model_of
 
 FORMATS = sorted(path.name for path in FOLDER.glob("format-*"))
@@ -28,6 +28,14 @@ def test_adapters_of_every_format(version: str, name: str) -> None:
     assert all(torch.equal(state[key], value) for key, value in numbered(state).items())
     with torch.no_grad():
         assert loaded(torch.tensor([[3, 4, 5]])).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("version", [name for name in FORMATS if (FOLDER / name / "head").is_dir()])
+def test_heads_of_every_format(version: str) -> None:
+    loaded = softkv.load(classifier(), FOLDER / version / "head")
+    state = loaded.modules_to_save["default"].state_dict()
+    assert list(state) == ["score.weight"]
+    assert torch.equal(state["score.weight"], numbered(state)["score.weight"])
 
 
 def test_an_older_adapter_is_saved_in_the_new_format(tmp_path: Path) -> None:

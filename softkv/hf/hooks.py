@@ -41,6 +41,7 @@ class Call:
         soft_tokens: `[K, C]`, of a `generate` whose prompts hold soft tokens.
         positions_given: whether position ids are the user's own.
         model: the SoftModel, in a `generate`.
+        embeds: `[B, T, C]`, what the decoder reads in place of the ids that reach it, or None.
     """
 
     hooks: DecoderHooks
@@ -50,6 +51,7 @@ class Call:
     soft_tokens: Tensor | None = None
     positions_given: bool = False
     model: Any = None
+    embeds: Tensor | None = None
 
 
 class DecoderHooks:
@@ -206,6 +208,8 @@ class DecoderHooks:
         if args:
             kwargs = dict(zip(inspect.signature(decoder.forward).parameters, args, strict=False)) | kwargs
         context = call.context
+        if call.embeds is not None:
+            kwargs["inputs_embeds"], kwargs["input_ids"] = call.embeds, None
         if call.prompts is not None:
             context = self._enter_generation(call, call.prompts, kwargs)
         if context.capture is None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from softkv.hf.frozen import decoder_of
 from softkv.hf.layout import with_prompt_lengths
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def inside(model: PromptedModel, value: Any) -> Any:
     """An attribute of the base, with the soft prompt in place where it is a module that runs the decoder."""
     if not isinstance(value, nn.Module):
         return value
-    decoder = model.base.get_decoder()
+    decoder = decoder_of(model.base)
     return Inner(model, value) if any(module is decoder for module in value.modules()) else value
 
 

@@ -12,8 +12,20 @@ from torch import Tensor
 from softkv.hf import checks
 from softkv.hf.context import PackedRows
 from softkv.hf.generation.cache_state import CacheState, buffer_length, check_contiguous, past_length
-from softkv.hf.layout import Insertion, RowLayout, in_order, keep_in, left_order, packed_positions, rows_of, scattered
+from softkv.hf.layout import (
+    Insertion,
+    RowLayout,
+    in_order,
+    keep_in,
+    left_order,
+    packed_positions,
+    padded_in_front,
+    right_order,
+    rows_of,
+    scattered,
+)
 from softkv.hf.prefixes import RowTokens
+from softkv.hf.task_rows import Answers, Moved, row_ids
 
 _PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
@@ -30,7 +42,10 @@ class Inputs:
         layout: where the rows lie.
         packed: the rows of a batch of one line, or None.
         given: (B, T) as the batch was given.
+        answers: what the base's logits answer.
         columns: `[B, T]`, where the columns given are now; None while they have not moved.
+        tokens: `[B, T]`, the ids that embeddings were made of, or None.
+        source: of the columns in those given (`Insertion.source`), once soft tokens were put in.
         prompt_ends: `[R]`, the flat token where each row's prompt has ended, in the forward that reads prompts.
     """
 
@@ -43,14 +58,27 @@ class Inputs:
     layout: RowLayout
     packed: PackedRows | None
     given: tuple[int, int]
+    answers: Answers = "next token"
     columns: Tensor | None = None
+    tokens: Tensor | None = None
+    source: Tensor | None = None
     prompt_ends: Tensor | None = None
 
     @classmethod
-    def read(cls, ids: Any, mask: Any, positions: Any, cache: Any, embeds: Any, options: dict[str, Any]) -> Inputs:
+    def read(
+        cls,
+        ids: Any,
+        mask: Any,
+        positions: Any,
+        cache: Any,
+        embeds: Any,
+        options: dict[str, Any],
+        answers: Answers,
+    ) -> Inputs:
         """The batch given, checked.
 
         Args:
+            answers: what the base's logits answer.
             options: the remaining keywords, among them those of packed rows.
         """
         tokens = checks.check_tokens(ids, embeds)
@@ -60,22 +88,38 @@ class Inputs:
         checks.check_packing(options, mask, shape, past)
         if past:
             layout = RowLayout.of(shape, None, None, tokens.device)
-            return cls(ids, embeds, mask, positions, cache, past, layout, None, shape)
+            return cls(ids, embeds, mask, positions, cache, past, layout, None, shape, answers)
         checks.check_mask(mask, shape[0], (shape[1], *buffer_length(cache)))
         mask = mask if mask is None else mask[:, : shape[1]]
         packed = rows_of(shape, mask, positions, options.get("cu_seq_lens_q"), options.get("max_length_q"))
+        if packed is not None and answers in ("row", "span"):
+            raise ValueError(
+                "a head that gives one answer a row expects padded rows (PaddingCollator), got packed ones"
+            )
         layout = RowLayout.of(shape, mask, packed, tokens.device)
-        return cls(ids, embeds, mask, positions, cache, past, layout, packed, shape)
+        return cls(ids, embeds, mask, positions, cache, past, layout, packed, shape, answers)
 
     @property
     def is_scattered(self) -> bool:
         """Whether padding stands behind real tokens of its row."""
         return not self.past and self.mask is not None and scattered(self.mask)
 
+    @property
+    def is_padded_in_front(self) -> bool:
+        """Whether padding stands before real tokens of its row."""
+        return not self.past and self.mask is not None and padded_in_front(self.mask)
+
     def padded_left(self) -> Inputs:
         """The rows with all padding in front: windows of later tokens count the columns of the cache."""
         assert self.mask is not None
-        order = left_order(self.mask)
+        return self._ordered(left_order(self.mask))
+
+    def padded_right(self) -> Inputs:
+        """The rows with all padding behind: heads of encoders look at a row's first column."""
+        assert self.mask is not None
+        return self._ordered(right_order(self.mask))
+
+    def _ordered(self, order: Tensor) -> Inputs:
         ids, embeds, mask, positions = (
             x if x is None else in_order(x, order) for x in (self.ids, self.embeds, self.mask, self.positions)
         )
@@ -95,7 +139,7 @@ class Inputs:
         if self.ids is None:
             return self
         ids = soft.in_table(self.ids, self.layout.row_of_token.view(self.ids.shape))
-        return replace(self, ids=None, embeds=embed(ids, soft.table))
+        return replace(self, ids=None, embeds=embed(ids, soft.table), tokens=self.ids)
 
     def inserted(self, soft: RowTokens) -> Inputs:
         """The rows with their blocks of soft tokens, before or behind their prompts."""
@@ -103,6 +147,7 @@ class Inputs:
         B, T = self.given
         layout, mask, packed, positions = self.layout, self.mask, self.packed, self.positions
         insertion = Insertion.into(layout, soft.place(layout.first, self.prompt_ends), soft.first, soft.block)
+        to = insertion.logits_at if self.answers == "next token" else insertion.token_at
         ends = self.prompt_ends
         if ends is not None:
             ends = ends - layout.first + insertion.layout.first
@@ -120,9 +165,18 @@ class Inputs:
             positions=positions,
             layout=insertion.layout,
             packed=packed,
-            columns=insertion.logits_at if self.columns is None else insertion.logits_at.gather(1, self.columns),
+            columns=to if self.columns is None else to.gather(1, self.columns),
+            source=insertion.source,
             prompt_ends=ends,
         )
+
+    def with_row_ids(self, pad: int | None) -> Inputs:
+        """The rows with ids that tell a head of a causal decoder where the last token of each row is."""
+        assert self.embeds is not None
+        ids = self.tokens
+        if ids is None:
+            ids = torch.full(self.given, -1, device=self.embeds.device)
+        return replace(self, ids=row_ids(ids, self.source, self.mask, pad), embeds=None)
 
     def continuing(self, state: CacheState, soft: RowTokens | None, *, windowed: bool) -> Inputs:
         """Tokens behind those of a cache.
@@ -149,7 +203,9 @@ class Inputs:
         Args:
             logits_to_keep: in the columns given; None for a module of the base that makes no logits.
         """
-        if self.columns is not None and logits_to_keep is not None:
+        if self.columns is not None and self.answers != "next token":
+            options = self._moved.inputs(options)
+        elif self.columns is not None and logits_to_keep is not None:
             logits_to_keep = keep_in(self.columns, self.layout.shape[1], logits_to_keep)
         positions = self.positions
         if self.packed is not None:
@@ -168,11 +224,10 @@ class Inputs:
         return {name: value for name, value in keywords.items() if value is not None}
 
     def in_columns_given(self, output: Any) -> Any:
-        """The base's output, its hidden states in the columns given. (Its logits are.)"""
-        if self.columns is not None:
-            at = self.columns[:, :, None]
-            if output.get("last_hidden_state") is not None:
-                output["last_hidden_state"] = output["last_hidden_state"].take_along_dim(at, 1)
-            if output.get("hidden_states") is not None:
-                output["hidden_states"] = tuple(states.take_along_dim(at, 1) for states in output["hidden_states"])
-        return output
+        """The base's output, what it gives for each token in the columns given. (Logits of next tokens are.)"""
+        return output if self.columns is None else self._moved.output(output)
+
+    @property
+    def _moved(self) -> Moved:
+        assert self.columns is not None
+        return Moved(self.columns, self.layout.shape[1], self.answers)

@@ -93,6 +93,7 @@ class Insertion:
         source: `[B, T']`, for each new column the flat token it comes from, `B·T + j` for soft token j, -1 for padding.
         logits_at: `[B, T]`, for each column given, the new column whose logits belong to it: its own, but the
             block's last for the column before the block.
+        token_at: `[B, T]`, for each column given, the new column of its token.
         before: `[R]`, the flat token before each row's block; the first token of a row without a prompt.
         empty: `[R]`, whether the row has no prompt.
         first: `[R]`, the soft token that begins each row's block.
@@ -101,6 +102,7 @@ class Insertion:
 
     source: Tensor
     logits_at: Tensor
+    token_at: Tensor
     before: Tensor
     empty: Tensor
     first: Tensor
@@ -128,12 +130,12 @@ class Insertion:
         logits_at = moved + torch.where((number == split[line] - 1) & (number >= layout.first[line]), k[line], 0)
         shape = (1, len(source)) if layout.packed else (B, T + K)
         if not layout.packed:
-            logits_at = logits_at - (T + K) * line
+            moved, logits_at = moved - (T + K) * line, logits_at - (T + K) * line
         bounds = layout.bounds + (F.pad(ends, (1, 0)) if layout.packed else K * torch.arange(R + 1, device=device))
         new = RowLayout(bounds, layout.first + shift, layout.last + shift + k, shape, layout.packed)
         empty = split == layout.first
         before = torch.where(empty, split, split - 1).clamp(max=N - 1)
-        return cls(source.view(shape), logits_at.view(B, T), before, empty, begin, new)
+        return cls(source.view(shape), logits_at.view(B, T), moved.view(B, T), before, empty, begin, new)
 
     def embeddings(self, embeds: Tensor, soft: Tensor) -> Tensor:
         """`[B, T', C]` from the batch's embeddings `[B, T, C]` and the soft tokens `[k, C]`."""
@@ -210,6 +212,16 @@ def packed_positions(rows: PackedRows, tokens: int) -> Tensor:
 def scattered(attention_mask: Tensor) -> bool:
     """Whether some padding stands behind a real token of its row."""
     return bool((attention_mask[:, :-1].bool() & ~attention_mask[:, 1:].bool()).any())
+
+
+def padded_in_front(attention_mask: Tensor) -> bool:
+    """Whether some padding stands before a real token of its row."""
+    return bool((~attention_mask[:, :-1].bool() & attention_mask[:, 1:].bool()).any())
+
+
+def right_order(attention_mask: Tensor) -> Tensor:
+    """`[B, T]`: the columns of each row in an order that puts all padding behind."""
+    return (~attention_mask.bool()).int().argsort(dim=1, stable=True)
 
 
 def left_order(attention_mask: Tensor) -> Tensor:

@@ -37,7 +37,8 @@ def _injected(base: nn.Module) -> set[int]:
 
     found = set()
     for module in base.modules():
-        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+        beside_lora = isinstance(module, AuxiliaryTrainingWrapper) and getattr(base, "peft_config", None)
+        if isinstance(module, BaseTunerLayer) or beside_lora:
             own = (
                 each for name, each in module.named_parameters() if not name.startswith(("base_layer.", "original_"))
             )

@@ -31,6 +31,8 @@ from softkv.hf.layout import RowLayout
 from softkv.hf.learned import leave_frozen, miss_nothing_frozen
 from softkv.hf.placement import device_of
 from softkv.hf.prefixes import SoftRows, check_known
+from softkv.hf.task_heads import Redirects, SavedModules, paths_of
+from softkv.hf.task_rows import answers_of
 from softkv.methods.base import BaseShape, Method, SoftPrompt
 from softkv.methods.p_tuning_v2 import matrices_of
 from softkv.prefix import Prefix
@@ -46,6 +48,8 @@ class PromptedModel(nn.Module):
     Attributes:
         base: the frozen model.
         adapters: the learned parameters (`SoftPrompt`) of each adapter by its name; that of `attach` is "default".
+        modules_to_save: what adapters learn beside (`SavedModules`), by the name of each that does.
+        answers: what the base's logits answer.
     """
 
     _keys_to_ignore_on_save = None
@@ -59,6 +63,7 @@ class PromptedModel(nn.Module):
         tokenizer: Any = None,
         backend: str | None = None,
         head_once: bool = True,
+        modules_to_save: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
         checks.check_base(model)
@@ -66,22 +71,25 @@ class PromptedModel(nn.Module):
         self.backend = backend
         self.head_once = head_once
         self.adapters = nn.ModuleDict()
+        self.modules_to_save = nn.ModuleDict()
         self._default_adapter = FIRST
         self._attached = True
         self._hooks = DecoderHooks(model, backend)
+        self._redirects = Redirects(model, self.modules_to_save, self._hooks)
         try:
             state = BaseState.freeze(model, self._hooks)
             self._hooks.register()
             blocks = self._hooks.probe()
             self._windowed = any(captured.window is not None for captured in blocks)
-            self._causal = all(captured.causal for captured in blocks)
+            self.is_causal = all(captured.causal for captured in blocks)
             state.silence_dropout([captured.block for captured in blocks])
             self._frozen = FrozenBase(model, [captured.key for captured in blocks], tokenizer)
             self.training = model.training
             self.register_state_dict_post_hook(leave_frozen)
             self.register_load_state_dict_post_hook(miss_nothing_frozen)
             self.register_forward_pre_hook(say_prompt_lengths, with_kwargs=True)
-            self.add_adapter(FIRST, method)
+            self.answers = answers_of(model)
+            self.add_adapter(FIRST, method, modules_to_save=modules_to_save)
         except BaseException:
             self.detach()
             raise
@@ -109,7 +117,14 @@ class PromptedModel(nn.Module):
         """The sizes of the base that decide the shapes of learned parameters."""
         return self._frozen.shape
 
-    def add_adapter(self, name: str, adapter: Method | Prefix, *, tokenizer: Any = None) -> None:
+    def add_adapter(
+        self,
+        name: str,
+        adapter: Method | Prefix,
+        *,
+        tokenizer: Any = None,
+        modules_to_save: Sequence[str] | None = None,
+    ) -> None:
         """Adds a soft prompt beside those that are there. The active one stays active.
 
         Args:
@@ -117,6 +132,7 @@ class PromptedModel(nn.Module):
             adapter: a method, which is built; or a prefix of one row, `[L or 1, 1, G, P, D]`, which is learned on as
                 `PTuningV2`.
             tokenizer: of the base, for an init from a text; None takes that of `attach`.
+            modules_to_save: modules of the base that it learns copies of, by name; None: the head of a task's class.
 
         Raises:
             ValueError: when the name is taken or none, or the adapter does not fit the base. Nothing is added then.
@@ -133,17 +149,33 @@ class PromptedModel(nn.Module):
             raise TypeError(
                 f"an adapter expects a method such as PTuningV2(length=16), a prefix or a folder, got {adapter!r}"
             )
-        if not self._causal and (soft.encodes_rows or soft.placement in ("before", "after")):
+        if not self.is_causal and soft.encodes_rows:
             raise ValueError(
                 f"{type(self.base).__name__} is bidirectional, its rows have no prompt that comes before an answer: "
-                "expected PTuning, PrefixTuning or PTuningV2 without an encoder, got "
-                f"{type(soft.config).__name__}"
+                "leave the encoder out"
             )
+        if self.is_causal and soft.placement == "after" and self.answers in ("token", "span"):
+            raise ValueError(
+                f"{type(self.base).__name__} answers for each token, and no token sees soft tokens after its row: "
+                'expected PromptTuning(position="before"), got "after"'
+            )
+        saved = self._modules_of(adapter, modules_to_save)
         if soft.encodes_rows:
             self._hooks.hook_blocks()
         device = device_of(self.base)
         # A base without values yet leaves what is learned where it was made.
         self.adapters[name] = (soft if device.type == "meta" else soft.to(device)).train(self.training)
+        if saved.paths:
+            self.modules_to_save[name] = (saved if device.type == "meta" else saved.to(device)).train(self.training)
+            self._redirects.add(saved.paths)
+
+    def _modules_of(self, adapter: Any, names: Sequence[str] | None) -> SavedModules:
+        tensors = getattr(adapter, "modules", None)  # of a saved adapter
+        if tensors is None:
+            return SavedModules(self.base, paths_of(self.base, names, self._hooks.order.modules))
+        if names is not None:
+            raise ValueError("a saved adapter brings its own modules_to_save: leave them out")
+        return SavedModules(self.base, adapter.modules_to_save, tensors)
 
     def _check_new_name(self, name: Any) -> None:
         if name in self.adapters:
@@ -178,6 +210,8 @@ class PromptedModel(nn.Module):
         if name in (self.active_adapter, self._default_adapter):
             raise ValueError(f"adapter {name!r} is the active one: set_adapter(...) another before it is deleted")
         del self.adapters[name]
+        if name in self.modules_to_save:
+            del self.modules_to_save[name]
 
     # What Trainer, pipeline and users ask of a model -----------------------------------------------------------------
 
@@ -262,6 +296,7 @@ class PromptedModel(nn.Module):
     def _take_off(self) -> None:
         if self._attached:
             self._hooks.remove()
+            self._redirects.remove()
             BaseState.release(self.base, self._hooks)
             self._attached = False
 
@@ -315,22 +350,30 @@ class PromptedModel(nn.Module):
                 **kwargs,
             )
         self._check_options(kwargs)
-        inputs = Inputs.read(input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, kwargs)
-        checks.check_labels(labels, inputs.given)
+        inputs = Inputs.read(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, kwargs, self.answers
+        )
+        next_token = self.answers == "next token"  # else labels are no answers behind a prompt
+        if self.answers in ("next token", "token"):
+            checks.check_labels(labels, inputs.given)
         if prompt_lengths is not None:
             prompt_lengths = checks.check_prompt_lengths(prompt_lengths, inputs.layout)
         if self.training and past_key_values is None:
             kwargs.setdefault("use_cache", False)  # a cache would only copy every K and V
         keeps_cache = self._keeps_cache(past_key_values, kwargs.get("use_cache"))
         soft = self._soft_rows(adapter_names, inputs.layout.rows, past_key_values)
-        heads = not self.head_once and not inputs.past and kwargs.get("use_cache") is False
+        once = self.is_causal and (self.head_once or kwargs.get("use_cache") is not False)
+        heads = not inputs.past and not once
         tokens = soft.tokens(inputs.layout.rows, heads=heads)
 
         if self._windowed and keeps_cache and inputs.is_scattered:
             inputs = inputs.padded_left()
+        elif not self.is_causal and inputs.is_padded_in_front:
+            inputs = inputs.padded_right()
         if soft.reading_prompts and not inputs.past:
-            self._check_prompts_end(soft, labels, prompt_lengths)
-            inputs = inputs.with_prompt_ends(labels, prompt_lengths)
+            if next_token:
+                self._check_prompts_end(soft, labels, prompt_lengths)
+            inputs = inputs.with_prompt_ends(labels if next_token else None, prompt_lengths)
         learns = self.training and torch.is_grad_enabled()
         holds_soft = inputs.ids is not None and checks.check_soft_ids(inputs.ids, soft, inputs.layout, learns=learns)
         inserts = tokens is not None and tokens.longest > 0 and not inputs.past
@@ -350,7 +393,11 @@ class PromptedModel(nn.Module):
             context = self._hooks.encoding(context, soft, prompts, state.kv if keeps_cache else None, state.order)
         return_dict = kwargs.pop("return_dict", None)
         options = kwargs if labels is None else kwargs | {"labels": labels}
-        call = Call(self._hooks, context, soft, positions_given=position_ids is not None)
+        embeds = None  # what is not shown to a head, which finds the ends of rows by ids
+        if self.answers == "row" and self.is_causal and module is self.base:
+            embeds = inputs.embeds
+            inputs = inputs if embeds is None else inputs.with_row_ids(self.base.config.get_text_config().pad_token_id)
+        call = Call(self._hooks, context, soft, positions_given=position_ids is not None, embeds=embeds)
         output = self._hooks.run(
             call, module, **inputs.keywords(options, logits_to_keep if module is self.base else None), return_dict=True
         )

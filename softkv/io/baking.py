@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from softkv.evaluation import in_evaluation
+from softkv.io.checkpoint import modules_of
+from softkv.io.config import MODULES
 from softkv.io.model import SoftModel, assemble
 from softkv.methods import PromptTuning, PTuning, PTuningV2, Template
 from softkv.methods.template import Answer, Field
@@ -53,6 +55,11 @@ def bake(
     if isinstance(model, SoftModel) == (text is not None):
         raise TypeError("softkv.bake expects a SoftModel with soft tokens, or a transformers model and a text")
     base = model.base if isinstance(model, SoftModel) else model
+    if isinstance(model, SoftModel) and not model.is_causal:
+        raise ValueError(
+            f"softkv.bake expects a causal decoder: in the bidirectional {type(base).__name__} what stands in front "
+            "depends on what follows"
+        )
     if text is not None:
         ids = _text_ids(tokenizer, text)
         embeds, continues = _embeddings(base, torch.tensor(ids), None), True
@@ -68,8 +75,12 @@ def bake(
         )
     prefix = Prefix.from_embeddings(base, embeds[None].to(base.device, base.dtype))
     method = PTuningV2(length=prefix.length, window_covers=True, continues=continues, template=template)
-    config = {"method": "p-tuning-v2", "config": asdict(method), "folded": True, "base": {}}
-    return assemble(base, config, {"k": prefix.k, "v": prefix.v}, backend=backend)
+    config: dict[str, Any] = {"method": "p-tuning-v2", "config": asdict(method), "folded": True, "base": {}}
+    tensors = {"k": prefix.k, "v": prefix.v}
+    if isinstance(model, SoftModel) and (saved := modules_of(model, model.active_adapter)) is not None:
+        config[MODULES] = list(saved.paths)
+        tensors |= {f"{MODULES}.{name}": tensor for name, tensor in saved.tensors().items()}
+    return assemble(base, config, tensors, backend=backend)
 
 
 def _soft_tokens(model: SoftModel) -> Tensor:

@@ -2,7 +2,8 @@
 
 The safetensors file carries the config in its header too, so that a save is one atomic step: one that is killed leaves
 the old adapter or the new one. The header is what counts; `softkv_config.json` is there to be read. A checksum of both,
-config and values, tells a damaged file from a whole one (since format 2; files of format 1 have none).
+config and values, tells a damaged file from a whole one (since format 2; files of format 1 have none). What was learned
+beside the prompt, a task's head above all, is in tensors `modules_to_save.<path>.<name>` (since format 3).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from safetensors.torch import save_file
@@ -24,8 +25,9 @@ from torch.distributed.tensor import DTensor
 
 from softkv.hf.learned import IN_BASE, check_learned, learned_in, peft_configs, put_learned
 from softkv.hf.model import PromptedModel
+from softkv.hf.task_heads import SavedModules
 from softkv.io import foreign, peft, state
-from softkv.io.config import CONFIG, FORMAT, SHAPE, WEIGHTS, check_size, check_sum, of_header, parse
+from softkv.io.config import CONFIG, FORMAT, MODULES, SHAPE, WEIGHTS, check_size, check_sum, of_header, parse
 from softkv.io.flat import FLAT, unflatten
 from softkv.io.safe_files import check_values, checksum, read_tensors
 from softkv.methods import METHODS, PTuningV2
@@ -92,8 +94,7 @@ def _save_for_peft(model: PromptedModel, directory: Path, folded: bool) -> None:
         raise ValueError(
             "PEFT can't express a soft prompt beside what else is learned in the base (LoRA): format='softkv'"
         )
-    config, embeddings = peft.describe(model)
-    tensors = {peft.TENSOR: embeddings}
+    config, tensors = peft.describe(model)
     check_values(tensors, "the soft prompt")
     directory.mkdir(parents=True, exist_ok=True)
     if (directory / peft.CONFIG).exists() and not peft.reads_alike(directory, config):
@@ -125,13 +126,17 @@ def restore(model: PromptedModel, directory: str | os.PathLike[str]) -> None:
     """
     config, tensors = read(Path(directory))
     mine, _ = describe(model, folded=False)
-    for key in ("method", "config"):
-        if config[key] != mine[key]:
-            raise ValueError(f"{directory} holds {key} {config[key]}, expected {mine[key]}")
+    for key in ("method", "config", MODULES):
+        if config.get(key, []) != mine.get(key, []):
+            raise ValueError(f"{directory} holds {key} {config.get(key)}, expected {mine.get(key)}")
     _check_type(config["base"], model)
     _check_base(config["base"], model.base_shape)
     prompt, in_base = parted(tensors)
+    prompt, modules = split(prompt)
     check_learned(model.base, in_base)
+    _check_shapes(model.soft.state_dict(), prompt)
+    if (saved := modules_of(model, model.active_adapter)) is not None:
+        saved.put(modules)
     put(model.soft, prompt)
     put_learned(model.base, in_base)
 
@@ -144,29 +149,48 @@ def describe(model: PromptedModel, *, folded: bool = True) -> tuple[dict[str, An
     """
     soft = gathered(model.soft)
     kept = soft.folded() if folded else soft
-    config = configuration(model, model.soft, folded=folded or not soft.foldable)
-    tensors = dict(kept.state_dict()) | {IN_BASE + name: whole(each) for name, each in learned_in(model.base).items()}
+    config = configuration(model, model.active_adapter, folded=folded or not soft.foldable)
+    tensors = dict(kept.state_dict())
+    if (saved := modules_of(model, model.active_adapter)) is not None:
+        tensors |= {f"{MODULES}.{name}": whole(each) for name, each in saved.tensors().items()}
+    tensors |= {IN_BASE + name: whole(each) for name, each in learned_in(model.base).items()}
     return config, {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def configuration(model: PromptedModel, soft: SoftPrompt, *, folded: bool) -> dict[str, Any]:
-    """What the values of a soft prompt of `model` mean.
+def modules_of(model: PromptedModel, adapter: str) -> SavedModules | None:
+    """What an adapter has learned beside its soft prompt."""
+    return cast(SavedModules, model.modules_to_save[adapter]) if adapter in model.modules_to_save else None
+
+
+def split(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The tensors of the soft prompt, and those of modules saved with it by their paths in the base."""
+    head = f"{MODULES}."
+    soft = {name: tensor for name, tensor in tensors.items() if not name.startswith(head)}
+    return soft, {name.removeprefix(head): tensor for name, tensor in tensors.items() if name.startswith(head)}
+
+
+def configuration(model: PromptedModel, adapter: str, *, folded: bool) -> dict[str, Any]:
+    """What the values of an adapter of `model` mean.
 
     Raises:
         ValueError: when the method is none of softkv's.
     """
-    method = soft.config
+    method = cast(SoftPrompt, model.adapters[adapter]).config
     names = [name for name, config in METHODS.items() if type(method) is config]
     if not names:
         raise ValueError(f"only {', '.join(METHODS)} can be saved, got {type(method).__name__}")
-    beside = peft_configs(model.base)
-    return {
+    config: dict[str, Any] = {
         "format": FORMAT,
         "method": names[0],
         "config": asdict(method),  # type: ignore[call-overload]
         "folded": folded,
         "base": {"name": model.config.name_or_path, "model_type": model.config.model_type, **asdict(model.base_shape)},
-    } | ({"peft": beside} if beside else {})
+    }
+    if beside := peft_configs(model.base):
+        config["peft"] = beside
+    if (saved := modules_of(model, adapter)) is not None:
+        config[MODULES] = list(saved.paths)
+    return config
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -250,7 +274,9 @@ class _Saved(Method):
     """A method whose module is built with saved values, after the base was found to be the right one."""
 
     def __init__(self, method: Method, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        self.method, self.config, self.tensors, self.template = method, config, tensors, method.template
+        self.method, self.config, self.template = method, config, method.template
+        self.tensors, self.modules = split(tensors)
+        self.modules_to_save: list[str] = config.get(MODULES, [])
 
     def build(self, base: FrozenModel, *, folded: bool = False) -> SoftPrompt:
         _check_base(self.config["base"], base.shape)

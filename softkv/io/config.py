@@ -11,7 +11,8 @@ from typing import Any
 
 import safetensors
 
-FORMAT = 2
+FORMAT = 3
+MODULES = "modules_to_save"  # key of the config, and what the names of their tensors begin with
 CONFIG, WEIGHTS = "softkv_config.json", "softkv.safetensors"
 SHAPE = ("layers", "kv_heads", "head_dim", "hidden_size", "embedding_size", "vocab_size")  # of a base
 LARGEST = 1 << 22  # characters: parsed JSON may take twenty times as much memory
@@ -38,6 +39,9 @@ def parse(text: str, path: Path) -> dict[str, Any]:
         beside = config.get("peft", {})
         if not isinstance(beside, dict) or not all(isinstance(each, dict) for each in beside.values()):
             wrong.append("peft")
+        paths = config.get(MODULES, [])
+        if not isinstance(paths, list) or not all(isinstance(path, str) and path for path in paths):
+            wrong.append(MODULES)
     if wrong:
         raise ValueError(f"{path} has a config without a valid {', '.join(wrong)}")
     return config

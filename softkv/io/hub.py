@@ -95,10 +95,12 @@ def _card(model: PromptedModel, repo_id: str) -> Any:
     """The model card of a repository."""
     from huggingface_hub import ModelCard, ModelCardData
 
+    from softkv.hf.task_heads import head_of
     from softkv.methods import METHODS
 
     name = model.config.name_or_path
     kind = next(name for name, config in METHODS.items() if type(model.method) is config)
+    labels = f", num_labels={model.config.num_labels}" if head_of(model.base) else ""
     known = name if "/" in name and not name.startswith((".", "/")) else None
     data = ModelCardData(library_name="softkv", tags=["softkv", "soft-prompt"], base_model=known)
     return ModelCard(f"""\
@@ -110,7 +112,7 @@ A soft prompt ({kind}, {model.num_trainable():,} trained values) for {name or "a
 ```python
 import softkv, transformers
 
-model = transformers.AutoModelForCausalLM.from_pretrained("{name}")
+model = transformers.{type(model.base).__name__}.from_pretrained("{name}"{labels})
 model = softkv.load(model, "{repo_id}")
 ```
 """)

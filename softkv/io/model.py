@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,13 @@ from softkv.prefix import Prefix
 
 
 def attach(
-    model: Any, method: Method, *, tokenizer: Any = None, backend: str | None = None, head_once: bool = True
+    model: Any,
+    method: Method,
+    *,
+    tokenizer: Any = None,
+    backend: str | None = None,
+    head_once: bool = True,
+    modules_to_save: Sequence[str] | None = None,
 ) -> SoftModel:
     """Puts a soft prompt on a transformers causal language model and freezes the model.
 
@@ -28,16 +35,21 @@ def attach(
         backend: of `softkv.prefix_attention`; None chooses by device.
         head_once: run soft tokens that stand before every row once for the batch. False puts them into
             every row of a forward with `use_cache=False`: the same results, slower (to measure by how much).
+        modules_to_save: modules of the model that are learned and saved with the soft prompt, by name. None: the head
+            that a task's class adds (`AutoModelForSequenceClassification`...); () none. Each adapter learns copies of
+            its own, in fp32; the model keeps its modules.
 
     Returns:
-        A `SoftModel`; its only trainable parameters are the method's, in fp32.
+        A `SoftModel`; its only trainable parameters are the method's and those of `modules_to_save`, in fp32.
 
     Raises:
-        ValueError: when the model can't be reached through the attention interface, takes no position_ids or does not
-            count them from 0, is an encoder-decoder, or its layers don't fit the method (a bidirectional encoder has
-            no place for soft tokens but in a template).
+        ValueError: when the model can't be reached through the attention interface, takes no position_ids, is
+            an encoder-decoder, or its layers don't fit the method (an encoder of prompts in a
+            bidirectional model).
     """
-    return SoftModel(model, method, tokenizer=tokenizer, backend=backend, head_once=head_once)
+    return SoftModel(
+        model, method, tokenizer=tokenizer, backend=backend, head_once=head_once, modules_to_save=modules_to_save
+    )
 
 
 class SoftModel(PromptedModel):
@@ -51,7 +63,12 @@ class SoftModel(PromptedModel):
     """
 
     def add_adapter(
-        self, name: str, adapter: Method | Prefix | str | os.PathLike[str], *, tokenizer: Any = None
+        self,
+        name: str,
+        adapter: Method | Prefix | str | os.PathLike[str],
+        *,
+        tokenizer: Any = None,
+        modules_to_save: Sequence[str] | None = None,
     ) -> None:
         """Adds a soft prompt beside those that are there. The active one stays active.
 
@@ -60,6 +77,7 @@ class SoftModel(PromptedModel):
             adapter: a method, which is built; the folder of a saved adapter (or what else `softkv.load` finds one by);
                 or a prefix of one row, `[L or 1, 1, G, P, D]`, which is learned on as `PTuningV2`.
             tokenizer: of the base, for an init from a text; None takes that of `attach`.
+            modules_to_save: as in `attach`; a saved adapter brings its own.
 
         Raises:
             ValueError: when the name is taken or none, or the adapter does not fit the base. Nothing is added then.
@@ -69,7 +87,7 @@ class SoftModel(PromptedModel):
         if isinstance(adapter, str | os.PathLike):
             self._check_new_name(name)
             adapter = checkpoint.saved(self.base, *checkpoint.prompt_alone(hub.local(adapter)))
-        super().add_adapter(name, adapter, tokenizer=tokenizer)
+        super().add_adapter(name, adapter, tokenizer=tokenizer, modules_to_save=modules_to_save)
 
     def get_extra_state(self) -> Tensor:
         """What the values in `state_dict()` mean, as the bytes of a JSON text: any trainer's checkpoint loads by it."""

@@ -1,7 +1,8 @@
 """PEFT's checkpoints: read as softkv's, and written where PEFT can say the same. peft itself is not needed.
 
-`adapter_config.json` says what kind it is, `adapter_model.safetensors` holds one tensor, `prompt_embeddings`: what PEFT
-computes from whatever was trained (projections, prompt encoders).
+`adapter_config.json` says what kind it is, `adapter_model.safetensors` holds `prompt_embeddings`: what PEFT computes
+from whatever was trained (projections, prompt encoders). Beside it are modules that were trained too, a head above all:
+`base_model.<path>.<name>`.
 
 - PREFIX_TUNING, CARTRIDGE: a flat prefix `[P, 2·L·G·D]` (`softkv.io.flat`), keys as attention sees them. Sliding
   windows count its slots.
@@ -11,13 +12,16 @@ computes from whatever was trained (projections, prompt encoders).
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
 from softkv.hf.model import PromptedModel
+from softkv.hf.task_heads import SavedModules
+from softkv.io.config import MODULES
 from softkv.io.flat import flatten, unflatten
 from softkv.io.safe_files import read_tensors
 from softkv.methods import PrefixTuning, PromptTuning, PTuning, PTuningV2
@@ -26,6 +30,8 @@ from softkv.methods.base import Method
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 TENSOR = "prompt_embeddings"
 PREFIXES, PROMPTS = ("PREFIX_TUNING", "CARTRIDGE"), ("PROMPT_TUNING", "P_TUNING")
+_INSIDE = "base_model."  # before the paths of modules
+_TASKS = {"next token": "CAUSAL_LM", "row": "SEQ_CLS", "token": "TOKEN_CLS", "span": "QUESTION_ANS"}
 _LARGEST_CONFIG = 1 << 22  # bytes: parsed JSON may take twenty times as much memory
 
 
@@ -55,15 +61,18 @@ def read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     _, tensors = read_tensors(path)
     if TENSOR not in tensors:
         raise ValueError(f"{path} expects a tensor {TENSOR!r}, got {', '.join(sorted(tensors)) or 'none'}")
-    if others := sorted(tensors.keys() - {TENSOR}):
-        raise ValueError(
-            f"{path} holds more than a soft prompt, trained weights of the base among them: {', '.join(others)}"
-        )
-    return translate(config, tensors[TENSOR], str(directory))
+    embeddings = tensors.pop(TENSOR)
+    if others := sorted(name for name in tensors if not name.startswith(_INSIDE)):
+        raise ValueError(f"{path} holds more than a soft prompt and modules saved with it: {', '.join(others)}")
+    modules = {name.removeprefix(_INSIDE): tensor for name, tensor in tensors.items()}
+    return translate(config, embeddings, str(directory), modules)
 
 
-def translate(config: dict[str, Any], embeddings: Tensor, where: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A PEFT config and its prompt embeddings, as softkv's config and tensors.
+def translate(
+    config: dict[str, Any], embeddings: Tensor, where: str, modules: Mapping[str, Tensor]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A PEFT config, its prompt embeddings and the tensors of its `modules_to_save` by their paths in the base, as
+    softkv's config and tensors.
 
     Raises:
         ValueError: when it is of a kind that softkv does not read, or the two don't fit together.
@@ -90,7 +99,21 @@ def translate(config: dict[str, Any], embeddings: Tensor, where: str) -> tuple[d
         tensors = {"embeddings": embeddings}
     settings = asdict(method)
     name = "p-tuning-v2" if kind in PREFIXES else "prompt-tuning"
-    return {"format": f"PEFT {kind}", "method": name, "config": settings, "folded": True, "base": base}, tensors
+    found = {"format": f"PEFT {kind}", "method": name, "config": settings, "folded": True, "base": base}
+    if modules:
+        found[MODULES] = sorted({_module_of(path, config, where) for path in modules})
+        tensors |= {f"{MODULES}.{path}": tensor for path, tensor in modules.items()}
+    return found, tensors
+
+
+def _module_of(path: str, config: dict[str, Any], where: str) -> str:
+    """The path of the module that a tensor belongs to: the shortest that ends as a name in `modules_to_save`."""
+    names = config.get(MODULES) or []
+    parts = path.split(".")
+    for end in range(1, len(parts)):
+        if any(isinstance(name, str) and ".".join(parts[:end]).endswith(name) for name in names):
+            return ".".join(parts[:end])
+    raise ValueError(f"{where} holds the weight {path!r}, which belongs to none of its modules_to_save ({names})")
 
 
 def reads_alike(directory: Path, config: dict[str, Any]) -> bool:
@@ -105,18 +128,18 @@ def reads_alike(directory: Path, config: dict[str, Any]) -> bool:
     return there["peft_type"] in alike and all(there.get(key) == config[key] for key in sizes if key in config)
 
 
-def describe(model: PromptedModel) -> tuple[dict[str, Any], Tensor]:
-    """A soft prompt as a PEFT config and its prompt embeddings: with them, PEFT gives the same logits.
+def describe(model: PromptedModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A soft prompt, and the head learned with it, as a PEFT config and its tensors: PEFT gives the same logits.
 
     Raises:
         ValueError: when PEFT can't express it.
     """
     method, shape, soft = model.method, model.base_shape, model.soft.folded()
-    common = {
+    common: dict[str, Any] = {
         "base_model_name_or_path": model.config.name_or_path or None,
         "inference_mode": True,
         "num_transformer_submodules": 1,
-        "task_type": "CAUSAL_LM",
+        "task_type": _task(model),
     }
     if type(method) is PromptTuning and method.position == "before":
         embeddings = soft.soft_tokens()
@@ -146,7 +169,22 @@ def describe(model: PromptedModel) -> tuple[dict[str, Any], Tensor]:
         }
     else:
         raise ValueError(f"PEFT can't express this adapter: {_reason(method)}")
-    return {**common, **kind, "num_virtual_tokens": len(embeddings)}, embeddings.detach().float().cpu().contiguous()
+    tensors = {TENSOR: embeddings}
+    if model.active_adapter in model.modules_to_save:
+        saved = cast(SavedModules, model.modules_to_save[model.active_adapter])
+        common[MODULES] = list(saved.paths)
+        tensors |= {f"{_INSIDE}{path}": tensor for path, tensor in saved.tensors().items()}
+    config = {**common, **kind, "num_virtual_tokens": len(embeddings)}
+    return config, {name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _task(model: PromptedModel) -> str:
+    answers = model.answers
+    if answers == "token" and model.base.get_output_embeddings() is not None:
+        raise ValueError("PEFT can't express this adapter: it knows no task of masked language models")
+    if answers not in _TASKS:
+        raise ValueError(f"PEFT can't express this adapter: it knows no task of a {type(model.base).__name__}")
+    return _TASKS[answers]
 
 
 def _reason(method: Method) -> str:
@@ -186,10 +224,10 @@ def check_kind(config: dict[str, Any], where: str) -> None:
     kind, task, halves = (config.get(key) for key in ("peft_type", "task_type", "num_transformer_submodules"))
     if kind not in (*PREFIXES, *PROMPTS):
         raise ValueError(f"{where} is of a {kind!r} adapter: softkv reads {', '.join((*PREFIXES, *PROMPTS))} from PEFT")
-    if task not in (None, "CAUSAL_LM") or halves not in (None, 1):
+    if task not in (None, *_TASKS.values()) or halves not in (None, 1):
         raise ValueError(
-            f"{where} is of the task {task!r} (with {halves} transformer submodules): softkv works on causal "
-            "decoders, task CAUSAL_LM with 1"
+            f"{where} is of the task {task!r} (with {halves} transformer submodules): softkv reads the tasks "
+            f"{', '.join(_TASKS.values())}, with 1"
         )
     name = config.get("base_model_name_or_path")
     if name is not None and not isinstance(name, str):

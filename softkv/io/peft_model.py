@@ -8,6 +8,7 @@ import torch
 
 from softkv.evaluation import in_evaluation
 from softkv.io import peft
+from softkv.io.config import MODULES
 from softkv.io.model import SoftModel, assemble
 
 
@@ -16,7 +17,8 @@ def from_peft(peft_model: Any, *, adapter_name: str | None = None, backend: str 
     """Puts the soft prompt of a `peft.PeftModel` on its base model, with the same logits.
 
     Args:
-        peft_model: a causal LM with a PREFIX_TUNING, CARTRIDGE, PROMPT_TUNING or P_TUNING adapter. It is left as it
+        peft_model: a model with a PREFIX_TUNING, CARTRIDGE, PROMPT_TUNING or P_TUNING adapter, a causal LM or one of
+            a task with its head. It is left as it
             is, but for the base that both now share, which is frozen and whose attention is softkv's until `detach`.
         adapter_name: which of its adapters; None takes the active one.
         backend: of `softkv.prefix_attention`; None chooses by device.
@@ -42,5 +44,12 @@ def from_peft(peft_model: Any, *, adapter_name: str | None = None, backend: str 
         embeddings = encoder.embedding.weight
     else:
         embeddings = in_evaluation(peft_model).get_prompt_embedding_to_save(name)
-    described, tensors = peft.translate(config, embeddings.detach().cpu(), where)
-    return assemble(peft_model.get_base_model(), described, tensors, backend=backend)
+    base = peft_model.get_base_model()
+    modules = {
+        f"{path}.{key}": value.detach().cpu()
+        for path, module in base.named_modules()
+        if name in getattr(module, MODULES, ())
+        for key, value in getattr(module, MODULES)[name].state_dict().items()
+    }
+    described, tensors = peft.translate(config, embeddings.detach().cpu(), where, modules)
+    return assemble(base, described, tensors, backend=backend)

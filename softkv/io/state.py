@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from softkv.hf.learned import EXTRA, IN_BASE
+from softkv.io.config import MODULES
 from softkv.io.safe_files import check_values, open_tensors
 
 if TYPE_CHECKING:
@@ -32,11 +33,11 @@ def check_described(model: PromptedModel, state: Tensor) -> None:
     """Raise where a state dict is of another method or of other settings."""
     mine, theirs = _configs(model), _parse(state, "the state dict")["adapters"]
     for name in mine.keys() & theirs.keys():
-        for key in ("method", "config"):
-            if theirs[name].get(key) != mine[name][key]:
+        for key in ("method", "config", MODULES):
+            if theirs[name].get(key) != mine[name].get(key):
                 raise ValueError(
                     f"the state dict holds {key} {theirs[name].get(key)} of the adapter {name!r}, "
-                    f"expected {mine[name][key]}"
+                    f"expected {mine[name].get(key)}"
                 )
 
 
@@ -57,6 +58,12 @@ def read(path: Path) -> tuple[str, dict[str, Tensor]]:
     adapter = f"{before}adapters.{name}."
     found = {key.removeprefix(adapter): each for key, each in tensors.items() if key.startswith(adapter)}
     found |= {key.removeprefix(before): each for key, each in tensors.items() if key.startswith(before + IN_BASE)}
+    modules = f"{before}{MODULES}.{name}."
+    found |= {  # their paths stand with "/" for "." in state dicts
+        f"{MODULES}.{key.removeprefix(modules).replace('/', '.')}": each
+        for key, each in tensors.items()
+        if key.startswith(modules)
+    }
     check_values(found, str(path))
     return json.dumps(description["adapters"][name]), found
 
@@ -66,7 +73,7 @@ def _configs(model: PromptedModel) -> dict[str, dict[str, Any]]:
     from softkv.methods.base import SoftPrompt
 
     softs = {name: soft for name, soft in model.adapters.items() if isinstance(soft, SoftPrompt)}
-    return {name: configuration(model, soft, folded=not soft.foldable) for name, soft in softs.items()}
+    return {name: configuration(model, name, folded=not soft.foldable) for name, soft in softs.items()}
 
 
 def _parse(state: Tensor, where: str) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def test_prefixes(family: str, head: str, method: str) -> None:
     width = truth.config.hidden_size if family != "EuroBert" else 16
     assert sum(parameter.numel() for parameter in model.soft.parameters()) == 2 * 3 * width * layers
     wanted = [outputs_of(row_output(truth, model.soft.prefix(), row)) for row in ROWS]
-    for side in ("right",):
+    for side in ("right", "left"):
         batch = padded(ROWS, side)
         for n, output in enumerate(outputs_of(model(**batch))):
             for row, got in enumerate(of_rows(output, batch, ROWS)):

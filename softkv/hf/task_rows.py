@@ -1,0 +1,111 @@
+"""What a model's answers belong to, and how labels and answers follow tokens that were moved: soft tokens put into
+rows, padding put to one side."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from softkv.evaluation import in_evaluation
+from softkv.hf import calls
+from softkv.hf.layout import IGNORED
+
+# What logits answer: each token, by predicting the next one or by its own label; a span of tokens; a whole row.
+Answers = Literal["next token", "token", "span", "row", "other"]
+
+
+@torch.no_grad()
+def answers_of(model: Any) -> Answers:
+    """What the logits of a model answer; other: it has none, or they are of another shape."""
+    if model.can_generate():
+        return "next token"
+    ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    try:
+        output = calls.run(None, in_evaluation(model), input_ids=ids, return_dict=True)
+    except (RuntimeError, ValueError, TypeError, IndexError):  # a head that takes other inputs
+        return "other"
+    if "start_logits" in output and output.start_logits.shape == (1, 2):
+        return "span"
+    logits = output.get("logits")
+    if logits is None or logits.dim() not in (2, 3) or len(logits) != 1:
+        return "other"
+    return "row" if logits.dim() == 2 else "token" if logits.shape[1] == 2 else "other"
+
+
+@dataclass(frozen=True)
+class Moved:
+    """Tokens `[B, T]` that became columns of a batch `[B, T']`.
+
+    Attributes:
+        columns: `[B, T]`, where each token has gone.
+        width: T'.
+        answers: what the logits answer.
+    """
+
+    columns: Tensor
+    width: int
+    answers: Answers
+
+    def inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch with labels and token types where their tokens are.
+
+        Raises:
+            ValueError: when it is not known where labels belong.
+        """
+        moved = dict(batch)
+        if batch.get("token_type_ids") is not None:
+            moved["token_type_ids"] = self._scattered(batch["token_type_ids"], 0)
+        if self.answers == "other" and batch.get("labels") is not None:
+            raise ValueError("soft tokens inside rows expect a head whose labels softkv can move with their tokens")
+        if self.answers == "token" and batch.get("labels") is not None:
+            moved["labels"] = self._scattered(batch["labels"], IGNORED)
+        if self.answers == "span":
+            for name in ("start_positions", "end_positions"):
+                if batch.get(name) is not None:
+                    moved[name] = self._position(batch[name])
+        return moved
+
+    def output(self, output: Any) -> Any:
+        """The output with what it gives for each token in the order of the tokens given."""
+        names = {"token": ("logits",), "span": ("start_logits", "end_logits")}.get(self.answers, ())
+        for name in ("last_hidden_state", *names):
+            if output.get(name) is not None:
+                output[name] = self._given(output[name])
+        if output.get("hidden_states") is not None:
+            output["hidden_states"] = tuple(self._given(states) for states in output["hidden_states"])
+        return output
+
+    def _given(self, states: Tensor) -> Tensor:
+        return states.take_along_dim(self.columns if states.dim() == 2 else self.columns[:, :, None], 1)
+
+    def _scattered(self, values: Tensor, filling: int) -> Tensor:
+        new = values.new_full((len(self.columns), self.width), filling)
+        return new.scatter(1, self.columns, values.expand(self.columns.shape))
+
+    def _position(self, positions: Tensor) -> Tensor:
+        """A position past the row, which losses ignore, stays past it."""
+        T = self.columns.shape[1]
+        new = self.columns.gather(1, positions.view(-1, 1).clamp(0, T - 1)).view_as(positions)
+        return new.masked_fill(positions >= T, self.width)
+
+
+def row_ids(ids: Tensor, source: Tensor | None, attention_mask: Tensor | None, pad: int | None) -> Tensor:
+    """Ids `[B, T']` that tell a head which column of a row is its last: padding where padding is, nowhere else.
+
+    Args:
+        ids: `[B, T]`; negative where no token is known.
+        source: of the new columns in the old ones (`Insertion.source`), or None where they are the same.
+        attention_mask: `[B, T']` or None.
+        pad: the id of padding, None where the model has none.
+    """
+    other = int(pad == 0)
+    found = ids.masked_fill(ids < 0, other)
+    if source is not None:
+        flat = found.flatten()
+        found = flat[source.clamp(0, len(flat) - 1)].masked_fill((source < 0) | (source >= len(flat)), other)
+    if pad is None or attention_mask is None:
+        return found
+    return found.masked_fill(attention_mask == 0, pad)
