@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from softkv.hf import checkpointing
 from softkv.hf.attention import NAME
 from softkv.hf.generation import processors
 from softkv.hf.placement import device_of, free_to_pack, keep_differentiable
@@ -75,7 +76,7 @@ class BaseState:
         self.implementations = [(config, config._attn_implementation) for config in configs.values()]
         self.requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self.training = {name: module.training for name, module in model.named_modules()}
-        self.checkpointing = model.is_activation_checkpointing
+        self.checkpointing = checkpointing.is_on(model)
         self.quantised = keep_differentiable(model)
         self.dropouts: list[tuple[nn.Module, str, float]] = []
         self.holders: list[Any] = []
@@ -138,8 +139,8 @@ class BaseState:
             parameter.requires_grad_(self.requires_grad.get(name, parameter.requires_grad))
         for holder, name, probability in self.dropouts:
             setattr(holder, name, probability)
-        if model.is_activation_checkpointing and not self.checkpointing:
-            model.activation_checkpointing_disable()
+        if checkpointing.is_on(model) and not self.checkpointing:
+            checkpointing.disable(model)
         for name, module in model.named_modules():
             module.training = self.training.get(name, module.training)
 

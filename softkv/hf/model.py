@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from softkv.hf import calls, checks
+from softkv.hf import calls, checkpointing, checks
 from softkv.hf.attention import NAME
 from softkv.hf.context import SoftContext
 from softkv.hf.frozen import BaseState, FrozenBase
@@ -260,7 +260,7 @@ class PromptedModel(nn.Module):
         kwargs = {"use_reentrant": False} | (activation_checkpointing_kwargs or {})
         checks.check_reentrant(kwargs)
         wanted_input_gradients = hasattr(self.base, "_require_grads_hook")
-        self.base.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs, **options)
+        checkpointing.enable(self.base, kwargs, **options)
         if not wanted_input_gradients:  # for reentrant checkpoints; here they would only cost layer 0 its backward
             self.base.disable_input_require_grads()
 
@@ -421,7 +421,7 @@ class PromptedModel(nn.Module):
 
     def _keeps_cache(self, cache: Any, use_cache: bool | None) -> bool:
         """Whether the base will keep a cache in this forward."""
-        if self.training and self.base.is_activation_checkpointing:
+        if self.training and checkpointing.is_on(self.base):
             return False
         if use_cache is not None:
             return use_cache
@@ -585,7 +585,7 @@ class PromptedModel(nn.Module):
                 "output_attentions=True needs attention weights, which softkv never forms: detach the soft prompt or "
                 "leave it off"
             )
-        if self.training and self.base.is_activation_checkpointing:
+        if self.training and checkpointing.is_on(self.base):
             if self._hooks.order.repeats:
                 raise ValueError(
                     f"{type(self.base).__name__} runs an attention module several times a pass, which a recomputed "

@@ -14,6 +14,7 @@ import transformers
 from torch import nn
 
 import softkv
+from softkv.hf import checkpointing
 from tests.hf.test_generate import batch_of
 from tests.hf.test_methods_on_models import padded, rows_for
 from tests.hf.tiny import METHODS, attach, model_of, tokenizer
@@ -34,7 +35,7 @@ def state_of(model: Any) -> list[Any]:
         {name: sorted(module.__dict__) for name, module in model.named_modules()},
         model.config._attn_implementation,
         model.config.to_dict(),
-        model.is_activation_checkpointing,
+        checkpointing.is_on(model),
     ]
 
 
@@ -56,8 +57,8 @@ def mixed(attention: str = "eager") -> Any:
 @pytest.mark.parametrize("method", METHODS)
 def test_detach_restores_exactly(method: str, attention: str) -> None:
     model = mixed(attention)
-    model.activation_checkpointing_enable()  # the attributes that it leaves behind are transformers' own
-    model.activation_checkpointing_disable()
+    checkpointing.enable(model)  # the attributes that it leaves behind are transformers' own
+    checkpointing.disable(model)
     model.disable_input_require_grads()
     before = state_of(model)
     with warnings.catch_warnings(record=True) as caught:
@@ -346,11 +347,11 @@ def test_refusals() -> None:
                 call(torch.tensor([[1, -4, 2]]))
         with pytest.raises(ValueError, match="use_reentrant"):
             soft.gradient_checkpointing_enable({"use_reentrant": True})
-        soft.base.activation_checkpointing_enable({"use_reentrant": True})
+        checkpointing.enable(soft.base, {"use_reentrant": True})
         with pytest.raises(ValueError, match="use_reentrant"):
             soft.train()(**LABELLED)
         if method in ("prompt-tuning after", "p-tuning v2 encoder"):
-            soft.base.activation_checkpointing_disable()
+            checkpointing.disable(soft.base)
             with pytest.raises(ValueError, match="must know where each row's prompt ends"):
                 soft.train()(ids)
             soft.eval()

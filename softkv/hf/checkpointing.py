@@ -1,0 +1,29 @@
+"""Activation checkpointing of a transformers model, by the names that the installed transformers has for it: those
+with `gradient_` are older (the newest for Python 3.10), and gone from transformers 6."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def is_on(model: Any) -> bool:
+    """Whether some module recomputes its activations in backward."""
+    if hasattr(model, "is_activation_checkpointing"):
+        return bool(model.is_activation_checkpointing)
+    return bool(model.is_gradient_checkpointing)
+
+
+def enable(model: Any, kwargs: dict[str, Any] | None = None, **options: Any) -> None:
+    """Switches it on; `kwargs` are those of `torch.utils.checkpoint.checkpoint`."""
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(kwargs, **options)
+    else:
+        model.gradient_checkpointing_enable(kwargs, **options)
+
+
+def disable(model: Any) -> None:
+    """Switches it off."""
+    if hasattr(model, "activation_checkpointing_disable"):
+        model.activation_checkpointing_disable()
+    else:
+        model.gradient_checkpointing_disable()
