@@ -373,7 +373,7 @@ def test_shapes_of_a_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(attention, "working_mib", lambda *_: 0.0)  # a process each
     shapes = ("B=1,H=2,G=1,T=9,P=3,D=8", "B=2, H=2, G=2, T=1, S=7, P=5, D=8")
     options = [option for shape in shapes for option in ("--shape", shape)]
-    result = CliRunner().invoke(bench_app, ["attention", *options, "--seconds", "0", "-o", str(tmp_path)])
+    result = CliRunner().invoke(bench_app, ["attention", "--quick", *options, "-o", str(tmp_path)])
     assert result.exit_code == 0, result.output
     records = json.loads((tmp_path / "attention.json").read_text())["results"]
     assert list(records) == [
