@@ -69,6 +69,8 @@ class Prefix:
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Prefix:
         """The same prefix on another device or in another floating dtype."""
+        if device is None and dtype in (None, self.k.dtype):
+            return self
         lengths = self.lengths if self.lengths is None else self.lengths.to(device)
         return replace(self, k=self.k.to(device, dtype), v=self.v.to(device, dtype), lengths=lengths)
 

@@ -29,6 +29,7 @@ from softkv.hf.context import BlockInputs, PackedRows, SoftContext
 from softkv.hf.dense import masked_attention
 from softkv.hf.key_state import KeyState
 from softkv.hf.local import two_sided_attention
+from softkv.hf.repeat import remember, signature
 from softkv.ops.api import prefix_attention, prefix_attention_varlen
 from softkv.ranges import named
 
@@ -186,6 +187,17 @@ def attention(
     Raises:
         ValueError: for whatever it is given and does not understand.
     """
+    context = softkv_prefix if softkv_prefix is not None else SoftContext()
+    layer = getattr(module, "layer_idx", 0) if context.order is None else context.order.number(module, context.turns)
+    alike = None
+    if context.memo is not None and s_aux is None and position_bias is None and not (dropout or output_attentions):
+        alike = signature(
+            module, query, key, value, attention_mask, scaling, sliding_window, softcap, is_causal, *kwargs
+        )
+        checked = context.memo.get(alike)
+        if checked is not None and checked.serves(context, layer):
+            with named("attention, layer", layer):
+                return checked(context, layer, query, key, value), None
     if output_attentions:
         raise ValueError('softkv attention never forms attention weights: use attn_implementation="eager" to see them')
     if dropout:
@@ -196,8 +208,6 @@ def attention(
             f"softkv attention needs values as wide as keys, got head sizes {value.shape[-1]} and {key.shape[-1]} "
             "(multi-head latent attention): this model can't use it"
         )
-    context = softkv_prefix if softkv_prefix is not None else SoftContext()
-    layer = getattr(module, "layer_idx", 0) if context.order is None else context.order.number(module, context.turns)
     keys = _Keys.of(attention_mask, len(query))
     causal, window = keys.causal, sliding_window
     if causal is None:
@@ -259,12 +269,17 @@ def attention(
         )
         with named("attention, layer", layer):
             out = _attend(attend, context, layer, len(rows.cu_seqlens) - 1, like, window)
+        if alike is not None and rows is context.rows and _HARMLESS.issuperset(kwargs):
+            remember(context, layer, alike, attention_mask, (query, key, value), rows, **options)
         return out.unsqueeze(0), None
 
     op = prefix_attention if causal or window is None else two_sided_attention
     attend = partial(op, query, key, value, key_mask=keys.mask, key_lengths=keys.lengths, **options)
     with named("attention, layer", layer):
         out = _attend(attend, context, layer, len(query), like, window)
+    if alike is not None and op is prefix_attention and _HARMLESS.issuperset(kwargs):
+        operands = (query, key, value)
+        remember(context, layer, alike, attention_mask, operands, None, keys.mask, keys.lengths, **options)
     return out.transpose(1, 2), None
 
 

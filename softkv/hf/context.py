@@ -121,6 +121,7 @@ class SoftContext:
         order: numbers the attention blocks; None where none needs a number.
         turns: how often each module that runs several times has begun to, in this forward pass.
         capture: collects what reaches each attention block, in the order in which they run.
+        memo: of a forward pass, calls that were checked for one block and hold for others (`softkv.hf.repeat`).
     """
 
     layers: dict[int, LayerKV] | None = None
@@ -135,6 +136,7 @@ class SoftContext:
     order: BlockOrder | None = None
     turns: dict[nn.Module, int] = field(default_factory=dict)
     capture: list[BlockInputs] | None = None
+    memo: dict[Any, Any] | None = None
 
     def of_layer(self, layer: int, rows: int, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
         """The prefix keywords of the attention op for one block and `rows` rows, but for `window_covers_prefix`. Blocks

@@ -65,6 +65,7 @@ class DecoderHooks:
 
     def __init__(self, base: Any, backend: str | None) -> None:
         self.base, self.backend = base, backend
+        self.decoder = cast(nn.Module, decoder_of(base))
         self.order = BlockOrder()
         self.behaviour = Behaviour(packs=False, carries=False)
         self._reads_blocks = False
@@ -76,10 +77,6 @@ class DecoderHooks:
         """Hooks the decoder."""
         self.decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True)
         self.decoder.register_forward_hook(self._leave_decoder, with_kwargs=True)
-
-    @property
-    def decoder(self) -> nn.Module:
-        return cast(nn.Module, decoder_of(self.base))
 
     def hook_blocks(self) -> None:
         """Has encoders read what enters the attention modules."""
@@ -216,7 +213,10 @@ class DecoderHooks:
             kwargs["position_ids"] = self._positions(call, context, kwargs)
             if call.prompts is not None and context.encoder is None and self.behaviour.packs:
                 context = self._without_padding(context, kwargs)
-        kwargs["softkv_prefix"] = replace(context, order=self.order, turns={}) if len(self.order) else context
+        if len(self.order):
+            memo: dict[Any, Any] | None = None if torch.compiler.is_compiling() or context.capture is not None else {}
+            context = replace(context, order=self.order, turns={}, memo=memo)
+        kwargs["softkv_prefix"] = context
         return (), kwargs
 
     def _without_padding(self, context: SoftContext, kwargs: dict[str, Any]) -> SoftContext:

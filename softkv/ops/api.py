@@ -160,7 +160,7 @@ def _attend(call: Call, backend: str | None, return_lse: bool) -> Tensor | tuple
         out, lse = reference.forward(**call)
     else:
         checks.refuse_transforms(call)
-        engine = _engine(backend, call)
+        engine = engine_for(backend, call)
         call["q"], call["k"], call["v"] = (
             rows_of_memory(call["q"]),
             rows_of_memory(call["k"]),
@@ -172,7 +172,8 @@ def _attend(call: Call, backend: str | None, return_lse: bool) -> Tensor | tuple
     return (out, lse) if return_lse else out
 
 
-def _engine(backend: str | None, call: Call) -> str:
+def engine_for(backend: str | None, call: Call) -> str:
+    """The engine of a backend's name, or the one that is chosen for a call."""
     q = call["q"]
     if backend is None:
         return choice.engine_for(call) if q.is_cuda else "torch"

@@ -1,0 +1,130 @@
+"""The short way through attention: blocks of one forward pass are called alike, so what was checked and worked out for
+the first of them holds for the others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from softkv.hf.context import PackedRows, SoftContext
+from softkv.ops.api import engine_for
+from softkv.ops.checks import checked_reach, checked_scale, checked_softcap
+from softkv.ops.engine import Call
+from softkv.ops.operator import attention, load_engine, rows_of_memory
+
+Signature = tuple[Any, ...]
+
+
+def signature(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *options: Any
+) -> Signature:
+    """What the way of a block through attention depends on, but for values of tensors that no check reads."""
+    return (
+        type(module), id(getattr(module, "config", None)), getattr(module, "is_causal", True), query.shape, key.shape,
+        value.shape, query.dtype, key.dtype, value.dtype, id(mask), torch.is_autocast_enabled(query.device.type),
+        *options,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class CheckedCall:
+    """A block's call of the attention op that the public function has accepted.
+
+    Attributes:
+        call: its arguments, but for q, k, v and the prefix, which each block has of its own.
+        dtype: of these.
+        prefix: the shape and the device of the prefix's keys, or None without one.
+        engine: that runs it.
+        rows: the packed rows of a batch of one line, or None.
+        mask: kept, so that no other one gets its `id`.
+    """
+
+    call: dict[str, Any]
+    dtype: torch.dtype
+    prefix: tuple[torch.Size, torch.device] | None
+    engine: str
+    rows: PackedRows | None
+    mask: Tensor | None
+
+    def serves(self, context: SoftContext, layer: int) -> bool:
+        """Whether the prefix of a block is like that of the first one."""
+        return self.prefix == _form(context, layer)
+
+    def __call__(self, context: SoftContext, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attention of another block: query `[B, H, T, D]` → `[B, T, H, Dv]`."""
+        if self.rows is not None:
+            query, key, value = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
+        dtype = self.dtype
+        call = self.call.copy()
+        call["q"], call["k"], call["v"] = _ready(query, dtype), _ready(key, dtype), _ready(value, dtype)
+        if context.layers is not None:
+            k, v = context.layers[layer]
+            call["prefix_k"], call["prefix_v"] = _ready(k, dtype), _ready(v, dtype)
+        if torch.is_grad_enabled() or is_in_torch_dispatch_mode() or type(query) is not Tensor:
+            out, _ = attention(cast(Call, call), self.engine)
+        else:  # the operator has nothing to add
+            out, _ = load_engine(self.engine).forward(**call)
+        return out.unsqueeze(0) if self.rows is not None else out.transpose(1, 2)
+
+
+def _ready(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return rows_of_memory(x if x.dtype == dtype else x.to(dtype))
+
+
+def _form(context: SoftContext, layer: int) -> tuple[torch.Size, torch.device] | None:
+    if context.layers is None:
+        return None
+    k, _ = context.layers[layer]
+    return k.shape, k.device
+
+
+def remember(
+    context: SoftContext,
+    layer: int,
+    alike: Signature,
+    mask: Tensor | None,
+    operands: tuple[Tensor, Tensor, Tensor],
+    rows: PackedRows | None,
+    key_mask: Tensor | None = None,
+    key_lengths: Tensor | None = None,
+    *,
+    scale: float | None,
+    is_causal: bool,
+    window: int | None,
+    softcap: float | None,
+    **others: Any,
+) -> None:
+    """Keeps a call that the public function has accepted for the blocks that are called alike.
+
+    Args:
+        operands: query, key and value `[B, ., T, D]` of the block that made it.
+        others: a backend, and sinks, of which there are none.
+    """
+    covers, kv = context.window_covers, None if context.layers is None else context.layers[layer]
+    query, key, value = operands
+    # The operator keeps what is empty, or has no values, from engines.
+    if query.numel() == 0 or query.is_meta or (kv is not None and (kv[0].numel() == 0 or kv[0].device != query.device)):
+        return
+    if context.memo is None or context.backend == "reference" or (window is not None and isinstance(covers, Tensor)):
+        return
+    if rows is not None:
+        query, key, value = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
+    prefix = context.of_layer(
+        layer, len(operands[0]) if rows is None else len(rows.cu_seqlens) - 1, query.dtype, query.device
+    )
+    cu_seqlens, longest = (None, None) if rows is None else (rows.cu_seqlens, rows.longest)
+    call = Call(
+        q=query, k=key, v=value, prefix_k=prefix.get("prefix_k"), prefix_v=prefix.get("prefix_v"),
+        prefix_index=prefix.get("prefix_index"), prefix_lengths=prefix.get("prefix_lengths"), key_mask=key_mask,
+        key_lengths=key_lengths, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=longest,
+        max_seqlen_k=longest, sinks=None, scale=checked_scale(scale, query.shape[-1]), is_causal=is_causal,
+        window=checked_reach("window", window), window_covers_prefix=window is not None and covers is True,
+        chunk=None, softcap=checked_softcap(softcap),
+    )  # fmt: skip
+    engine = engine_for(context.backend, call)
+    of_others = {**call, **dict.fromkeys(("q", "k", "v", "prefix_k", "prefix_v"))}
+    context.memo[alike] = CheckedCall(of_others, query.dtype, _form(context, layer), engine, rows, mask)
