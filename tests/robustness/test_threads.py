@@ -1,0 +1,167 @@
+"""What is safe from several threads (the table in docs/adapters.md), a test for each row: while one thread does it, the
+answers of others stay exactly what they are alone."""
+
+import asyncio
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import softkv
+from tests.robustness.models import IDS, attached, scatter
+
+ROUNDS = int(os.environ.get("SOFTKV_ROUNDS", "150"))  # `make soak` takes 1,000
+
+
+@pytest.fixture(autouse=True)
+def _many_switches() -> Iterator[None]:
+    """Threads take turns often enough to meet each other everywhere."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(interval)
+
+
+@pytest.fixture
+def model() -> softkv.SoftModel:
+    model = attached()
+    model.add_adapter("other", softkv.PTuningV2(length=2))
+    scatter(model)
+    return model
+
+
+def save(model: softkv.SoftModel, folder: Any) -> None:
+    model.save_pretrained(folder / "adapter", adapter_name="other")
+
+
+def add_and_delete(model: softkv.SoftModel, folder: Any) -> None:
+    model.add_adapter("third", softkv.PromptTuning(length=1, position="before"))
+    model.delete_adapter("third")
+
+
+def text_prefix(model: softkv.SoftModel, folder: Any) -> None:
+    softkv.Prefix.from_ids(model, IDS)
+
+
+def use_another(model: softkv.SoftModel, folder: Any) -> None:
+    with model.using("other"):
+        model(IDS)
+
+
+def disable(model: softkv.SoftModel, folder: Any) -> None:
+    with model.disabled():
+        model(IDS)
+
+
+def name_rows(model: softkv.SoftModel, folder: Any) -> None:
+    model(IDS.expand(3, -1), adapter_names=["other", None, "default"])
+
+
+def generate(model: softkv.SoftModel, folder: Any) -> None:
+    model.generate(IDS, max_new_tokens=1, adapter_names=["other"])
+
+
+def differentiate(model: softkv.SoftModel, folder: Any) -> None:
+    with torch.enable_grad(), model.using("other"):
+        torch.autograd.grad(model(IDS, labels=IDS).loss, list(model.adapters["other"].parameters()))
+
+
+ACTIONS = (save, add_and_delete, text_prefix, use_another, disable, name_rows, generate, differentiate)
+
+
+@pytest.mark.parametrize("action", ACTIONS, ids=lambda action: action.__name__)
+def test_while_another_thread(action: Callable[..., None], model: softkv.SoftModel, tmp_path: Any) -> None:
+    with torch.no_grad():
+        want = model(IDS).logits
+        errors = working(lambda: action(model, tmp_path))
+        found = [model(IDS).logits for _ in range(ROUNDS)]
+        errors.stop()
+    assert all(torch.equal(logits, want) for logits in found)
+    assert errors.rounds > 1
+
+
+def test_generate_in_many_threads(model: softkv.SoftModel) -> None:
+    names: list[Any] = ["default", "other", None]
+    want = [model.generate(IDS, max_new_tokens=3, adapter_names=[name]).tolist() for name in names]
+    assert len({str(each) for each in want}) == 3
+    found: list[Any] = [[], [], []]
+
+    def run(number: int) -> None:
+        for _ in range(ROUNDS // 10):
+            found[number].append(model.generate(IDS, max_new_tokens=3, adapter_names=[names[number]]).tolist())
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number in range(3):
+        assert found[number] == [want[number]] * (ROUNDS // 10)
+
+
+def test_two_soft_models_on_one_base(model: softkv.SoftModel) -> None:
+    second = attached(softkv.PromptTuning(length=2, position="before"), model.base)
+    with torch.no_grad():
+        want, others = model(IDS).logits, second(IDS).logits
+        errors = working(lambda: _same(second(IDS).logits, others))
+        for _ in range(ROUNDS // 2):
+            assert torch.equal(model(IDS).logits, want)
+        errors.stop()
+
+
+def test_an_evaluation_leaves_training_flags_alone(model: softkv.SoftModel) -> None:
+    """Text prefixes run the base in evaluation mode, and a thread that trains sees its own mode all the while."""
+    model.train()
+    errors = working(lambda: softkv.Prefix.from_ids(model, IDS))
+    for _ in range(ROUNDS):
+        assert all(module.training for module in model.modules())
+    errors.stop()
+
+
+def test_tasks_have_scopes_of_their_own(model: softkv.SoftModel) -> None:
+    with torch.no_grad():
+        want = {name: model(IDS, adapter_names=[name]).logits for name in ("default", "other")}
+
+        async def serve(name: str) -> None:
+            with model.using(name):
+                for _ in range(20):
+                    await asyncio.sleep(0)
+                    assert model.active_adapter == name
+                    assert torch.equal(model(IDS).logits, want[name])
+
+        async def both() -> None:
+            await asyncio.gather(serve("default"), serve("other"))
+
+        asyncio.run(both())
+
+
+def _same(found: torch.Tensor, want: torch.Tensor) -> None:
+    assert torch.equal(found, want)
+
+
+class working:
+    """Something done again and again in a thread, until `stop`."""
+
+    def __init__(self, action: Callable[[], Any]) -> None:
+        self.action, self.rounds, self.error, self.ended = action, 0, None, threading.Event()
+        self.thread = threading.Thread(target=self._run)
+        self.thread.start()
+
+    def _run(self) -> None:
+        try:
+            with torch.no_grad():
+                while not self.ended.is_set():
+                    self.action()
+                    self.rounds += 1
+        except BaseException as error:
+            self.error: Any = error
+
+    def stop(self) -> None:
+        self.ended.set()
+        self.thread.join()
+        if self.error is not None:
+            raise self.error
