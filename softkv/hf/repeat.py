@@ -23,10 +23,11 @@ def signature(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *options: Any
 ) -> Signature:
     """What the way of a block through attention depends on, but for values of tensors that no check reads."""
+    device = query.device.type
+    autocasts = device != "meta" and torch.is_autocast_enabled(device)
     return (
         type(module), id(getattr(module, "config", None)), getattr(module, "is_causal", True), query.shape, key.shape,
-        value.shape, query.dtype, key.dtype, value.dtype, id(mask), torch.is_autocast_enabled(query.device.type),
-        *options,
+        value.shape, query.dtype, key.dtype, value.dtype, id(mask), autocasts, *options,
     )  # fmt: skip
 
 
