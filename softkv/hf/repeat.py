@@ -27,7 +27,7 @@ def signature(
     autocasts = device != "meta" and torch.is_autocast_enabled(device)
     return (
         type(module), id(getattr(module, "config", None)), getattr(module, "is_causal", True), query.shape, key.shape,
-        value.shape, query.dtype, key.dtype, value.dtype, id(mask), autocasts, *options,
+        value.shape, query.dtype, key.dtype, value.dtype, id(mask), query.device, autocasts, *options,
     )  # fmt: skip
 
 
