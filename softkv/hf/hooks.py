@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from softkv.evaluation import in_evaluation
-from softkv.hf import calls
+from softkv.hf import calls, kept_logits
 from softkv.hf.attention import padding_mask
 from softkv.hf.behaviour import TOKENS, Behaviour, behaviour_of
 from softkv.hf.context import BlockInputs, BlockOrder, LayerKV, RowEncoder, RowPrompts, SoftContext
@@ -42,6 +42,7 @@ class Call:
         positions_given: whether position ids are the user's own.
         model: the SoftModel, in a `generate`.
         embeds: `[B, T, C]`, what the decoder reads in place of the ids that reach it, or None.
+        kept: of what positions logits are wanted, where transformers has no argument for it.
     """
 
     hooks: DecoderHooks
@@ -52,6 +53,7 @@ class Call:
     positions_given: bool = False
     model: Any = None
     embeds: Tensor | None = None
+    kept: Tensor | None = None
 
 
 class DecoderHooks:
@@ -69,6 +71,7 @@ class DecoderHooks:
         self.order = BlockOrder()
         self.behaviour = Behaviour(packs=False, carries=False)
         self._reads_blocks = False
+        self._head: Any = None
         self._offset = 0
         table = _learned_positions(self.decoder)
         self._table = None if table is None else table.num_embeddings - int(getattr(table, "offset", 0))
@@ -77,6 +80,9 @@ class DecoderHooks:
         """Hooks the decoder."""
         self.decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True)
         self.decoder.register_forward_hook(self._leave_decoder, with_kwargs=True)
+        head = self.base.get_output_embeddings()
+        if head is not None and not kept_logits.BY_TRANSFORMERS:
+            self._head = head.register_forward_pre_hook(self._enter_head)
 
     def hook_blocks(self) -> None:
         """Has encoders read what enters the attention modules."""
@@ -93,6 +99,8 @@ class DecoderHooks:
 
     def remove(self) -> None:
         """Takes every hook off, whatever came between hooking and this."""
+        if self._head is not None:
+            self._head.remove()
         for module in self.decoder.modules():
             for hooks in (module._forward_pre_hooks, module._forward_hooks):
                 for number in [number for number, hook in hooks.items() if getattr(hook, "__self__", None) is self]:
@@ -270,6 +278,12 @@ class DecoderHooks:
             layout = RowLayout.of((B, T), F.pad(mask, (0, T - width)), None, mask.device)
             rows = layout.prompts(layout.last)
         return self.encoding(call.context, call.soft, rows, state.kv, state.order)
+
+    def _enter_head(self, head: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        call = calls.under_way()
+        if call is None or call.hooks is not self or call.kept is None:
+            return None
+        return (kept_logits.chosen(arguments[0], call.kept), *arguments[1:])
 
     def _enter_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
         """Keyword pre-hook of an attention block in encoder mode: makes the block's K/V from what enters it. It runs

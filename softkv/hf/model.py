@@ -27,6 +27,7 @@ from softkv.hf.generation.prompts import Prompts, lengthened, mask_of, pad_id
 from softkv.hf.hooks import Call, DecoderHooks
 from softkv.hf.inner import inside, say_prompt_lengths
 from softkv.hf.inputs import Inputs
+from softkv.hf.kept_logits import taken_from
 from softkv.hf.layout import RowLayout
 from softkv.hf.learned import leave_frozen, miss_nothing_frozen
 from softkv.hf.placement import device_of
@@ -397,10 +398,10 @@ class PromptedModel(nn.Module):
         if self.answers == "row" and self.is_causal and module is self.base:
             embeds = inputs.embeds
             inputs = inputs if embeds is None else inputs.with_row_ids(self.base.config.get_text_config().pad_token_id)
-        call = Call(self._hooks, context, soft, positions_given=position_ids is not None, embeds=embeds)
-        output = self._hooks.run(
-            call, module, **inputs.keywords(options, logits_to_keep if module is self.base else None), return_dict=True
-        )
+        keywords = inputs.keywords(options, logits_to_keep if module is self.base else None)
+        given, kept = position_ids is not None, taken_from(keywords)
+        call = Call(self._hooks, context, soft, positions_given=given, embeds=embeds, kept=kept)
+        output = self._hooks.run(call, module, **keywords, return_dict=True)
         if not inputs.past and output.get("past_key_values") is not None:
             state.store_on(output.past_key_values)
         output = inputs.in_columns_given(output)
