@@ -14,7 +14,7 @@ import transformers
 from torch import nn
 
 import softkv
-from softkv.hf import checkpointing
+from softkv.hf import calls, checkpointing
 from tests.hf.test_generate import batch_of
 from tests.hf.test_methods_on_models import padded, rows_for
 from tests.hf.tiny import METHODS, attach, model_of, tokenizer
@@ -98,7 +98,7 @@ def test_several_on_one_base(order: tuple[int, ...]) -> None:
     truth = [attach("Qwen2", name)(**LABELLED).logits[real] for name in names]
     for last in order:
         for number in range(3):
-            if attached[number]._original is not None:
+            if attached[number]._attached:
                 torch.testing.assert_close(attached[number](**LABELLED).logits[real], truth[number])
                 with attached[number].disabled():
                     torch.testing.assert_close(attached[number](**LABELLED).logits[real], bare)
@@ -122,7 +122,7 @@ def test_errors_leave_nothing_behind() -> None:
     ):
         with pytest.raises((IndexError, ValueError)):
             call()
-        assert soft._hooks.calls.stack == []
+        assert calls.under_way() is None
         assert torch.equal(soft(**LABELLED).logits, want)
         with soft.disabled():
             assert not torch.allclose(soft(**LABELLED).logits, want)
