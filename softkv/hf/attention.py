@@ -157,7 +157,7 @@ def _check_interface(config: Any) -> None:
 
 
 def _all_real(mask: Tensor) -> bool:
-    return not torch.compiler.is_compiling() and bool(mask.all())
+    return mask.device.type != "meta" and not torch.compiler.is_compiling() and bool(mask.all())
 
 
 def attention(

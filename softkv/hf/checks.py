@@ -26,6 +26,11 @@ def check_base(model: Any) -> None:
 
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"softkv.attach expects a transformers model, got {type(model).__name__}")
+    if (getattr(model, "_tp_size", None) or 1) > 1:
+        raise ValueError(
+            f"this {type(model).__name__} is split over {model._tp_size} processes by tensor parallelism, which keeps "
+            "a part of the heads in each: softkv expects whole blocks, so load it without tp_plan and shard it by FSDP2"
+        )
     if model.config.is_encoder_decoder:
         raise ValueError(f"softkv.attach expects a causal decoder, got the encoder-decoder {type(model).__name__}")
     if getattr(model.config.get_text_config(), "attention_chunk_size", None) is not None:

@@ -53,10 +53,19 @@ class FrozenBase:
 
     @torch.no_grad()
     def embed(self, ids: Tensor) -> Tensor:
+        self._check_values()
         return self.model.get_input_embeddings()(ids.to(device_of(self.model)))
 
     def prefix_of(self, ids: Tensor) -> Prefix:
+        self._check_values()
         return Prefix.from_ids(self.model, ids[None].to(device_of(self.model)))
+
+    def _check_values(self) -> None:
+        if device_of(self.model).type == "meta":
+            raise ValueError(
+                'this soft prompt starts from the base\'s values, which a base on "meta" has none of: expected '
+                'PTuningV2 or PrefixTuning with init="random", or softkv.load of a saved adapter'
+            )
 
     def tokenize(self, text: str, special: bool = False) -> list[int]:
         if self.tokenizer is None:

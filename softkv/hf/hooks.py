@@ -126,7 +126,9 @@ class DecoderHooks:
         context = SoftContext(backend=self.backend, capture=[])
         assert context.capture is not None
         try:
-            row = self._hidden(view, context, input_ids=ids)
+            # Without values, transformers can't look whether rows are packed: a mask says that they are not.
+            masks = {"attention_mask": torch.ones_like(ids)} if device.type == "meta" else {}
+            row = self._hidden(view, context, input_ids=ids, **masks)
         except TypeError as error:
             if "softkv_prefix" not in str(error):
                 raise self._not_run(error) from error
@@ -144,7 +146,8 @@ class DecoderHooks:
         of_view = {id(module): name for name, module in view.named_modules()}
         in_view = BlockOrder([each.block for each in blocks])
         blocks = [each._replace(block=self.decoder.get_submodule(of_view[id(each.block)])) for each in blocks]
-        if all(each.causal for each in blocks):
+        causal = all(each.causal for each in blocks)
+        if causal and device.type != "meta":
 
             def run(context: SoftContext, at: Tensor, positions: Tensor) -> Tensor:
                 return self._hidden(
@@ -158,7 +161,8 @@ class DecoderHooks:
                 raise self._not_run(error) from error
         else:
             layers = self.base.config.get_text_config().num_hidden_layers
-            self.behaviour = Behaviour(packs=len(blocks) == layers, carries=False)
+            alone = len(blocks) == layers  # attention is all there is, as far as can be told without values
+            self.behaviour = Behaviour(packs=alone, carries=alone and causal)
         self.order = BlockOrder([each.block for each in blocks])
         return blocks
 

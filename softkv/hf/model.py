@@ -30,7 +30,7 @@ from softkv.hf.inputs import Inputs
 from softkv.hf.kept_logits import taken_from
 from softkv.hf.layout import RowLayout
 from softkv.hf.learned import leave_frozen, miss_nothing_frozen
-from softkv.hf.placement import device_of
+from softkv.hf.placement import device_of, is_sharded
 from softkv.hf.prefixes import SoftRows, check_known
 from softkv.hf.task_heads import Redirects, SavedModules, paths_of
 from softkv.hf.task_rows import answers_of
@@ -240,6 +240,13 @@ class PromptedModel(nn.Module):
         """The device that the base takes its inputs on."""
         return device_of(self.base)
 
+    def to_empty(self, *, device: Any, recurse: bool = True) -> Self:
+        """Gives what has no values yet (on "meta") a place on a device, and moves the rest there with its values: what
+        is learned, and tables that the base computed."""
+        return self._apply(
+            lambda each: torch.empty_like(each, device=device) if each.is_meta else each.to(device), recurse
+        )
+
     def num_trainable(self) -> int:
         """The number of trainable parameters."""
         return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
@@ -363,7 +370,8 @@ class PromptedModel(nn.Module):
             kwargs.setdefault("use_cache", False)  # a cache would only copy every K and V
         keeps_cache = self._keeps_cache(past_key_values, kwargs.get("use_cache"))
         soft = self._soft_rows(adapter_names, inputs.layout.rows, past_key_values)
-        once = self.is_causal and (self.head_once or kwargs.get("use_cache") is not False)
+        in_rows = not self.head_once or (torch.is_grad_enabled() and is_sharded(self.base))
+        once = self.is_causal and not (in_rows and kwargs.get("use_cache") is False)
         heads = not inputs.past and not once
         tokens = soft.tokens(inputs.layout.rows, heads=heads)
 

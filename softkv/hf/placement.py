@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -19,6 +20,15 @@ def device_of(base: Any) -> torch.device:
         return device
     found = [getattr(each, "execution_device", None) for each in getattr(hook, "hooks", (hook,))]
     return next((torch.device(each) for each in found if each is not None), device)
+
+
+def is_sharded(base: nn.Module) -> bool:
+    """Whether FSDP shards a base by blocks. Gradients then enter a block by what it returns alone: those of what else
+    is taken out of it (K and V of a head run once) would find its weights gone."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # slow to import, and needed by nobody who has not
+    if fsdp is None:
+        return False
+    return any(isinstance(each, fsdp.FSDPModule | fsdp.FullyShardedDataParallel) for each in base.modules())
 
 
 def keep_differentiable(base: nn.Module) -> list[nn.Module]:

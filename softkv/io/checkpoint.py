@@ -199,7 +199,13 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def gathered(soft: SoftPrompt) -> SoftPrompt:
-    """A soft prompt whose parameters may be sharded, with whole ones."""
+    """A soft prompt whose parameters may be sharded, with whole ones.
+
+    Raises:
+        ValueError: when FSDP1 holds them, whose shards don't know what they are of.
+    """
+    if any(getattr(each, "_fsdp_flattened", False) for each in soft.parameters()):
+        raise ValueError("FSDP1 shards this soft prompt, which softkv can't gather: use FSDP2 (fully_shard)")
     if not any(isinstance(each, DTensor) for each in soft.parameters()):
         return soft
     other = copy.deepcopy(soft)
