@@ -7,7 +7,7 @@ from torch import Tensor
 
 from softkv.ops import checks, choice, reference
 from softkv.ops.engine import Call
-from softkv.ops.operator import ENGINES, attention, load_engine, rows_of_memory
+from softkv.ops.operator import ENGINES, attention, load_engine
 
 _BACKENDS = (*ENGINES, "reference")
 
@@ -161,13 +161,10 @@ def _attend(call: Call, backend: str | None, return_lse: bool) -> Tensor | tuple
     else:
         checks.refuse_transforms(call)
         engine = engine_for(backend, call)
-        call["q"], call["k"], call["v"] = (
-            rows_of_memory(call["q"]),
-            rows_of_memory(call["k"]),
-            rows_of_memory(call["v"]),
-        )
-        if call["prefix_k"] is not None and call["prefix_v"] is not None:
-            call["prefix_k"], call["prefix_v"] = rows_of_memory(call["prefix_k"]), rows_of_memory(call["prefix_v"])
+        for name in ("q", "k", "v", "prefix_k", "prefix_v"):  # engines read head vectors as runs of memory
+            x = call[name]
+            if x is not None and x.stride(-1) != 1:
+                call[name] = x.contiguous()
         out, lse = attention(call, engine)
     return (out, lse) if return_lse else out
 

@@ -115,7 +115,7 @@ def _check_integer(name: str, x: Any) -> None:
 def _check_tensor(name: str, x: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
-    if x.layout != torch.strided or x.is_nested:
+    if x.layout is not torch.strided or x.is_nested:
         raise TypeError(f"{name}: expected a dense strided tensor, got {'a nested one' if x.is_nested else x.layout}")
 
 
@@ -125,7 +125,7 @@ def _check_device(q: Tensor, name: str, x: Tensor) -> None:
 
 
 def _check_like(q: Tensor, name: str, x: Tensor) -> None:
-    if x.dtype != q.dtype:
+    if x.dtype is not q.dtype:
         raise TypeError(f"{name}: expected the dtype of q, {q.dtype}, got {x.dtype}")
     _check_device(q, name, x)
 
@@ -134,14 +134,15 @@ def _check_tokens(call: Call, form: str) -> None:
     q, k, v, sinks = call["q"], call["k"], call["v"], call["sinks"]
     _check_tensor("k", k)
     _check_tensor("v", v)
-    H, D = q.shape[1], q.shape[-1]
-    if k.dim() != q.dim() or k.shape[-1] != D:
+    of_q, of_k, of_v = q.shape, k.shape, v.shape
+    H, D = of_q[1], of_q[-1]
+    if len(of_k) != len(of_q) or of_k[-1] != D:
         raise ValueError(f"k: expected {form} with D = {D}, got {_shape(k)}")
-    if v.dim() != q.dim() or v.shape[:-1] != k.shape[:-1]:
+    if of_v != of_k and (len(of_v) != len(of_k) or of_v[:-1] != of_k[:-1]):
         raise ValueError(f"v: expected the shape of k, {_shape(k)}, but for the last dim, got {_shape(v)}")
     _check_like(q, "k", k)
     _check_like(q, "v", v)
-    G, Dv = k.shape[1], v.shape[-1]
+    G, Dv = of_k[1], of_v[-1]
     if D == 0 or Dv == 0 or G == 0 or H % G:
         raise ValueError(
             f"heads: expected D ≥ 1, Dv ≥ 1 and H a multiple of G ≥ 1, got H = {H}, G = {G}, D = {D}, Dv = {Dv}"
@@ -159,9 +160,9 @@ def _check_options(call: Call) -> None:
     is_causal, window, chunk = call["is_causal"], call["window"], call["chunk"]
     check_flag("is_causal", is_causal)
     check_flag("window_covers_prefix", call["window_covers_prefix"])
-    for name, reach in (("window", window), ("chunk", chunk)):
-        if reach is not None and not is_causal:
-            raise ValueError(f"{name}: expected is_causal=True with it, got {reach} with is_causal=False")
+    if not is_causal and (window is not None or chunk is not None):
+        name, reach = ("chunk", chunk) if window is None else ("window", window)
+        raise ValueError(f"{name}: expected is_causal=True with it, got {reach} with is_causal=False")
     if window is not None and chunk is not None:
         raise ValueError(f"chunk: expected no window with it, got chunk={chunk} and window={window}")
 
@@ -195,17 +196,19 @@ def _check_prefix(call: Call, rows: int) -> None:
         if given:
             raise ValueError(f"prefix: expected prefix_k and prefix_v together, got only {', '.join(given)}")
         return
-    G = call["k"].shape[1]
-    for name, x, axis, width in (
-        ("prefix_k", prefix_k, "D", q.shape[-1]),
-        ("prefix_v", prefix_v, "Dv", call["v"].shape[-1]),
-    ):
-        _check_tensor(name, x)
-        if x.dim() != 4 or x.shape[1] != G or x.shape[3] != width:
-            raise ValueError(f"{name}: expected [A, G, P, {axis}] with G = {G}, {axis} = {width}, got {_shape(x)}")
-        _check_like(q, name, x)
-    A, P = prefix_k.shape[0], prefix_k.shape[2]
-    if prefix_v.shape[0] != A or prefix_v.shape[2] != P:
+    of_tokens, Dv = call["k"].shape, call["v"].shape[-1]
+    G, D = of_tokens[1], of_tokens[-1]
+    _check_tensor("prefix_k", prefix_k)
+    _check_tensor("prefix_v", prefix_v)
+    of_k, of_v = prefix_k.shape, prefix_v.shape
+    if len(of_k) != 4 or of_k[1] != G or of_k[3] != D:
+        raise ValueError(f"prefix_k: expected [A, G, P, D] with G = {G}, D = {D}, got {_shape(prefix_k)}")
+    if len(of_v) != 4 or of_v[1] != G or of_v[3] != Dv:
+        raise ValueError(f"prefix_v: expected [A, G, P, Dv] with G = {G}, Dv = {Dv}, got {_shape(prefix_v)}")
+    _check_like(q, "prefix_k", prefix_k)
+    _check_like(q, "prefix_v", prefix_v)
+    A, P = of_k[0], of_k[2]
+    if of_v[0] != A or of_v[2] != P:
         raise ValueError(f"prefix_v: expected the A = {A} and P = {P} of prefix_k, got {_shape(prefix_v)}")
     if index is not None:
         _check_integers(q, "prefix_index", index, rows)

@@ -41,15 +41,18 @@ def load_engine(name: str) -> Any:
 def attention(call: Call, engine: str) -> tuple[Tensor, Tensor]:
     """(out, lse) of a checked call."""
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode()
-    tensors = [x for x in call.values() if isinstance(x, Tensor)]
-    if traced or not all(type(x) in _PLAIN and not x.is_meta and not x.is_neg() for x in tensors):
-        return _attention_op(*(call[name] for name in _OPERANDS), engine)  # type: ignore[literal-required]
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        return _Attention.apply(call, engine, *(call[name] for name in Needs._fields))  # type: ignore[literal-required]
+    if traced or not all(_plain(x) for x in call.values() if isinstance(x, Tensor)):
+        return _attention_op(*_operands(call), engine)
+    if torch.is_grad_enabled():
+        leaves = _leaves(call)
+        if any(x is not None and x.requires_grad for x in leaves):
+            return _Attention.apply(call, engine, *leaves)
     return _forward(call, engine)
 
 
-_PLAIN = (Tensor, Parameter)
+def _plain(x: Tensor) -> bool:
+    kind = type(x)
+    return (kind is Tensor or kind is Parameter) and not x.is_meta and not x.is_neg()
 
 
 def _forward(call: Call, engine: str) -> tuple[Tensor, Tensor]:
@@ -85,6 +88,10 @@ def _own_precision(q: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _AS_IT_IS
 
 
+def _operands(call: Call) -> list[Any]:
+    return [call[name] for name in _OPERANDS]  # type: ignore[literal-required]
+
+
 def _leaves(call: Call) -> list[Any]:
     return [call[name] for name in Needs._fields]  # type: ignore[literal-required]
 
@@ -113,11 +120,6 @@ def _empty_results(call: Call) -> tuple[Tensor, Tensor]:
     return empty_out(q, call["v"]), q.new_empty(lse_shape, dtype=torch.promote_types(q.dtype, torch.float32))
 
 
-def rows_of_memory(x: Tensor) -> Tensor:
-    """Engines read head vectors as runs of memory."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 # Saved between the passes, by both ways
 
 
@@ -125,7 +127,7 @@ def _save(ctx: Any, call: Call, engine: str, out: Tensor, lse: Tensor) -> None:
     tensors = {name: x for name, x in call.items() if isinstance(x, Tensor)}
     ctx.save_for_backward(*tensors.values(), out, lse)
     ctx.names = tuple(tensors)
-    ctx.call = {name: x for name, x in call.items() if name not in tensors}
+    ctx.call = {**call, **dict.fromkeys(tensors)}
     ctx.engine = engine
     ctx.range = ranges.current()
     ctx.set_materialize_grads(False)
@@ -134,12 +136,14 @@ def _save(ctx: Any, call: Call, engine: str, out: Tensor, lse: Tensor) -> None:
 def _derive(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, needs: Needs, by_operator: bool) -> Gradients:
     *tensors, out, lse = ctx.saved_tensors
     call = cast(Call, {**ctx.call, **dict(zip(ctx.names, tensors, strict=True))})
-    grad_out = torch.zeros_like(out) if grad_out is None else rows_of_memory(grad_out)
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
+    elif grad_out.stride(-1) != 1:  # as of a sum
+        grad_out = grad_out.contiguous()
     with ranges.backward_of(ctx.range):
         if not by_operator:
             return _backward(grad_out, grad_lse, out, lse, needs, call, ctx.engine)
-        operands = (call[name] for name in _OPERANDS)  # type: ignore[literal-required]
-        grads = _attention_backward_op(grad_out, grad_lse, out, lse, *operands, ctx.engine, list(needs))
+        grads = _attention_backward_op(grad_out, grad_lse, out, lse, *_operands(call), ctx.engine, list(needs))
         return cast(Gradients, tuple(g if n else None for g, n in zip(grads, needs, strict=True)))
 
 

@@ -41,11 +41,12 @@ def forward(
         mask = key_mask[:, None, None].to(q.dtype).sub_(1).mul_(_HIDDEN)
     rows = q.reshape(B, G, -1, D)
     out, lse = piece.flash(rows, k, v, 0.0, False, attn_mask=mask, scale=scale)  # [B, G, R, D]
-    whole = rows.transpose(0, 1).reshape(1, G, -1, D)
+    whole = rows if B == 1 else rows.transpose(0, 1).reshape(1, G, -1, D)
     prefix_out, prefix_lse = piece.flash(whole, prefix_k, prefix_v, 0.0, False, scale=scale)  # [1, G, B·R, D]
-    prefix_lse = prefix_lse.view(G, B, -1).transpose(0, 1)
-    weight = torch.sub(prefix_lse, lse).sigmoid_().unsqueeze_(-1)
-    out.lerp_(prefix_out.view(G, B, -1, D).transpose(0, 1), weight)
+    if B > 1:
+        prefix_out = prefix_out.view(G, B, -1, D).transpose(0, 1)
+        prefix_lse = prefix_lse.view(G, B, -1).transpose(0, 1)
+    out.lerp_(prefix_out, torch.sub(prefix_lse, lse).sigmoid_().unsqueeze_(-1))
     lse = torch.logaddexp(lse, prefix_lse).reshape(B, H, 1)
     out = out.view(B, H, 1, D)
     if out.stride()[:2] == q.stride()[:2]:
