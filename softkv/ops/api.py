@@ -7,7 +7,7 @@ from torch import Tensor
 
 from softkv.ops import checks, choice, reference
 from softkv.ops.engine import Call
-from softkv.ops.operator import ENGINES, attention, load_engine
+from softkv.ops.operator import ENGINES, attention, load_engine, rows_of_memory
 
 _BACKENDS = (*ENGINES, "reference")
 
@@ -161,10 +161,10 @@ def _attend(call: Call, backend: str | None, return_lse: bool) -> Tensor | tuple
     else:
         checks.refuse_transforms(call)
         engine = engine_for(backend, call)
-        for name in ("q", "k", "v", "prefix_k", "prefix_v"):  # engines read head vectors as runs of memory
+        for name in ("q", "k", "v", "prefix_k", "prefix_v"):
             x = call[name]
-            if x is not None and x.stride(-1) != 1:
-                call[name] = x.contiguous()
+            if x is not None:
+                call[name] = rows_of_memory(x)
         out, lse = attention(call, engine)
     return (out, lse) if return_lse else out
 

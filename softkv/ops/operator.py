@@ -9,7 +9,6 @@
 import importlib
 import typing
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from types import NoneType
 from typing import Any, cast
 
@@ -58,8 +57,7 @@ def _plain(x: Tensor) -> bool:
 def _forward(call: Call, engine: str) -> tuple[Tensor, Tensor]:
     if call["q"].numel() == 0:
         return _empty_results(call)
-    with _own_precision(call["q"]):
-        return load_engine(engine).forward(**_without_empty_prefix(call))
+    return load_engine(engine).forward(**_without_empty_prefix(call))
 
 
 def _backward(
@@ -72,20 +70,10 @@ def _backward(
         if call_read is not call:
             needs_read = needs._replace(prefix_k=False, prefix_v=False)
         if True in needs_read:
-            with _own_precision(call["q"]):
-                grads = load_engine(engine).backward(grad_out, grad_lse, out, lse, needs=needs_read, **call_read)
+            grads = load_engine(engine).backward(grad_out, grad_lse, out, lse, needs=needs_read, **call_read)
     return cast(
         Gradients, tuple(_like(x, g) if n else None for x, g, n in zip(_leaves(call), grads, needs, strict=True))
     )
-
-
-_AS_IT_IS: AbstractContextManager[None] = nullcontext()
-
-
-def _own_precision(q: Tensor) -> AbstractContextManager[Any]:
-    """Engines compute in the dtypes they choose: autocast would lower the products inside."""
-    device = q.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _AS_IT_IS
 
 
 def _operands(call: Call) -> list[Any]:
@@ -120,6 +108,11 @@ def _empty_results(call: Call) -> tuple[Tensor, Tensor]:
     return empty_out(q, call["v"]), q.new_empty(lse_shape, dtype=torch.promote_types(q.dtype, torch.float32))
 
 
+def rows_of_memory(x: Tensor) -> Tensor:
+    """Engines read head vectors as runs of memory."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
 # Saved between the passes, by both ways
 
 
@@ -136,10 +129,7 @@ def _save(ctx: Any, call: Call, engine: str, out: Tensor, lse: Tensor) -> None:
 def _derive(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, needs: Needs, by_operator: bool) -> Gradients:
     *tensors, out, lse = ctx.saved_tensors
     call = cast(Call, {**ctx.call, **dict(zip(ctx.names, tensors, strict=True))})
-    if grad_out is None:
-        grad_out = torch.zeros_like(out)
-    elif grad_out.stride(-1) != 1:  # as of a sum
-        grad_out = grad_out.contiguous()
+    grad_out = torch.zeros_like(out) if grad_out is None else rows_of_memory(grad_out)
     with ranges.backward_of(ctx.range):
         if not by_operator:
             return _backward(grad_out, grad_lse, out, lse, needs, call, ctx.engine)

@@ -15,6 +15,7 @@ share a prefix is then a view, and so is each row.
 """
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -28,13 +29,15 @@ from softkv.ops.torch.plan import Geometry, Piece, plan_prefix, plan_tokens
 
 _SMALLEST_SCALE = 1e-30  # times a score, still more than nothing in float32
 _FEW_QUERIES = 16
+_AS_IT_IS: AbstractContextManager[None] = nullcontext()
 
 
 def forward(**call: Unpack[Call]) -> tuple[Tensor, Tensor]:
-    out, lse = _forward(call)
-    if _hides(call) and not out.isfinite().all():
-        out, lse = _forward(_seen(call))
-    return out, lse
+    with _own_precision(call["q"]):
+        out, lse = _forward(call)
+        if _hides(call) and not out.isfinite().all():
+            out, lse = _forward(_seen(call))
+        return out, lse
 
 
 def _forward(call: Call) -> tuple[Tensor, Tensor]:
@@ -59,6 +62,19 @@ def _forward(call: Call) -> tuple[Tensor, Tensor]:
 
 def backward(
     grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *, needs: Needs, **call: Unpack[Call]
+) -> Gradients:
+    with _own_precision(call["q"]):
+        return _backward(grad_out, grad_lse, out, lse, needs, call)
+
+
+def _own_precision(q: Tensor) -> AbstractContextManager[Any]:
+    """Products inside are of the dtypes chosen here: autocast would lower them."""
+    device = q.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _AS_IT_IS
+
+
+def _backward(
+    grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, needs: Needs, call: Call
 ) -> Gradients:
     scale, softcap, sinks, q = call["scale"], call["softcap"], call["sinks"], call["q"]
     if _hides(call) and not all(x.sum().isfinite() for x in _keys_and_values(call)):
