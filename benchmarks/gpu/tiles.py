@@ -15,9 +15,9 @@ from . import Settings
 NEEDS = {  # the backward's passes, by the gradients asked for
     "dq": (True, False, False, False, False, False),
     "dkv": (False, True, True, False, False, False),
-    "dprefix": (False, False, False, True, True, False),
+    "dkv_prefix": (False, False, False, True, True, False),
 }
-ORDER = ("forward", "dkv", "dprefix", "dq")
+ORDER = ("forward", "dkv", "dkv_prefix", "dq")
 _SAMPLES, _QUICK_SAMPLES = 12, 1
 
 
