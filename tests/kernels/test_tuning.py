@@ -48,7 +48,7 @@ def operands(T: int) -> tuple[Case, list[torch.Tensor]]:
 def test_the_fastest_is_used_and_kept(T: int, first: str, tmp_path: Path) -> None:
     case, tensors = operands(T)
     clock, file = Clock(), tmp_path / "deep" / "tiles.json"
-    defaults = {name: tile(name, HERE, 16, torch.float32) for name in (first, "dq", "dkv")}
+    defaults = {name: tile(name, HERE, 16, torch.float32) for name in (first, *tuning.BACKWARD)}
     chosen = tuning.tune(*tensors, file=file, timer=clock)
     assert list(chosen) == [first, "dq", "dkv"]
     for name, row in chosen.items():
