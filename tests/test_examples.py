@@ -13,14 +13,21 @@ from tests.hf.tiny import model_of, tokenizer
 EXAMPLES: dict[str, tuple[str, dict[str, int]]] = {
     "classification": ("accuracy", {"steps": 2, "test_rows": 8}),
     "generation": ("positive:", {"steps": 2, "max_new_tokens": 3}),
+    "quantised": ("loss on test rows:", {"steps": 2}),
     "serving": ("streaming     document", {"max_new_tokens": 3}),
     "template": ("A joy from start to end. →", {"steps": 2}),
+    "trl_dpo": ("reward margin:", {"steps": 2}),
+    "trl_grpo": ("mean reward:", {"steps": 2}),
+    "trl_sft": ("loaded again: PTuningV2", {"steps": 2}),
 }
+NEEDS = {"quantised": "bitsandbytes", "trl_dpo": "trl", "trl_grpo": "trl", "trl_sft": "trl"}
 FOLDER = Path(__file__).parents[1] / "examples"
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_example(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if name in NEEDS:
+        pytest.importorskip(NEEDS[name])
     model_of("Llama", "sdpa").save_pretrained(tmp_path)
     tokenizer().save_pretrained(tmp_path)
     prints, options = EXAMPLES[name]
