@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -152,6 +154,26 @@ class BaseState:
             checkpointing.disable(model)
         for name, module in model.named_modules():
             module.training = self.training.get(name, module.training)
+
+
+@contextmanager
+def released_on_error(model: Any) -> Iterator[None]:
+    """Takes off what was attached within this context, should it end in an error: an interrupt may come between the end
+    of an attach and the assignment of its result."""
+    held = _holders(model)
+    try:
+        yield
+    except BaseException:
+        for holder in _holders(model):
+            if not any(holder is each for each in held):
+                holder.remove()
+                BaseState.release(model, holder)
+        raise
+
+
+def _holders(model: Any) -> list[Any]:
+    state = getattr(model, "__dict__", {}).get(_ATTRIBUTE)
+    return [] if state is None else list(state.holders)
 
 
 def _attention_dropouts(block: nn.Module) -> list[tuple[nn.Module, str, float]]:

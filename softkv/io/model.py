@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from softkv.hf.frozen import released_on_error
 from softkv.hf.learned import check_learned, inject, put_learned
 from softkv.hf.model import PromptedModel
 from softkv.io import checkpoint, hub, state
@@ -47,9 +48,10 @@ def attach(
             an encoder-decoder, or its layers don't fit the method (an encoder of prompts in a
             bidirectional model).
     """
-    return SoftModel(
-        model, method, tokenizer=tokenizer, backend=backend, head_once=head_once, modules_to_save=modules_to_save
-    )
+    with released_on_error(model):
+        return SoftModel(
+            model, method, tokenizer=tokenizer, backend=backend, head_once=head_once, modules_to_save=modules_to_save
+        )
 
 
 class SoftModel(PromptedModel):
@@ -161,16 +163,14 @@ def assemble(
     """
     prompt, in_base = checkpoint.parted(tensors)
     injected = inject(model, config.get("peft", {}))
-    soft_model = None
     try:
-        method = checkpoint.saved(model, config, prompt, encoder=encoder)
-        soft_model = SoftModel(model, method, backend=backend).eval()
-        check_learned(model, in_base)
+        with released_on_error(model):
+            method = checkpoint.saved(model, config, prompt, encoder=encoder)
+            soft_model = SoftModel(model, method, backend=backend).eval()
+            check_learned(model, in_base)
+            put_learned(model, in_base)
+            return soft_model
     except BaseException:
-        if soft_model is not None:
-            soft_model.detach()
         if injected:
             model.delete_adapter(injected)
         raise
-    put_learned(model, in_base)
-    return soft_model
