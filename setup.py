@@ -11,7 +11,8 @@ from setuptools import find_packages, setup
 TESTS = ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "scikit-learn"]
 STYLE = ["ruff", "mypy", "pre-commit"]
 DOCS = ["mkdocs-material", "mkdocstrings[python]"]
-BENCHMARKS = ["peft", "matplotlib", "psutil"]
+PLOTS = ["matplotlib>=3.9"]
+BENCHMARKS = ["peft", "psutil", *PLOTS]
 
 setup(
     name="softkv",
@@ -32,7 +33,6 @@ setup(
         "safetensors>=0.5",
         "typer>=0.15",
         "rich>=13",
-        "matplotlib>=3.9",
     ],
     extras_require={
         "data": ["datasets"],
@@ -40,6 +40,7 @@ setup(
         "bench": BENCHMARKS,
         "demo": ["gguf", *BENCHMARKS],
         "docs": DOCS,
+        "plots": PLOTS,
         "peers": ["fla-core"],
     },
     entry_points={"console_scripts": ["softkv = softkv.cli:app"]},

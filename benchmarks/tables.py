@@ -31,9 +31,10 @@ def of_attention(name: str, record: dict[str, Any]) -> Grid:
             cells += [_spread(one[kind]["ms"], 3), "" if ours else f"{one[kind]['speedup_of_ours']['median']:.2f}×"]
         memory = "—" if one["working_mib"] is None else f"{one['working_mib']:.1f}"
         ms = one["cold"]["ms"]["median"]
-        rates = (1e3 * one["gflop"] / ms, one["mbyte"] / ms, 100 * of_peak(record, provider))
+        rates = [f"{1e3 * one['gflop'] / ms:.0f}", f"{one['mbyte'] / ms:.0f}"]
+        rates.append(f"{100 * of_peak(record, provider):.0f}" if record["peak"] else "—")
         title = f"{provider} ({one['variant']})" if one["variant"] else provider
-        rows.append((title, *cells, *(f"{rate:.0f}" for rate in rates), memory))
+        rows.append((title, *cells, *rates, memory))
     columns = ("provider", *timed, "GFLOP/s", "GB/s", "% of peak", "working MiB")
     return Grid(name, columns, rows, _absent(record))
 

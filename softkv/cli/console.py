@@ -31,12 +31,26 @@ def friendly(command: Callable[..., None]) -> Callable[..., None]:
         except KeyboardInterrupt:
             err.print("softkv: interrupted")
             raise typer.Exit(130) from None
+        except ModuleNotFoundError as error:
+            if os.environ.get("SOFTKV_TRACEBACK"):
+                raise
+            fail(_missing(error))
         except (ValueError, TypeError, OSError, ImportError, NotImplementedError) as error:
             if os.environ.get("SOFTKV_TRACEBACK"):
                 raise
             fail(error)
 
     return run
+
+
+# Packages that only some commands need → what of softkv brings them.
+_EXTRAS = {"matplotlib": "plots", "peft": "bench", "psutil": "bench", "gguf": "demo", "datasets": "data"}
+
+
+def _missing(error: ModuleNotFoundError) -> str:
+    name = (error.name or str(error)).partition(".")[0]
+    package = f"'softkv[{_EXTRAS[name]}]'" if name in _EXTRAS else name
+    return f"this needs the package {name}, which is not installed: pip install {package}"
 
 
 def _quiet() -> None:

@@ -206,6 +206,8 @@ def trace(
     if output.exists() and not output.is_dir():
         fail(f"--output expects a folder, got the file {output}")
 
+    import matplotlib.figure  # noqa: F401  (before the run, where it is missing)
+
     import softkv
     from softkv.cli.loading import load_model, on_device
     from softkv.methods import PTuning

@@ -251,6 +251,25 @@ class PromptedModel(nn.Module):
         """The number of trainable parameters."""
         return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
 
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """The numbers of trainable and of all parameters, the base's included, as of PEFT's models."""
+        return self.num_trainable(), self.num_parameters()
+
+    def print_trainable_parameters(self) -> None:
+        """Prints both, and the part that is trained, as PEFT's models do."""
+        trainable, total = self.get_nb_trainable_parameters()
+        print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: a soft prompt is no change of the base's weights."""
+        raise NotImplementedError(
+            "a soft prompt can't be merged into the weights of its base: expected LoRA or the like. softkv.bake makes "
+            "soft tokens or a text a prefix, save_pretrained(format='peft') writes PEFT's files, detach() gives the "
+            "base back"
+        )
+
+    merge_adapter = unmerge_adapter = merge_and_unload
+
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """As transformers' `num_parameters`, what is learned included."""
         from transformers import PreTrainedModel

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from softkv.hf.frozen import released_on_error
 from softkv.hf.learned import check_learned, inject, put_learned
 from softkv.hf.model import PromptedModel
+from softkv.hf.pipelines import say_known
 from softkv.io import checkpoint, hub, state
 from softkv.methods.base import Method
 from softkv.prefix import Prefix
@@ -52,6 +53,9 @@ def attach(
         return SoftModel(
             model, method, tokenizer=tokenizer, backend=backend, head_once=head_once, modules_to_save=modules_to_save
         )
+
+
+say_known()
 
 
 class SoftModel(PromptedModel):

@@ -6,6 +6,7 @@ The third idea that makes training fast, the head computed once, is `SoftModel`'
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -27,6 +28,8 @@ from softkv.io.model import SoftModel
 from softkv.ranges import named
 from softkv.train.batches import PackingCollator, TokenBatches
 from softkv.train.label_logits import label_logits, next_labels
+
+_LOGGER = logging.getLogger(__name__)
 
 
 class Trainer(transformers.Trainer):
@@ -202,7 +205,7 @@ class Trainer(transformers.Trainer):
     # Checkpoints -----------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As `transformers.Trainer.train`; draws the learning curve afterwards.
+        """As `transformers.Trainer.train`; draws the learning curve afterwards, where matplotlib is installed.
 
         Args:
             resume_from_checkpoint: a checkpoint's folder, or True for the last whole one in the output directory.
@@ -219,7 +222,10 @@ class Trainer(transformers.Trainer):
             resume_from_checkpoint = str(last)
         result = super().train(resume_from_checkpoint, *args, **kwargs)
         if self.is_world_process_zero():
-            draw_learning_curve(self.state.log_history, Path(self.args.output_dir) / "learning_curve.png")
+            try:
+                draw_learning_curve(self.state.log_history, Path(self.args.output_dir) / "learning_curve.png")
+            except ModuleNotFoundError:
+                _LOGGER.warning("no learning curve is drawn without matplotlib: pip install 'softkv[plots]'")
         return result
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:

@@ -358,3 +358,15 @@ def test_refusals() -> None:
             filled = soft.base(ids, use_cache=True).past_key_values
             with pytest.raises(ValueError, match="needs a cache that this SoftModel has filled"):
                 soft(ids[:, :1], past_key_values=filled)
+
+
+def test_what_peft_offers_has_an_answer(capsys: pytest.CaptureFixture[str]) -> None:
+    soft = attach("Llama", "p-tuning v2")
+    learned, base = soft.num_trainable(), sum(each.numel() for each in soft.base.parameters())
+    assert soft.get_nb_trainable_parameters() == (learned, learned + base)
+    soft.print_trainable_parameters()
+    said = capsys.readouterr().out
+    assert said.startswith(f"trainable params: {learned:,} || all params: {learned + base:,} || trainable%: ")
+    for call in (soft.merge_and_unload, soft.merge_adapter, soft.unmerge_adapter):
+        with pytest.raises(NotImplementedError, match=r"can't be merged .* softkv\.bake"):
+            call()

@@ -1,6 +1,7 @@
 """Other ways into a soft model: pipelines, compiled forwards, caches that are kept, copied and continued, threads."""
 
 import copy
+import logging
 import threading
 from typing import Any
 
@@ -17,12 +18,14 @@ PLAIN = [method for method in METHODS if method != "p-tuning"]  # its prompts ho
 
 
 @pytest.mark.parametrize("method", PLAIN)
-def test_pipeline(method: str) -> None:
+def test_pipeline(method: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     model = attach("Llama", method).eval()
     texts = ["w5 w6 w7", "w9 w10 w11 w12 w13"]
     pipe = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer())
     for batch_size in (1, 2):
         found = pipe(texts, max_new_tokens=STEPS, batch_size=batch_size, return_full_text=False, do_sample=False)
+        assert "SoftModel" not in caplog.text
         for text, answer in zip(texts, found, strict=True):
             ids = tokenizer()(text, return_tensors="pt")["input_ids"]
             want = tokenizer().decode(model.generate(ids, max_new_tokens=STEPS)[0, ids.shape[1] :])

@@ -1,0 +1,18 @@
+"""transformers' pipelines take a `SoftModel`, but know it by no name and list all those that they know."""
+
+import logging
+
+_TASKS = ("text-generation", "text-classification", "token-classification")
+_UNKNOWN = tuple(f"The model 'SoftModel' is not supported for {task}." for task in _TASKS)
+
+
+class _Known(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(_UNKNOWN)
+
+
+def say_known() -> None:
+    """Leaves out what pipelines would log about `SoftModel`."""
+    logger = logging.getLogger("transformers.pipelines.base")
+    if not any(isinstance(each, _Known) for each in logger.filters):
+        logger.addFilter(_Known())
