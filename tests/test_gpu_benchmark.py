@@ -101,7 +101,11 @@ def test_the_op_and_its_passes_are_measured() -> None:
         assert ways["cat + flash"]["differs"] < 1e-5
         assert "expected a CUDA" in of_training[mode]["absent"]["softkv cudnn"]
     said = passes.lines(records)
-    assert sum("decoding" in line for line in said) == 1
+    (header,) = (line for line in said if line.startswith("| B,H,G,T,P,D | mode"))
+    rows = [line for line in said if line.startswith("| 1,2,1")]
+    assert [row.split(" | ")[1] for row in rows] == ["f", "fb", "d"]
+    assert {row.count("|") for row in rows} == {header.count("|")}
+    assert any(line.startswith("- softkv cudnn did not run somewhere: RuntimeError") for line in said)
 
 
 def test_tiles_are_searched_and_left_alone() -> None:

@@ -20,7 +20,10 @@ def main() -> None:
     parser.add_argument("--again", action="store_true", help="measure anew what an earlier run measured")
     parser.add_argument("--quick", action="store_true", help="tiny jobs on the CPU, kernels in Triton's interpreter")
     chosen = parser.parse_args()
-    settings = settings_of(chosen.quick, chosen.processes)
+    try:
+        settings = settings_of(chosen.quick, chosen.processes)
+    except ValueError as failure:
+        parser.error(str(failure))
     say = partial(print, flush=True)
     print(conduct(settings, chosen.output, chosen.minutes, chosen.part, chosen.again, say))
 

@@ -14,14 +14,13 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from . import PARTS, Part, Settings, table
+from . import PARTS, Part, Settings, breaks_the_process, table
 from .environment import fingerprint
 
 FULL_MINUTES = 9.0  # what the parts' seconds are meant for
 TABLE = "table.md"
 _SHARE_OF_WARMING = 0.6  # of a part's time: the rest must measure
 _PRELOADED = ["softkv.ops.api", "softkv.hf", "peft", "transformers.models.llama.modeling_llama"]
-_BROKEN = ("CUDA error", "device-side assert", "illegal memory", "HIP error")  # nothing runs in such a process any more
 Say = Callable[[str], None]
 
 
@@ -129,7 +128,7 @@ def _work(pipe: Connection, part: Part, jobs: list[str], settings: Settings, dea
         pipe.send(("begin", job, None))
         record = _guarded(partial(module.run, job, settings, left))
         pipe.send(("end", job, record))
-        if any(sign in record.get("error", "") for sign in _BROKEN):
+        if breaks_the_process(record.get("error", "")):
             return
 
 
@@ -146,17 +145,20 @@ def _warm(part: Part, settings: Settings, limit: float, say: Say) -> None:
     for worker in range(settings.processes):
         context = _context(part, settings)
         pipe, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=_compile, args=(theirs, part, settings, worker), daemon=True)
+        process = context.Process(target=_compile, args=(theirs, part, settings, worker))
         process.start()
         theirs.close()
         pipes.append(pipe)
         processes.append(process)
     waiting = list(pipes)
-    while waiting and (left := began + limit - time.monotonic()) > 0:
-        waiting = [pipe for pipe in waiting if pipe not in wait(waiting, left)]
-    for process in processes:
-        process.kill()
-        process.join()
+    try:
+        while waiting and (left := began + limit - time.monotonic()) > 0:
+            ended = wait(waiting, left)
+            waiting = [pipe for pipe in waiting if pipe not in ended]
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
     say(f"  compiled in {time.monotonic() - began:.0f} s{', not all of it' if waiting else ''}")
 
 

@@ -12,13 +12,13 @@ def jobs(settings: Settings) -> list[str]:
 
 
 def run(job: str, settings: Settings, seconds: float) -> dict[str, Any]:
-    from softkv.profiling import host
+    from softkv.profiling.host import measure
 
-    record = host.measure(job, device=settings.device, calls=20 if settings.quick else 300)
+    record = measure(job, device=settings.device, calls=20 if settings.quick else 300)
     return record | {"said": f"{record['call']:.0f} µs, {record['ratio']:.2f}× SDPA"}
 
 
 def lines(results: dict[str, Any]) -> list[str]:
-    from softkv.profiling import host
+    from softkv.profiling.host import sentence
 
-    return [f"- {job}: {host.sentence(record)}" for job, record in results.items()]
+    return [f"- {job}: {sentence(record)}" for job, record in results.items()]

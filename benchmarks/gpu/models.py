@@ -19,7 +19,7 @@ _PACKED = ("v2 packed", "prefix packed", "prompt before packed", "p-tuning packe
 _SOFTKV = (*_PACKED, "v2 padded", "v2 packed, checkpointing")
 _PEERS = ("bare, padded", "PEFT prefix", "PEFT prompt", "PEFT p-tuning")
 _REPEATS = {"1B": 6, "8B": 4, "tiny": 1}
-# B, P, T, new tokens
+# P, T, new tokens
 _PROMPTS = {"1B": (2048, 128, 24), "8B": (2048, 128, 24), "tiny": (5, 4, 2)}
 _GENERATE = ("bare", "softkv", "PEFT")
 
@@ -98,6 +98,7 @@ def _softkv_training(
     model: Any, way: str, P: int, batch: list[dict[str, Any]], settings: Settings, repeats: int
 ) -> dict[str, Any]:
     import softkv
+    from softkv.hf import checkpointing
 
     marks = "".join(f"[P{i}]" for i in range(1, P + 1))
     kind = way.split(" p")[0].split(",")[0] if not way.startswith("p") else way.removesuffix(" packed")
@@ -116,7 +117,7 @@ def _softkv_training(
         return llamas.timed(llamas.training_step(soft, rows), settings, repeats)
     finally:
         if "checkpointing" in way:
-            soft.gradient_checkpointing_disable()
+            checkpointing.disable(model)
         soft.detach()
 
 

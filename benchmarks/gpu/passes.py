@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from . import Settings
+from . import Settings, breaks_the_process
 
 PASSES = {  # which gradients of (q, k, v, prefix_k, prefix_v, sinks): the statistics are made in each
     "dq": (True, False, False, False, False, False),
@@ -99,7 +99,7 @@ def _measure(shape: Any, mode: Any, settings: Settings) -> dict[str, Any]:
             steps[name] = step
         except Exception as failure:  # a peer's own, or an engine's refusal
             absent[name] = f"{type(failure).__name__}: {failure}".splitlines()[0][:160]
-            if "CUDA error" in absent[name]:
+            if breaks_the_process(failure):
                 raise
     times = interleaved(graphs, hot=False, clock=clock, **_rounds(settings)) if graphs else {}
     for name, one in found.items():
@@ -156,21 +156,39 @@ def _passes(shape: Any, settings: Settings) -> dict[str, Any]:
 
 
 def lines(results: dict[str, Any]) -> list[str]:
-    said = ["B,H,G,T,P,D (S): milliseconds by graph / eager, TFLOP/s of useful work, MiB", ""]
+    """A row a shape and mode, a column a way; what did not run, and why, below."""
+    modes = [
+        (record, mode, record[mode])
+        for record in results.values()
+        for mode in ("forward", "forward + backward", "decoding")
+        if mode in record
+    ]
+    names = list(dict.fromkeys(name for *_, found in modes for name in found["ways"]))
+    said = [
+        "Milliseconds by graph, TFLOP/s of useful work; eager: milliseconds of softkv triton; MiB: its, cat + flash's.",
+        "",
+        f"| B,H,G,T,P,D | mode | {' | '.join(names)} | eager | MiB |",
+        "|" + "---|" * (len(names) + 4),
+    ]
+    for record, mode, found in modes:
+        ways = found["ways"]
+        cells = [f"{ways[name]['ms']:.3f} {ways[name]['tflops']:.0f}" if name in ways else "–" for name in names]
+        eager = f"{ways['softkv triton']['eager_ms']:.3f}" if "softkv triton" in ways else "–"
+        memory = [ways[name]["mib"] for name in ("softkv triton", "cat + flash") if name in ways]
+        mib = "–" if None in memory else ", ".join(f"{one:.0f}" for one in memory)
+        short = {"forward": "f", "forward + backward": "fb", "decoding": "d"}[mode]
+        said.append(f"| {_axes(record)} | {short} | {' | '.join(cells)} | {eager} | {mib} |")
+    said.append("")
     for record in results.values():
-        shape = record["shape"]
-        name = ",".join(str(shape[axis]) for axis in "BHGTPD") + (f" S={shape['S']}" if shape["S"] else "")
-        for mode in ("forward", "forward + backward", "decoding"):
-            if mode not in record:
-                continue
-            cells = [
-                f"{way} {one['ms']:.3f}/{one['eager_ms']:.3f} {one['tflops']:.0f}"
-                + (f" {one['mib']:.0f}M" if one["mib"] is not None else "")
-                for way, one in record[mode]["ways"].items()
-            ]
-            absent = [f"{way}: {why[:60]}" for way, why in record[mode]["absent"].items()]
-            said.append(f"- {name}, {mode}: {'; '.join([*cells, *absent])}")
         if "passes" in record:
             alone = (f"{one} {x['ms']:.3f} ({x['tflops']:.0f})" for one, x in record["passes"].items())
-            said.append(f"- {name}, passes with their statistics: {'; '.join(alone)}")
-    return said
+            said.append(f"- {_axes(record)}, passes with their statistics: {'; '.join(alone)}")
+    absent: dict[str, str] = {}
+    for *_, found in modes:
+        absent = found["absent"] | absent
+    return [*said, *(f"- {name} did not run somewhere: {why[:100]}" for name, why in absent.items())]
+
+
+def _axes(record: dict[str, Any]) -> str:
+    shape = record["shape"]
+    return ",".join(str(shape[axis]) for axis in "BHGTPD") + (f" S={shape['S']}" if shape["S"] else "")

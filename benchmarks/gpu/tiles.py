@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from . import Settings
+from . import Settings, breaks_the_process
 
 NEEDS = {  # the backward's passes, by the gradients asked for
     "dq": (True, False, False, False, False, False),
@@ -35,13 +35,15 @@ def shapes(settings: Settings) -> dict[str, Any]:
 
 
 def candidates(settings: Settings) -> Iterator[tuple[int, int, int, int]]:
-    """(own, step, warps, stages)"""
+    """(own, step, warps, stages): what came out well, or was not known to come out badly, on an H200."""
     if settings.quick:
         yield from ((32, 32, 1, 1), (16, 16, 1, 1))
         return
-    for own, step, warps, stages in itertools.product((64, 128, 256), (32, 64, 128), (4, 8), (2, 3, 4)):
-        if own * step <= 256 * 64 and not (own == 256 and warps == 4) and not (own * step == 128 * 128 and warps == 4):
-            yield own, step, warps, stages
+    for (own, step), stages in itertools.product(((64, 32), (64, 64), (64, 128), (128, 32), (128, 64)), (2, 3, 4)):
+        yield own, step, 4, stages
+        if own == 128:
+            yield own, step, 8, stages
+    yield from ((own, step, 8, stages) for own, step in ((128, 128), (256, 64)) for stages in (2, 3))
 
 
 def jobs(settings: Settings) -> list[str]:
@@ -81,7 +83,7 @@ def run(job: str, settings: Settings, seconds: float) -> dict[str, Any]:
             times.append((*tile, _with_tile(name, one, tile, settings, measured)))
         except Exception as failure:  # does not fit this device
             failed["×".join(map(str, tile))] = f"{type(failure).__name__}: {failure}".splitlines()[0][:100]
-            if "CUDA error" in str(failure):
+            if breaks_the_process(failure):
                 raise
     times.sort(key=lambda row: row[-1])
     best = times[0] if times else None
@@ -93,9 +95,9 @@ def run(job: str, settings: Settings, seconds: float) -> dict[str, Any]:
 def lines(results: dict[str, Any]) -> list[str]:
     said = ["pass: the table's ms; own×step, warps, stages → ms of the best", ""]
     for job, record in results.items():
-        best = ", ".join(f"{m}×{n},{w},{s} {ms:.4f}" for m, n, w, s, ms in record["times"][:4])
+        best = ", ".join(f"{m}×{n},{w},{s} {ms:.4f}" for m, n, w, s, ms in record["times"][:3])
         said.append(f"- {job}: {record['table_ms']:.4f}; {best}")
-    rows = [f"{record['row']}  # {job.split(': ')[0]}" for job, record in results.items() if record["row"]]
+    rows = [record["row"] for job, record in results.items() if record["row"] and "short" not in job]
     return [*said, "", "Rows of TABLE in kernels/tiles.py:", "", *rows]
 
 
