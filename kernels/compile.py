@@ -1,8 +1,8 @@
 """Compile every kernel for every target, without a GPU: `python -m softkv.kernels.compile`.
 
-The launchers are called on meta tensors while `recording()`, so what is compiled here is what would be launched: the same
-signature, the same specialisation of strides and pointers, the same tile. Each binary is then read back (`softkv.kernels.sass`):
-registers, spills, shared memory, occupancy, matrix instructions, hot loops.
+The launchers are called on meta tensors while `recording()`, so what is compiled here is what would be launched: the
+same signature, the same specialisation of strides and pointers, the same tile. Each binary is then read back
+(`softkv.kernels.sass`): registers, spills, shared memory, occupancy, matrix instructions, hot loops.
 
 It must run without TRITON_INTERPRET.
 """
@@ -24,7 +24,7 @@ from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 
 import softkv.kernels as engine
-from softkv.kernels.launch import Launch, recording
+from softkv.kernels.launch import Recorded, recording
 from softkv.kernels.sass import MATRIX, SELECT, SPILL, analyse
 from softkv.kernels.tiles import Target, block_d
 
@@ -42,8 +42,8 @@ POINTERS = {
 
 
 def specialise(kernel: Any, arguments: dict[str, Any], target: str) -> ASTSource:
-    """The source as the JIT would specialise it: None and 1 are constants, addresses and strides divisible by 16 say so,
-    and on AMD tensors within 2 GB (their loads need no 64-bit addresses)."""
+    """The source as the JIT would specialise it: None and 1 are constants, addresses and strides divisible by 16 say
+    so, and on AMD tensors within 2 GB (their loads need no 64-bit addresses)."""
     backend = make_backend(TARGETS[target][0])
     signature: dict[str, Any] = {}
     constants: dict[tuple[int, ...], Any] = {}
@@ -73,7 +73,7 @@ def specialise(kernel: Any, arguments: dict[str, Any], target: str) -> ASTSource
     return ASTSource(kernel, signature, constants, attributes)
 
 
-def build(launch: Launch, target: str) -> Any:
+def build(launch: Recorded, target: str) -> Any:
     options = {"num_warps": launch.tile.warps, "num_stages": launch.tile.stages, "enable_fp_fusion": True}
     source = specialise(launch.kernel, launch.arguments, target)
     return triton.compile(source, target=TARGETS[target][0], options=options)
@@ -119,7 +119,7 @@ OTHERS = (
 )
 
 
-def record(case: Case, target: str, head_dim: int, dtype: torch.dtype) -> list[Launch]:
+def record(case: Case, target: str, head_dim: int, dtype: torch.dtype) -> list[Recorded]:
     """Every launch that forward and backward make for a case."""
     B, G, D = 4, 8, head_dim
     H = G * case.group
@@ -134,7 +134,8 @@ def record(case: Case, target: str, head_dim: int, dtype: torch.dtype) -> list[L
         cu = None
     prefix = (None, None) if case.P == 0 else (meta(case.A, G, case.P, D), meta(case.A, G, case.P, D))
     options = dict(  # noqa: C408
-        prefix_index=lengths if case.bank else None, prefix_lengths=meta(case.A, dtype=torch.int32) if case.bank else None,
+        prefix_index=lengths if case.bank else None,
+        prefix_lengths=meta(case.A, dtype=torch.int32) if case.bank else None,
         key_mask=meta(B, case.S, dtype=torch.bool) if case.key_mask else None,
         key_lengths=lengths if case.key_lengths else None, cu_seqlens_q=cu, cu_seqlens_k=cu,
         max_seqlen_q=case.T if case.packed else None, max_seqlen_k=case.S if case.packed else None,
@@ -153,18 +154,19 @@ PRODUCTS = {"forward": 2, "dq": 3, "dkv": 4, "decode": 2}  # matrix products of 
 MATRIX_PASSES = tuple(PRODUCTS)
 
 
-def name_of(launch: Launch) -> str:
+def name_of(launch: Recorded) -> str:
     return launch.kernel.__name__.removesuffix("_kernel")
 
 
-def label(launch: Launch) -> str:
-    return name_of(launch) + (" over the prefix" if launch.arguments.get("OVER_PREFIX") else "")
+def label(launch: Recorded) -> str:
+    return name_of(launch) + (" over the prefix" if launch.arguments.get("OVER_TOKENS") is False else "")
 
 
-def judge(launch: Launch, target: str, head_dim: int) -> dict[str, Any]:
+def judge(launch: Recorded, target: str, head_dim: int) -> dict[str, Any]:
     """Compile one launch and say what the binary is like.
 
-    `work`: matrix products done for each that is needed, where a tile is made by one program; bounds count the needed."""
+    `work`: matrix products done for each that is needed, where a tile is made by one program; bounds count the
+    needed."""
     began = time.perf_counter()
     compiled = build(launch, target)
     seconds = time.perf_counter() - began
@@ -181,7 +183,9 @@ def judge(launch: Launch, target: str, head_dim: int) -> dict[str, Any]:
         "occupancy": report.occupancy, "limit": report.limit, "spills": spills,
         "edge_spills": report.spills_in_loops - spills, "atomics": report.atomics,
         "selects": max((loop.count(SELECT) for loop in report.full), default=0),
-        "matrix": sorted({op.split(".")[0] for loop in report.loops for op, _ in loop.instructions if MATRIX.search(op)}),
+        "matrix": sorted(
+            {op.split(".")[0] for loop in report.loops for op, _ in loop.instructions if MATRIX.search(op)}
+        ),
         "cycles": {} if hot is None else {pipe: round(c) for pipe, c in hot.cycles().items()},
         "work": round(work, 3), "serial": None if hot is None else round(hot.serial / work, 3),
         "overlap": None if hot is None else round(hot.overlap / work, 3),

@@ -17,77 +17,97 @@ import triton
 import triton.language as tl
 
 
-class Operand(NamedTuple):
-    """A tensor as kernels see it; the last axis is contiguous. A packed tensor has `row` = 0, and a shared prefix too."""
+class Operands(NamedTuple):
+    """One field a tensor of a call. Kernels take two of these: `ptr`, the addresses, and `stride`, the `Strides` of
+    those that have any. None: the kernel has no use for it, or the call does without."""
 
-    ptr: Any
-    row: Any  # stride from row to row of the batch, or from prefix to prefix
+    q: Any = None
+    k: Any = None
+    v: Any = None
+    prefix_k: Any = None
+    prefix_v: Any = None
+    sinks: Any = None
+    cu_seqlens_q: Any = None  # [rows + 1], packed rows
+    cu_seqlens_k: Any = None
+    key_lengths: Any = None  # [B] of part-filled caches
+    key_mask: Any = None  # [B, S] as int16
+    prefix_index: Any = None  # [B]; without it row b reads prefix b, or the only one
+    prefix_lengths: Any = None  # [A]
+    position: Any = None  # [tokens], where the window covers the prefix: the query's position counted from slot P on
+    order: Any = None  # group a of the tokens, those that read prefix a, is order[start[a] : start[a + 1]]
+    start: Any = None
+    seen: Any = None  # [A, P], where a group goes by position: so many of its tokens see a slot
+    out: Any = None
+    lse: Any = None
+    grad_out: Any = None
+    grad_lse: Any = None
+    lse2: Any = None  # the base-2 lse, [H, tokens]
+    delta: Any = None  # Δ of the backward, laid out as lse2
+    dq: Any = None
+    dk: Any = None
+    dv: Any = None
+    dprefix_k: Any = None
+    dprefix_v: Any = None
+    part_k: Any = None  # fp32 partial sums of dprefix_k, [parts, A, G, P, D]
+    part_v: Any = None
+    part_out: Any = None  # [parts, tokens, H, D]
+    part_lse: Any = None
+
+
+class Strides(NamedTuple):
+    """In elements; that of the last axis is 1. A packed tensor has `row` = 0, and a shared prefix too."""
+
+    row: Any  # from row to row of the batch, or from prefix to prefix
     head: Any
-    item: Any  # stride from token to token, or from slot to slot
+    item: Any  # from token to token, or from slot to slot
 
 
-class Rows(NamedTuple):
-    """How the batch is cut into rows. `cu_q`, `cu_k` [rows + 1] when packed, `lengths` [B] of part-filled caches."""
+class Scale(NamedTuple):
+    """`score`: raw scores to base-2 exponents. `softcap`: products to the argument of tanh, or None. `dq`, `dk`: what
+    ds k and dsᵀ q are multiplied by."""
 
-    cu_q: Any
-    cu_k: Any
-    lengths: Any
-    mask: Any  # key_mask [B, S] as int16
-
-
-class Prefix(NamedTuple):
-    """Which prefix a row reads. `index` [B] (else row b reads prefix b, or the only one), `lengths` [A].
-    `position` [tokens] is set where the window covers the prefix: the query's position counted from slot P on."""
-
-    index: Any
-    lengths: Any
-    position: Any
-
-
-class Groups(NamedTuple):
-    """Tokens grouped by the prefix they read: group a is `order[start[a] : start[a + 1]]`. None: all, or in order.
-    `seen` [A, P] is set where the window covers the prefix and a group goes by position: so many of it see a slot."""
-
-    order: Any
-    start: Any
-    seen: Any
+    score: Any
+    softcap: Any
+    dq: Any
+    dk: Any
 
 
 @triton.jit
-def row_extent(row, rows, T, S):
+def row_extent(row, ptr, T, S):
     """(first query token, number of queries, first key token, number of keys) of a row."""
-    if rows.cu_q is not None:
-        q_start = tl.load(rows.cu_q + row)
-        k_start = tl.load(rows.cu_k + row)
-        return q_start, tl.load(rows.cu_q + row + 1) - q_start, k_start, tl.load(rows.cu_k + row + 1) - k_start
-    elif rows.lengths is not None:
-        n = tl.load(rows.lengths + row).to(tl.int32)
+    if ptr.cu_seqlens_q is not None:
+        q_start = tl.load(ptr.cu_seqlens_q + row)
+        k_start = tl.load(ptr.cu_seqlens_k + row)
+        t_count = tl.load(ptr.cu_seqlens_q + row + 1) - q_start
+        return q_start, t_count, k_start, tl.load(ptr.cu_seqlens_k + row + 1) - k_start
+    elif ptr.key_lengths is not None:
+        n = tl.load(ptr.key_lengths + row).to(tl.int32)
         return 0, T, 0, tl.minimum(tl.maximum(n, 0), S)
     else:
         return 0, T, 0, S
 
 
 @triton.jit
-def prefix_length(a, prefix, A, P):
+def prefix_length(a, ptr, A, P):
     """Slots of prefix `a`; an index out of range reads none."""
     known = (a >= 0) & (a < A)
-    if prefix.lengths is not None:
-        length = tl.load(prefix.lengths + a, mask=known, other=0).to(tl.int32)
+    if ptr.prefix_lengths is not None:
+        length = tl.load(ptr.prefix_lengths + a, mask=known, other=0).to(tl.int32)
         return tl.minimum(tl.maximum(length, 0), P)
     else:
         return tl.where(known, P, 0)
 
 
 @triton.jit
-def prefix_of_row(row, prefix, A, P, SHARED: tl.constexpr):
+def prefix_of_row(row, ptr, A, P, SHARED: tl.constexpr):
     """(prefix, its length) that a row reads."""
-    if prefix.index is not None:
-        a = tl.load(prefix.index + row)
+    if ptr.prefix_index is not None:
+        a = tl.load(ptr.prefix_index + row)
     elif SHARED:
         a = row * 0
     else:
         a = row
-    length = prefix_length(a, prefix, A, P)
+    length = prefix_length(a, ptr, A, P)
     return tl.where(length > 0, a, 0).to(tl.int32), length
 
 
@@ -107,18 +127,19 @@ def items_of_block(block, q_start, t_count, g, GROUP: tl.constexpr, BLOCK_M: tl.
 
 
 @triton.jit
-def item_offset(x, row, token, head):
+def item_offset(stride, row, token, head):
     """Offset of items by row, token of the row (of the batch when packed), and head."""
-    return tl.cast(row, tl.int64) * x.row + token * x.item + head * x.head
+    return tl.cast(row, tl.int64) * stride.row + token * stride.item + head * stride.head
 
 
 @triton.jit
-def token_offset(x, token, T, PACKED: tl.constexpr):
-    """Offset of flat tokens: b·T + t when dense, the packed position otherwise."""
+def token_offset(stride, token, head, T, PACKED: tl.constexpr):
+    """Offset of items by flat token (b·T + t when dense, the packed position otherwise) and head."""
     if PACKED:
-        return tl.cast(token, tl.int64) * x.item
+        at = tl.cast(token, tl.int64) * stride.item
     else:
-        return tl.cast(token // T, tl.int64) * x.row + tl.cast(token % T, tl.int64) * x.item
+        at = tl.cast(token // T, tl.int64) * stride.row + tl.cast(token % T, tl.int64) * stride.item
+    return at + head * stride.head
 
 
 @triton.jit
@@ -174,21 +195,17 @@ def tile_pointers(ptr, start, stride, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr
 
 
 @triton.jit
-def load_whole(ptrs, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """A tile whose rows all exist."""
+def load_rows(ptrs, exists, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """A tile of which only the rows `exists` [BLOCK] do; None: all."""
     if HEAD_DIM != BLOCK_D:
-        return tl.load(ptrs, mask=tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM, other=0.0)
+        keep = tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM
+        if exists is not None:
+            keep = keep & exists[:, None]
+        return tl.load(ptrs, mask=keep, other=0.0)
+    elif exists is not None:
+        return tl.load(ptrs, mask=exists[:, None], other=0.0)
     else:
         return tl.load(ptrs)
-
-
-@triton.jit
-def load_some(ptrs, exists, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """A tile of which only the rows `exists` [BLOCK] do."""
-    keep = exists[:, None]
-    if HEAD_DIM != BLOCK_D:
-        keep = keep & (tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM)
-    return tl.load(ptrs, mask=keep, other=0.0)
 
 
 @triton.jit

@@ -1,23 +1,33 @@
-"""From a launcher to the device: one call starts a kernel, and one place knows what was started.
+"""From a plan to the device: `Launch` starts one kernel, `Plan` a whole call, and one place knows what was started.
 
-`Launch` is what a launcher asks for. Normally it runs at once. Inside `recording()` it is kept instead: that is how the
-offline compiler (`softkv.kernels.compile`) sees exactly the signatures that launchers use, from tensors on the meta device.
+A plan is what follows from shapes, strides, dtypes, alignment and options alone: what to allocate, which kernels to
+start on which grid, with which arguments but for the addresses. It is worked out at the first call of its kind, kept,
+and holds no tensor. The first launch goes through Triton's JIT, which binds, specialises and compiles; later ones hand
+the addresses to the compiled kernel. The stream, Triton's launch hooks and the addresses are looked up at every launch.
+
+Inside `recording()` launches are kept instead of run: that is how the offline compiler (`softkv.kernels.compile`) sees
+exactly the signatures that are launched, from tensors on the meta device.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from triton import knobs
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
 
+from softkv.kernels.geometry import Operands
 from softkv.kernels.tiles import Target, Tile
 
-__all__ = ["Launch", "interpreter_enabled", "launch", "recording", "target_of"]
+INTERPRETED = bool(knobs.runtime.interpret)  # as kernels are decorated, when this package is imported
+Tensors = dict[str, Any]  # the tensors of a call by their fields of `Operands`, None for those it does without
 
 
-class Launch(NamedTuple):
+class Recorded(NamedTuple):
     kernel: Any
     grid: int
     tile: Tile
@@ -26,7 +36,7 @@ class Launch(NamedTuple):
 
 class _Recorder:
     target: Target | None = None
-    launches: list[Launch]
+    launches: list[Recorded]
 
 
 _recorder = _Recorder()
@@ -53,16 +63,92 @@ def target_of(x: Tensor) -> Target:
     return Target(f"sm_{known}", properties.multi_processor_count)
 
 
-def launch(kernel: Any, grid: int, tile: Tile, **arguments: Any) -> None:
-    if _recorder.target is not None:
-        _recorder.launches.append(Launch(kernel, grid, tile, arguments))
-    elif grid > 0:
-        kernel[(grid,)](**arguments, num_warps=tile.warps, num_stages=tile.stages, enable_fp_fusion=True)
+def recording_target() -> Target | None:
+    return _recorder.target
+
+
+def _asked_for(hook: Any) -> Any:
+    """A launch hook, or None where nobody has put one in the chain: calling an empty chain costs, too."""
+    return hook if hook is not None and getattr(hook, "calls", True) else None
+
+
+class Launch:
+    """One kernel on `grid` programs: every argument is settled but `ptr`, and of that, which tensor each field
+    takes."""
+
+    def __init__(self, kernel: Any, grid: int, tile: Tile, pointers: dict[str, str], **arguments: Any):
+        self.kernel, self.grid, self.tile = kernel, grid, tile
+        self.pointers = [(Operands._fields.index(field), name) for field, name in pointers.items()]
+        self.arguments = arguments
+        self.compiled: Any = None
+        self.settled: tuple[Any, ...] = ()  # the arguments after `ptr`, the first of all kernels
+
+    def __call__(self, x: Tensors) -> None:
+        if _recorder.target is not None:
+            arguments = {"ptr": self.operands(x), **self.arguments}
+            _recorder.launches.append(Recorded(self.kernel, self.grid, self.tile, arguments))
+        elif self.grid > 0:
+            if self.compiled is None or self.kernel.pre_run_hooks:
+                self.through_the_jit(x)
+            else:
+                self.start(x)
+
+    def operands(self, x: Tensors) -> Operands:
+        return Operands(**{Operands._fields[i]: x[name] for i, name in self.pointers})
+
+    def through_the_jit(self, x: Tensors) -> None:
+        kernel = self.kernel[(self.grid,)](
+            ptr=self.operands(x), **self.arguments,
+            num_warps=self.tile.warps, num_stages=self.tile.stages, enable_fp_fusion=True,
+        )  # fmt: skip
+        if isinstance(self.kernel, JITFunction):  # the interpreter compiles nothing
+            self.settled = tuple(self.arguments[name] for name in self.kernel.arg_names[1:])
+            self.compiled = kernel
+
+    def start(self, x: Tensors) -> None:
+        addresses: list[int | None] = [None] * len(Operands._fields)
+        for i, name in self.pointers:
+            tensor = x[name]
+            if tensor is not None:
+                addresses[i] = tensor.data_ptr()
+        compiled, active = self.compiled, driver.active
+        stream = active.get_current_stream(active.get_current_device())
+        enter, leave = _asked_for(knobs.runtime.launch_enter_hook), _asked_for(knobs.runtime.launch_exit_hook)
+        arguments = (tuple(addresses), *self.settled)
+        about = None if enter is leave is None else compiled.launch_metadata((self.grid,), stream, *arguments)
+        compiled.run(
+            self.grid, 1, 1, stream, compiled.function, compiled.packed_metadata, about, enter, leave, *arguments
+        )
+
+
+class Memory(NamedTuple):
+    """A tensor to allocate."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A call: allocate `memory`, take `steps` in turn (launches, and the few things torch does), return `results`."""
+
+    memory: dict[str, Memory]
+    steps: list[Callable[[Tensors], None]]
+    results: tuple[str, ...]
+
+    def run(self, x: Tensors) -> tuple[Any, ...]:
+        like = x["q"]
+        for name, (shape, stride, dtype) in self.memory.items():
+            x[name] = like.new_empty_strided(shape, stride, dtype=dtype)
+        for step in self.steps:
+            step(x)
+        return tuple(x.get(name) for name in self.results)
 
 
 @contextmanager
-def recording(target: Target) -> Iterator[list[Launch]]:
-    """Collect what launchers would launch on `target`; nothing runs."""
+def recording(target: Target) -> Iterator[list[Recorded]]:
+    """Collect what would be launched on `target`; nothing runs."""
     _recorder.target, _recorder.launches = target, []
     try:
         yield _recorder.launches

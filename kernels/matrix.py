@@ -1,7 +1,8 @@
 """The compile matrix: every kernel compiled for every target, read back, judged; kept as JSON, shown as a page.
 
-Rows are written as they come, each with the hash of what it was made from (kernel source, signature, tile, target, triton,
-and the reader of the machine code). So an interrupted run goes on where it stopped, and what has changed since is made anew.
+Rows are written as they come, each with the hash of what it was made from (kernel source, signature, tile, target,
+triton, and the reader of the machine code). So an interrupted run goes on where it stopped, and what has changed since
+is made anew.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from softkv.kernels.compile import (
     record,
     specialise,
 )
-from softkv.kernels.launch import Launch, interpreter_enabled
+from softkv.kernels.launch import Recorded, interpreter_enabled
 from softkv.kernels.machines import MACHINES
 from softkv.kernels.sass import MATRIX_KIND
 from softkv.kernels.tiles import block_d
@@ -55,7 +56,8 @@ PLAN: tuple[Part, ...] = (
     (COMMON, (64, 128, 256), (torch.float32,)),
 )
 COLUMNS = (
-    "tile", "registers", "stack", "shared", "occupancy", "spills", "edge_spills", "selects", "work", "serial", "overlap",
+    "tile", "registers", "stack", "shared", "occupancy", "spills", "edge_spills", "selects", "work", "serial",
+    "overlap",
 )  # fmt: skip
 HEAD = f"| kernel | case | target | D | dtype | {' | '.join(COLUMNS)} | problems |\n|" + "---|" * (6 + len(COLUMNS))
 
@@ -91,7 +93,7 @@ def _reader() -> bytes:
     return Path(sass.__file__).read_bytes() + Path(machines.__file__).read_bytes() + inspect.getsource(judge).encode()
 
 
-def _made_from(launch: Launch, target: str) -> str:
+def _made_from(launch: Recorded, target: str) -> str:
     source = specialise(launch.kernel, launch.arguments, target)
     made_from = (source.hash(), launch.tile[:4], target, triton.__version__)
     return hashlib.sha256(repr(made_from).encode() + _reader()).hexdigest()[:16]
@@ -142,9 +144,9 @@ def page(rows: dict[str, dict[str, Any]], planned: int) -> str:
     text = [
         f"Kernels compiled offline for each target with triton {triton.__version__}: {len(rows)} of {planned} "
         f"binaries, {bad} with a problem.",
-        "Made by `make compile-matrix`; method in [kernels.md](kernels.md). `spills`, `selects`: in the full-tile loops;",
-        "`edge_spills`: in the loops that mask. `serial`, `overlap`: the worse full-tile loop. `work`: matrix products done",
-        "for each that is needed; bounds count the needed.",
+        "Made by `make compile-matrix`; method in [kernels.md](kernels.md). `spills`, `selects`: in the full-tile",
+        "loops; `edge_spills`: in the loops that mask. `serial`, `overlap`: the worse full-tile loop. `work`: matrix",
+        "products done for each that is needed; bounds count the needed.",
         "",
         f"Spills inside a loop of matrix products are left in {len(spilling)} binaries:",
         "",

@@ -1,50 +1,77 @@
-"""One call of the engine, as kernels want it: operands with strides, rows, prefixes, scales. Built once, by both passes."""
+"""What is known of a call before any value is: sizes, strides, options. Plans are made from it, by every pass."""
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from softkv.kernels.geometry import Groups, Operand, Prefix, Rows
-from softkv.kernels.launch import target_of
+from softkv.kernels.geometry import Operands, Scale, Strides
+from softkv.kernels.launch import Memory, Tensors, target_of
 from softkv.kernels.tiles import Target, Tile, block_d, tile
 
-SIZES = ["B", "G", "T", "S", "A", "P", "window"]  # values that must not make a new binary
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MOST_HEAD_DIM = 256
+SIZES = ["B", "G", "T", "S", "A", "P", "reach"]  # values that must not make a new binary
 FARTHEST = 2**24  # elements from token to token: a tile of 256 is addressed by 32 bits
 SMALLEST_SCALE = 1e-30  # a scale of 0 would make hidden scores −∞·0
+NOWHERE = Strides(0, 0, 0)
+READ = ["q", "k", "v", "prefix_k", "prefix_v"]
+PER_ITEM = ("lse", "grad_lse")
+SLOTS = ("prefix_k", "prefix_v")
 
 
-def tokens(x: Tensor) -> Operand:
-    """[B, H, T, D], or packed [N, H, D]."""
-    if x.dim() == 3:
-        return Operand(x, 0, x.stride(1), x.stride(0))
-    return Operand(x, x.stride(0), x.stride(1), x.stride(2))
+class Options(NamedTuple):
+    """The options of an engine's call that are no tensors."""
+
+    max_seqlen_q: int | None
+    max_seqlen_k: int | None
+    scale: float
+    is_causal: bool
+    window: int | None
+    window_covers_prefix: bool
+    softcap: float | None
+    chunk: int | None
 
 
-def per_item(x: Tensor) -> Operand:
-    """One number an item: [B, H, T], or packed [H, N]."""
-    if x.dim() == 2:
-        return Operand(x, 0, x.stride(0), x.stride(1))
-    return Operand(x, x.stride(0), x.stride(1), x.stride(2))
+def strides(name: str, x: Tensor) -> Strides:
+    """Of [B, H, T, D], packed [N, H, D], a prefix [A, G, P, D], or one number an item: [B, H, T], packed [H, N]."""
+    if name in PER_ITEM:
+        return Strides(0, x.stride(0), x.stride(1)) if x.dim() == 2 else Strides(*x.stride())
+    return Strides(0, x.stride(1), x.stride(0)) if x.dim() == 3 else Strides(*x.stride()[:3])
 
 
-def slots(x: Tensor | None) -> Operand:
-    """[A, G, P, D], or no prefix at all."""
-    return Operand(None, 0, 0, 0) if x is None else Operand(x, x.stride(0), x.stride(1), x.stride(2))
+def like(x: Tensor) -> Memory:
+    """What `torch.empty_like` makes."""
+    return Memory(tuple(x.shape), torch.empty_like(memory_of(Memory(x.shape, x.stride(), x.dtype))).stride(), x.dtype)
+
+
+def output(q: Tensor, width: int) -> Memory:
+    """Laid out as q where values are as wide as keys, token by token otherwise."""
+    if width == q.shape[-1]:
+        return like(q)
+    if q.dim() == 3:
+        return contiguous((*q.shape[:2], width), q.dtype)
+    B, H, T, _ = q.shape
+    return Memory((B, H, T, width), (T * H * width, width, H * width, 1), q.dtype)
+
+
+def contiguous(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Memory:
+    stride = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+    return Memory(shape, stride, dtype)
 
 
 @dataclass(frozen=True)
 class Problem:
-    """`T`, `S` are 0 when packed: a flat token's place is then its own. `T_max` is the longest row's number of queries."""
+    """`T`, `S` are 0 when packed: a flat token's place is then its own. `T_max` is the longest row's number of
+    queries."""
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    prefix_k: Tensor | None
-    prefix_v: Tensor | None
-    packed: bool
+    like: dict[str, Memory]  # what a gradient of an operand looks like; "out" and "lse" themselves
+    stride: dict[str, Strides]
+    given: frozenset[str]  # the tensors that the call comes with, and `position` where it is needed
+    dtype: torch.dtype
+    target: Target
     B: int
     H: int
     G: int
@@ -55,70 +82,64 @@ class Problem:
     A: int
     P: int
     D: int
+    value_dim: int
     tokens: int  # B·T, or N
-    rows: Rows
-    prefix: Prefix
-    sinks: Tensor | None
     is_causal: bool
-    window: int | None
+    reach: int | None  # of a window, or the size of chunks
+    chunked: bool
     softcap: float | None
     scale: float
-    flipped: bool  # the scale was negative: q was negated instead
+    flipped: bool  # the scale was negative: q is negated instead
+    tf32: bool
+    linear: bool  # whether flat token u lies u items from the start of q and grad_out
+    wide: bool  # whether their offsets pass 31 bits
 
     @classmethod
-    def of(
-        cls,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        prefix_k: Tensor | None,
-        prefix_v: Tensor | None,
-        *,
-        prefix_index: Tensor | None,
-        prefix_lengths: Tensor | None,
-        key_mask: Tensor | None,
-        key_lengths: Tensor | None,
-        cu_seqlens_q: Tensor | None,
-        cu_seqlens_k: Tensor | None,
-        max_seqlen_q: int | None,
-        max_seqlen_k: int | None,
-        sinks: Tensor | None,
-        scale: float,
-        is_causal: bool,
-        window: int | None,
-        window_covers_prefix: bool,
-        softcap: float | None,
-    ) -> "Problem":
-        packed = cu_seqlens_q is not None
-        for name, x in (
-            ("k", tokens(k)),
-            ("v", tokens(v)),
-            ("prefix_k", slots(prefix_k)),
-            ("prefix_v", slots(prefix_v)),
-        ):
-            if x.item >= FARTHEST:
+    def of(cls, x: Tensors, options: Options) -> "Problem":
+        q, k, v, prefix_k, cu_q = (x[name] for name in ("q", "k", "v", "prefix_k", "cu_seqlens_q"))
+        if q.dtype not in DTYPES or max(q.shape[-1], v.shape[-1]) > MOST_HEAD_DIM:
+            wanted = f"{', '.join(str(d).removeprefix('torch.') for d in DTYPES)} and D ≤ {MOST_HEAD_DIM}"
+            raise NotImplementedError(f"backend 'triton': expected {wanted}, got {q.dtype} and D = {q.shape[-1]}")
+        given = {name for name, tensor in x.items() if tensor is not None}
+        stride = {
+            name: strides(name, x[name])
+            for name in (*READ, "out", "lse", "grad_out", "grad_lse")
+            if x.get(name) is not None
+        }
+        for name in READ[1:]:
+            if name in given and stride[name].item >= FARTHEST:
                 raise NotImplementedError(
-                    f"backend 'triton': expected tokens of {name} less than {FARTHEST} elements apart, got {x.item}"
+                    f"backend 'triton': expected tokens of {name} less than {FARTHEST} elements apart, "
+                    f"got {stride[name].item}"
                 )
-        if packed:
-            B, T, S, T_max, S_max = cu_seqlens_q.numel() - 1, 0, 0, max_seqlen_q, max_seqlen_k
+        if cu_q is not None:
+            B, T, S, T_max, S_max = cu_q.shape[0] - 1, 0, 0, options.max_seqlen_q or 0, options.max_seqlen_k or 0
             count, H, D = q.shape
         else:
             B, H, T, D = q.shape
             S = k.shape[2]
             T_max, S_max, count = T, S, B * T
         A, P = (0, 0) if prefix_k is None else (prefix_k.shape[0], prefix_k.shape[2])
-        # 16 bits: Triton lays out matrix operands by the narrowest load behind them, and bytes would cost the loads ahead
-        mask = None if key_mask is None else key_mask.to(torch.int16, memory_format=torch.contiguous_format)
-        rows = Rows(cu_seqlens_q, cu_seqlens_k, key_lengths, mask)
-        position = None
-        if prefix_k is not None and window is not None and window_covers_prefix:
-            position = slot_positions(rows, key_mask, B, T, S, count, q.device)
+        out = output(q, v.shape[-1])
+        lse = contiguous((H, count) if cu_q is not None else (B, H, T))
+        memory = {name: like(x[name]) for name in READ if name in given} | {"out": out, "lse": lse}
+        stride = {name: strides(name, memory_of(memory[name])) for name in ("out", "lse")} | stride
+        flipped = options.scale < 0
+        if flipped:
+            q = memory_of(memory["q"])
+            stride["q"] = strides("q", q)
+        if prefix_k is not None and options.window is not None and options.window_covers_prefix:
+            given.add("position")
+        walked = [q] if x.get("grad_out") is None else [q, x["grad_out"]]
+        target = target_of(x["q"])
+        tf32 = torch.get_float32_matmul_precision() != "highest" and target.arch.startswith("sm_")
         return cls(
-            q=-q if scale < 0 else q, k=k, v=v, prefix_k=prefix_k, prefix_v=prefix_v, packed=packed,
-            B=B, H=H, G=k.shape[1], T=T, S=S, T_max=T_max, S_max=S_max, A=A, P=P, D=D, tokens=count,
-            rows=rows, prefix=Prefix(prefix_index, prefix_lengths, position), sinks=sinks, is_causal=is_causal,
-            window=window, softcap=softcap, scale=max(abs(scale), SMALLEST_SCALE), flipped=scale < 0,
+            like=memory, stride=stride, given=frozenset(given), dtype=q.dtype, target=target,
+            B=B, H=H, G=k.shape[1], T=T, S=S, T_max=T_max, S_max=S_max, A=A, P=P, D=D, value_dim=v.shape[-1],
+            tokens=count, is_causal=options.is_causal,
+            reach=options.window if options.chunk is None else options.chunk, chunked=options.chunk is not None,
+            softcap=options.softcap, scale=max(abs(options.scale), SMALLEST_SCALE), flipped=flipped,
+            tf32=tf32, linear=all(linear(t) for t in walked), wide=any(wide(t) for t in walked),
         )  # fmt: skip
 
     @property
@@ -126,87 +147,102 @@ class Problem:
         return self.H // self.G
 
     @property
-    def target(self) -> Target:
-        return target_of(self.q)
+    def packed(self) -> bool:
+        return "cu_seqlens_q" in self.given
+
+    @property
+    def shared(self) -> bool:
+        """Whether all rows read the one prefix."""
+        return self.A == 1 and "prefix_index" not in self.given
 
     def tile(self, name: str) -> Tile:
-        return tile(name, self.target, self.D, self.q.dtype, self.softcap is not None)
+        return tile(name, self.target, max(self.D, self.value_dim), self.dtype, self.softcap is not None)
 
-    def arguments(self) -> dict[str, Any]:
-        """What every kernel takes."""
-        capped = self.softcap is not None
-        tf32 = torch.get_float32_matmul_precision() != "highest" and self.target.arch.startswith("sm_")
+    def pointers(self, *names: str) -> dict[str, str]:
+        """Of the named fields, those that this call has or makes."""
+        optional = {*READ, "sinks", "key_lengths", "key_mask", "prefix_index", "prefix_lengths", "position", "grad_lse",
+                    "cu_seqlens_q", "cu_seqlens_k"}  # fmt: skip
+        return {name: name for name in names if name in self.given or name not in optional}
+
+    def strides(self, *names: str) -> Operands:
+        own = Strides(self.T, self.tokens, 1)  # of one number an item, [H, tokens]
+        known = self.stride | {"delta": own}
+        known |= {f"d{name}": strides(name, memory_of(m)) for name, m in self.like.items() if name in READ}
+        return Operands(**{name: known[name] for name in names if name in known})
+
+    @property
+    def dims(self) -> dict[str, Any]:
+        """Constants of every pass over keys or items."""
         return dict(  # noqa: C408
-            q=tokens(self.q), k=tokens(self.k), v=tokens(self.v), prefix_k=slots(self.prefix_k), prefix_v=slots(self.prefix_v),
-            rows=self.rows, prefix=self.prefix, window=self.window,
-            score_scale=(self.softcap if capped else self.scale) * math.log2(math.e),
-            softcap_scale=self.scale / self.softcap if capped else None,
-            B=self.B, G=self.G, T=self.T, S=self.S, A=self.A, P=self.P,
-            CAUSAL=self.is_causal, SHARED=self.A == 1 and self.prefix.index is None, GROUP=self.group,
-            HEAD_DIM=self.D, BLOCK_D=block_d(self.D), PRECISION="tf32" if tf32 else "ieee",
+            GROUP=self.group, HEAD_DIM=self.D, VALUE_DIM=self.value_dim, BLOCK_D=block_d(self.D),
+            BLOCK_V=block_d(self.value_dim), PRECISION="tf32" if self.tf32 else "ieee",
         )  # fmt: skip
 
-    def workspace(self, x: Tensor) -> Operand:
-        """One number an item, [H, tokens]."""
-        return Operand(x, self.T, self.tokens, 1)
+    @property
+    def sizes(self) -> dict[str, Any]:
+        return dict(B=self.B, G=self.G, T=self.T, S=self.S, A=self.A, P=self.P, reach=self.reach)  # noqa: C408
 
-    def groups(self) -> Groups:
-        """Group the tokens by prefix without leaving the device: fixed shapes, a stable sort, no host sync.
+    @property
+    def scales(self) -> Scale:
+        return Scale(
+            score=(self.softcap or self.scale) * math.log2(math.e),
+            softcap=self.scale / self.softcap if self.softcap else None,
+            dq=-self.scale if self.flipped else self.scale,
+            dk=self.scale,
+        )
 
-        Rows that read no prefix form a last group, number A.
-        """
-        index, device = self.prefix.index, self.q.device
-        if index is None and self.A == 1:
-            return Groups(None, None, None)
-        if index is None and self.packed:
-            return Groups(None, self.rows.cu_q, None)
-        if index is None:
-            return Groups(None, torch.arange(self.B + 1, device=device, dtype=torch.int32) * self.T, None)
-        group, order = torch.sort(self.prefix_of_token(), stable=True)
-        start = torch.searchsorted(group, torch.arange(self.A + 2, device=device))
-        return Groups(order.to(torch.int32), start.to(torch.int32), None)
+    def preparations(self) -> list[Any]:
+        """The steps that turn a call's tensors into what kernels read."""
+        steps: list[Any] = []
+        if self.flipped:
+            steps.append(negate_queries)
+        if "position" in self.given:
+            steps.append(self.find_positions)
+        if "key_mask" in self.given:
+            steps.append(widen_mask)
+        return steps
 
-    def prefix_of_token(self) -> Tensor:
-        """[tokens] the prefix that a flat token reads; A where it reads none."""
-        index, device = self.prefix.index, self.q.device
-        if index is None and self.A == 1:
-            return torch.zeros(self.tokens, device=device, dtype=torch.int64)
-        if index is None:
-            index = torch.arange(self.B, device=device)
-        index = torch.where((index >= 0) & (index < self.A), index, self.A).long()
-        return index[row_of_token(self.rows, self.tokens)] if self.packed else index.repeat_interleave(self.T)
-
-    def readers(self) -> Groups:
-        """As `groups`. Under a window over the prefix a group goes by position: what sees a slot is then a run of it."""
-        position = self.prefix.position
-        if position is None:
-            return self.groups()
-        far, device = 2**32, self.q.device
-        place, order = torch.sort(self.prefix_of_token() * far + position, stable=True)
-        start = torch.searchsorted(place, torch.arange(self.A + 2, device=device) * far - far // 2)
-        length = self.P if self.prefix.lengths is None else self.prefix.lengths.clamp(0, self.P).long()[:, None]
-        first_hidden = torch.arange(self.P, device=device) - length + self.window  # position that no longer sees a slot
-        a = torch.arange(self.A, device=device)[:, None]
-        seen = torch.searchsorted(place, a * far + first_hidden) - start[: self.A, None]
-        return Groups(*(x.to(torch.int32) for x in (order, start, seen)))
+    def find_positions(self, x: Tensors) -> None:
+        """[tokens] a query's key position counted from its row's first visible key, where the prefix ends."""
+        if self.packed:
+            cu_q, cu_k = x["cu_seqlens_q"], x["cu_seqlens_k"]
+            row = row_of_token(cu_q, self.tokens)
+            t = torch.arange(self.tokens, device=row.device) - cu_q[row]
+            x["position"] = (cu_k.diff()[row] - cu_q.diff()[row] + t).to(torch.int32)
+            return
+        lengths, mask, device = x["key_lengths"], x["key_mask"], x["q"].device
+        n = torch.full((self.B,), self.S, device=device) if lengths is None else lengths.clamp(0, self.S)
+        if mask is not None and self.S > 0:
+            exists = mask & (torch.arange(self.S, device=device) < n[:, None])
+            n = n - exists.to(torch.int8).argmax(1)
+        x["position"] = (n[:, None] - self.T + torch.arange(self.T, device=device)).reshape(-1).to(torch.int32)
 
 
-def row_of_token(rows: Rows, count: int) -> Tensor:
+def memory_of(m: Memory) -> Tensor:
+    return torch.empty_strided(m.shape, m.stride, device="meta")
+
+
+def negate_queries(x: Tensors) -> None:
+    x["q"] = -x["q"]
+
+
+def widen_mask(x: Tensors) -> None:
+    """16 bits: Triton lays out matrix operands by the narrowest load behind them, and bytes would cost the loads
+    ahead."""
+    x["key_mask"] = x["key_mask"].to(torch.int16, memory_format=torch.contiguous_format)
+
+
+def row_of_token(cu_seqlens: Tensor, count: int) -> Tensor:
     """[N] the row each packed token belongs to."""
-    ids = torch.arange(count, device=rows.cu_q.device, dtype=torch.int32)
-    return (torch.searchsorted(rows.cu_q, ids, right=True) - 1).clamp(0, rows.cu_q.numel() - 2)
+    ids = torch.arange(count, device=cu_seqlens.device, dtype=torch.int32)
+    return (torch.searchsorted(cu_seqlens, ids, right=True) - 1).clamp(0, cu_seqlens.shape[0] - 2)
 
 
-def slot_positions(
-    rows: Rows, key_mask: Tensor | None, B: int, T: int, S: int, count: int, device: torch.device
-) -> Tensor:
-    """[tokens] a query's key position counted from its row's first visible key, where the prefix ends."""
-    if rows.cu_q is not None:
-        row = row_of_token(rows, count)
-        t = torch.arange(count, device=row.device) - rows.cu_q[row]
-        return (rows.cu_k.diff()[row] - rows.cu_q.diff()[row] + t).to(torch.int32)
-    n = torch.full((B,), S, device=device) if rows.lengths is None else rows.lengths.clamp(0, S)
-    if key_mask is not None and S > 0:
-        exists = key_mask & (torch.arange(S, device=device) < n[:, None])
-        n = n - exists.to(torch.int8).argmax(1)
-    return (n[:, None] - T + torch.arange(T, device=device)).reshape(-1).to(torch.int32)
+def linear(x: Tensor) -> bool:
+    """Whether flat token u lies u items from the start: packed, or [B, T, H, D] in memory."""
+    return x.dim() == 3 or x.stride(0) == x.shape[2] * x.stride(2)
+
+
+def wide(x: Tensor) -> bool:
+    """Whether offsets in x pass 31 bits."""
+    return sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) >= 2**31

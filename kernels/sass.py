@@ -1,14 +1,15 @@
 """Read a compiled kernel's machine code: registers, spills, memories, occupancy, and what each loop costs.
 
-Method (a *static bound*, no measured time): take the innermost loops that hold matrix instructions, count the instructions of
-each pipe, and turn counts into cycles of one multiprocessor for one pass of the loop by all warps of a program:
+Method (a *static bound*, no measured time): take the innermost loops that hold matrix instructions, count the
+instructions of each pipe, and turn counts into cycles of one multiprocessor for one pass of the loop by all warps of a
+program:
 
     cycles(pipe) = instructions · warps · lanes of a warp / lanes a clock            (rates: `softkv.kernels.machines`)
     overlap bound = tensor / max over pipes          serial bound = tensor / (tensor + largest of mufu, fma, alu, issue)
 
 Overlap is what perfect hiding would reach, serial what a program reaches that never overlaps its matrix work with its
-arithmetic. Shared memory (loads, stores, shuffles, and the operands that HGMMA and UTCMMA read from it) counts in the overlap
-bound only: its traffic is asynchronous. Bank conflicts, waits and device memory are not seen.
+arithmetic. Shared memory (loads, stores, shuffles, and the operands that HGMMA and UTCMMA read from it) counts in the
+overlap bound only: its traffic is asynchronous. Bank conflicts, waits and device memory are not seen.
 
 A warp-specialised kernel has a loop in each partition; one tile passes through all of them, so their cycles are added.
 NVIDIA cubins are disassembled with the cuobjdump inside the triton wheel; gfx942 is read from its assembly.
@@ -266,11 +267,17 @@ def _cuobjdump(cubin: bytes, *flags: str) -> str:
 SASS_LINE = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
 
 
+def _number(pattern: str, text: str) -> int:
+    """The number that must be there."""
+    found = re.search(pattern, text)
+    assert found is not None, pattern
+    return int(found.group(1))
+
+
 def _nvidia(compiled: Any, target: str) -> Report:
     cubin, machine = compiled.asm["cubin"], MACHINES[target]
     usage = _cuobjdump(cubin, "-res-usage")
-    registers = int(re.search(r"REG:(\d+)", usage).group(1))
-    stack = int(re.search(r"STACK:(\d+)", usage).group(1))
+    registers, stack = _number(r"REG:(\d+)", usage), _number(r"STACK:(\d+)", usage)
     text = re.sub(r"\s+[&?][^;/]*;", ";", _cuobjdump(cubin, "-sass"))  # some versions add scheduling notes
     lines = SASS_LINE.findall(text)
     code = _with_shapes([(int(address, 16), op, rest) for address, _, op, rest in lines])
@@ -291,7 +298,8 @@ def _nvidia(compiled: Any, target: str) -> Report:
     limit = min(limits, key=limits.__getitem__)
     return Report(
         target, warps, registers, stack, compiled.metadata.shared, limits[limit], limit, loops,
-        Counter(op for _, op, _ in code), columns, {"+".join(sorted(does)): len(of) for does, of in groups.items() if does},
+        Counter(op for _, op, _ in code), columns,
+        {"+".join(sorted(does)): len(of) for does, of in groups.items() if does},
     )  # fmt: skip
 
 
@@ -310,8 +318,8 @@ def occupancy_limits(machine: Machine, registers: int, shared: int, warps: int, 
 
 
 def _with_shapes(code: list[tuple[int, str, str]]) -> list[tuple[int, str, str]]:
-    """UTCMMA's opcode does not tell its shape; its descriptor does, where it is a constant moved into a uniform register
-    (PTX, "Instruction descriptor": N/8 from bit 17, M/16 from bit 24). It is written into the opcode."""
+    """UTCMMA's opcode does not tell its shape; its descriptor does, where it is a constant moved into a uniform
+    register (PTX, "Instruction descriptor": N/8 from bit 17, M/16 from bit 24). It is written into the opcode."""
     constants: dict[str, int] = {}
     told = []
     for address, op, rest in code:
@@ -344,12 +352,13 @@ KINDS = {
 
 
 def _partitions(compiled: Any) -> dict[frozenset[str], list[int]]:
-    """What the loops of a warp-specialised kernel's partitions do → warps of each partition that does it, from Triton's own
-    intermediate code. Partitions that do the same take a share of the tile each, and have the same number of warps."""
+    """What the loops of a warp-specialised kernel's partitions do → warps of each partition that does it, from Triton's
+    own intermediate code. Partitions that do the same take a share of the tile each, and have the same number of
+    warps."""
     text = compiled.asm["ttgir"]
     if "ttg.warp_specialize(" not in text:
         return {}
-    default = re.search(r'"ttg.num-warps" = (\d+)', text).group(1)
+    default = _number(r'"ttg.num-warps" = (\d+)', text)
     found: dict[frozenset[str], list[int]] = {}
     for region in re.split(r"\n\s*(?=default \{|partition\d+\()", text.split("ttg.warp_specialize(", 1)[1])[1:]:
         warps = re.search(r"num_warps\((\d+)\)", region.split("\n", 1)[0])
@@ -437,7 +446,7 @@ def _natural_loops(
 
 def _amd(compiled: Any, target: str) -> Report:
     text, machine, warps = compiled.asm["amdgcn"], MACHINES[target], compiled.metadata.num_warps
-    read = lambda name: int(re.search(rf"\.{name}:\s+(\d+)", text).group(1))  # noqa: E731
+    read = lambda name: _number(rf"\.{name}:\s+(\d+)", text)  # noqa: E731
     lines = [line.split(";")[0].strip() for line in text.splitlines()]
     code: list[tuple[str, str]] = []
     labels: dict[str, int] = {}

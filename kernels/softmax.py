@@ -6,16 +6,16 @@ Going over key tiles with raw scores r (q kᵀ, or tanh(q kᵀ·scale/c) under a
     m' = max(m, max r · score_scale)      a = 2^(m − m')      p = 2^(r·score_scale − m')
     l' = a·l + Σp                         acc' = a·acc + p v
 
-m starts at a finite, very negative number, so an item that has seen nothing yet is never −∞ − (−∞): a hidden key's score
-is −∞, its weight 0, and an item that saw nothing ends with l = 0, output 0 and lse −∞.
+m starts at a finite, very negative number, so an item that has seen nothing yet is never −∞ − (−∞): a hidden key's
+score is −∞, its weight 0, and an item that saw nothing ends with l = 0, output 0 and lse −∞.
 
-Axes: M items (query tokens × heads of the group), N keys of a tile, D head dim.
+Axes: M items (query tokens × heads of the group), N keys of a tile, D head dim (of values, too, where it differs).
 """
 
 import triton
 import triton.language as tl
 
-from softkv.kernels.geometry import load_some, load_whole, masked_count, masked_start, tile_offsets, tile_pointers
+from softkv.kernels.geometry import load_rows, masked_count, masked_start, tile_offsets, tile_pointers
 from softkv.kernels.keys import key_exists, visible
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -34,10 +34,30 @@ def raw_scores(q, k, softcap_scale, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def softmax_step(acc, m, l, s, v, score_scale, PRECISION: tl.constexpr):
-    m_new = tl.maximum(m, tl.max(s, 1) * score_scale)
+def slope(p, s, CAPPED: tl.constexpr):
+    """p times the soft cap's slope, by the raw scores s: taken before dp is there, so that s needs no registers
+    then."""
+    if CAPPED:
+        p = p * (1 - s * s)
+    return p
+
+
+@triton.jit
+def softmax_step(
+    acc, m, l, q, k_ptrs, v_ptrs, exists, seen, scale,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Take in one tile of keys. `exists` [N] and `seen` [M, N] are None where every key exists and every item sees
+    it."""
+    k = load_rows(k_ptrs, exists, HEAD_DIM, BLOCK_D)
+    s = raw_scores(q, k, scale.softcap, PRECISION)
+    if seen is not None:
+        s = tl.where(seen, s, float("-inf"))
+    v = load_rows(v_ptrs, exists, VALUE_DIM, BLOCK_V)
+    m_new = tl.maximum(m, tl.max(s, 1) * scale.score)
     a = tl.exp2(m - m_new)
-    p = tl.exp2(s * score_scale - m_new[:, None])
+    p = tl.exp2(s * scale.score - m_new[:, None])
     l = l * a + tl.sum(p, 1)
     acc = tl.dot(p.to(v.dtype), v, acc * a[:, None], input_precision=PRECISION)
     return acc, m_new, l
@@ -45,37 +65,34 @@ def softmax_step(acc, m, l, s, v, score_scale, PRECISION: tl.constexpr):
 
 @triton.jit
 def attend(
-    acc, m, l, q, keys, mask_ptr, score_scale, softcap_scale, BOUNDED: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
+    acc, m, l, q, keys, scale,
+    HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Run the softmax over a stretch of keys: whole tiles of N keys, then the edges, E at a time."""
-    k_ptr, v_ptr, k_stride, v_stride, bound, upper, tiles = keys
-    lower = None
-    if BOUNDED:
-        lower = bound
-    _, full_lo, full_hi, hi = tiles
-    k_at = k_ptr + tl.cast(full_lo, tl.int64) * k_stride
-    v_at = v_ptr + tl.cast(full_lo, tl.int64) * v_stride
-    k_offsets = tile_offsets(k_stride, BLOCK_D, BLOCK_N)
-    v_offsets = tile_offsets(v_stride, BLOCK_D, BLOCK_N)
-    k_step = tl.cast(BLOCK_N, tl.int64) * k_stride
-    v_step = tl.cast(BLOCK_N, tl.int64) * v_stride
+    _, full_lo, full_hi, hi = keys.tiles
+    k_ptrs = keys.k + tl.cast(full_lo, tl.int64) * keys.k_stride
+    v_ptrs = keys.v + tl.cast(full_lo, tl.int64) * keys.v_stride
+    k_offsets = tile_offsets(keys.k_stride, BLOCK_D, BLOCK_N)
+    v_offsets = tile_offsets(keys.v_stride, BLOCK_V, BLOCK_N)
+    k_step = tl.cast(BLOCK_N, tl.int64) * keys.k_stride
+    v_step = tl.cast(BLOCK_N, tl.int64) * keys.v_stride
     for _start in range(full_lo, full_hi, BLOCK_N):
-        k = load_whole(k_at + k_offsets, HEAD_DIM, BLOCK_D)
-        s = raw_scores(q, k, softcap_scale, PRECISION)
-        v = load_whole(v_at + v_offsets, HEAD_DIM, BLOCK_D)
-        acc, m, l = softmax_step(acc, m, l, s, v, score_scale, PRECISION)
-        k_at += k_step
-        v_at += v_step
-    for i in range(masked_count(tiles, BLOCK_E)):
-        start = masked_start(i, tiles, BLOCK_E)
+        acc, m, l = softmax_step(
+            acc, m, l, q, k_ptrs + k_offsets, v_ptrs + v_offsets, None, None, scale,
+            HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, PRECISION,
+        )  # fmt: skip
+        k_ptrs += k_step
+        v_ptrs += v_step
+    for i in range(masked_count(keys.tiles, BLOCK_E)):
+        start = masked_start(i, keys.tiles, BLOCK_E)
         j = start + tl.arange(0, BLOCK_E)
-        exists = key_exists(j, lower, hi, mask_ptr)
-        k = load_some(tile_pointers(k_ptr, start, k_stride, BLOCK_D, BLOCK_E), exists, HEAD_DIM, BLOCK_D)
-        s = raw_scores(q, k, softcap_scale, PRECISION)
-        s = tl.where(exists[None, :] & visible(j, lower, upper), s, float("-inf"))
-        v = load_some(tile_pointers(v_ptr, start, v_stride, BLOCK_D, BLOCK_E), exists, HEAD_DIM, BLOCK_D)
-        acc, m, l = softmax_step(acc, m, l, s, v, score_scale, PRECISION)
+        exists = key_exists(j, keys.lower, hi, keys.mask)
+        acc, m, l = softmax_step(
+            acc, m, l, q, tile_pointers(keys.k, start, keys.k_stride, BLOCK_D, BLOCK_E),
+            tile_pointers(keys.v, start, keys.v_stride, BLOCK_V, BLOCK_E), exists, visible(j, exists, keys), scale,
+            HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V, PRECISION,
+        )  # fmt: skip
     return acc, m, l
 
 

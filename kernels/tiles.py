@@ -1,10 +1,13 @@
 """Tile sizes, warps and pipeline stages: one table, one reason a row.
 
-A program owns `own` items (query tokens × heads of a group) and walks keys `step` at a time; in "dkv" it owns keys and walks
-items. The figures in the reasons are static bounds (see `softkv.kernels.sass`), bf16, full-tile loops; docs/kernels.md has
-the table of what was tried.
+A program owns `own` items (query tokens × heads of a group) and walks keys `step` at a time; in "dkv" it owns keys and
+walks items, and so in "dkv_prefix", which shares dkv's launch and warps (where it has no row, it takes dkv's). Rows
+that were measured say where and when. All others are static: their figures are bounds read from binaries
+(`softkv.kernels.sass`), bf16, full-tile loops. docs/kernels.md has what was tried, and why the bounds do not rank
+tiles.
 """
 
+from collections import UserDict
 from typing import NamedTuple
 
 import torch
@@ -28,6 +31,7 @@ class Tile(NamedTuple):
         return max(16, self.step // 2)
 
 
+MEASURED_ON = "measured, H200, 2026-11-26"  # each pass alone, bf16, triton 3.6
 SMALL = "small and unequal: edges are met often, and swapped axes are seen"
 INTERPRETER = {
     "forward": Tile(32, 32, 1, 1, SMALL),
@@ -37,6 +41,7 @@ INTERPRETER = {
     "prepare": Tile(16, 1, 1, 1, SMALL),
     "dq": Tile(32, 32, 1, 1, SMALL),
     "dkv": Tile(16, 64, 1, 1, SMALL),
+    "dkv_prefix": Tile(32, 32, 1, 1, SMALL),
     "add_parts": Tile(64, 1, 1, 1, SMALL),
 }
 
@@ -59,11 +64,9 @@ TABLE: dict[tuple[str, str], dict[int, Tile]] = {
         256: Tile(64, 64, 8, 2, "the only one without spills"),
     },
     ("forward", "sm_90"): {
-        64: Tile(128, 128, 8, 2, "two warp groups; at the exponentials' cap (0.49)"),
-        128: Tile(
-            128, 128, 8, 2, "two warp groups, long steps: per-step overhead is halved against 128×64 (0.65, 0.58)"
-        ),
-        256: Tile(128, 64, 8, 2, "shared memory allows no longer step with two stages"),
+        64: Tile(128, 64, 8, 3, f"{MEASURED_ON}: 395 TFLOP/s; 128×64 with 4 warps 364, 128×128 with 2 stages 228"),
+        128: Tile(64, 64, 4, 3, f"{MEASURED_ON}: 408 TFLOP/s; 128×64 with 8 warps 402, 128×128 with 2 stages 370"),
+        256: Tile(128, 64, 8, 2, "static: shared memory allows no longer step with two stages"),
     },
     ("forward", "sm_100"): {
         128: Tile(128, 128, 8, 2, "M = 128 is the tensor unit's own; with 4 warps the softmax spills"),
@@ -79,9 +82,11 @@ TABLE: dict[tuple[str, str], dict[int, Tile]] = {
         256: Tile(64, 32, 4, 1, "shared memory; with 8 warps pairs of them make the same scores: 0.74, 0.45"),
     },
     ("dq", "sm_90"): {
-        64: Tile(64, 64, 4, 2, "three programs a multiprocessor; no worse a bound than 128×64 (0.59, 0.58)"),
-        128: Tile(128, 64, 8, 2, "best bound (0.70) without spills"),
-        256: Tile(128, 32, 8, 2, "two warp groups and loads ahead: 0.66 without spills; 64×32 with 4 warps 0.55"),
+        64: Tile(64, 64, 4, 3, f"{MEASURED_ON}: 511 TFLOP/s; 64×32 510, 64×64 with 2 stages 448"),
+        128: Tile(128, 64, 8, 3, f"{MEASURED_ON}: 542 TFLOP/s; 64×32 with 4 warps 508, 2 stages 447"),
+        256: Tile(
+            128, 32, 8, 2, "static: two warp groups and loads ahead: 0.66 without spills; 64×32 with 4 warps 0.55"
+        ),
     },
     ("dq", "sm_100"): {
         128: Tile(128, 64, 8, 2, "M = 128 is the tensor unit's own"),
@@ -99,9 +104,26 @@ TABLE: dict[tuple[str, str], dict[int, Tile]] = {
         256: Tile(32, 32, 4, 2, "two programs, loads ahead; 64 rows, 8 warps: pairs make the same scores (0.68, 0.48)"),
     },
     ("dkv", "sm_90"): {
-        128: Tile(128, 64, 8, 2, "best bound (0.70 at D = 128, 0.59 at 64) without spills"),
+        64: Tile(64, 128, 4, 2, f"{MEASURED_ON}: 355 TFLOP/s; 64×32 with 3 stages 357, 128×64 with 8 warps 232"),
+        128: Tile(
+            64, 32, 4, 3, f"{MEASURED_ON}: 391 TFLOP/s, 128×64 with 8 warps 359; 64×64 (432) spills under triton 3.7"
+        ),
         256: Tile(
-            64, 64, 8, 2, "two accumulators of 64×256: both warp groups make the scores; 0.42, a step of 32 0.34"
+            64,
+            64,
+            8,
+            2,
+            "static: two accumulators of 64×256: both warp groups make the scores; 0.42, a step of 32 0.34",
+        ),
+    },
+    ("dkv_prefix", "sm_90"): {
+        64: Tile(64, 128, 4, 2, f"{MEASURED_ON}: 364 TFLOP/s; 128×32 with 4 stages 373, 128×64 with 8 warps 253"),
+        128: Tile(
+            64,
+            32,
+            4,
+            2,
+            f"{MEASURED_ON}: 326 TFLOP/s; 128×32 with 8 warps 345; 64×64 needs 4 stages (329), so one program",
         ),
     },
     ("dkv", "sm_100"): {
@@ -152,12 +174,28 @@ FP32: dict[tuple[str, str], dict[int, Tile]] = {
     ("decode", "gfx942"): {256: Tile(16, 16, 4, 1, MFMA)},
 }
 
-# Under a soft cap tanh and its slope need registers too. (pass, architecture, padded head dim) → row, where the table's spills.
+# Under a soft cap tanh and its slope need registers too. (pass, architecture, padded head dim) → row, where the table's
+# spills.
 CAPPED: dict[tuple[str, str, int], Tile] = {
     ("dkv", "sm_90", 128): Tile(128, 32, 8, 2, "0.55; 128×64: 0.57 but for 9 spills a step"),
 }
 
-MEASURED: dict[tuple[str, str, int, torch.dtype], Tile] = {}  # filled by `softkv.kernels.tuning`, and nobody else
+
+class Measured(UserDict[tuple[str, str, int, torch.dtype], Tile]):
+    """Counts its changes: what was planned before the last one is known to be stale."""
+
+    changes = 0
+
+    def __setitem__(self, key: tuple[str, str, int, torch.dtype], row: Tile) -> None:
+        self.changes += 1
+        super().__setitem__(key, row)
+
+    def __delitem__(self, key: tuple[str, str, int, torch.dtype]) -> None:
+        self.changes += 1
+        super().__delitem__(key)
+
+
+MEASURED = Measured()  # filled by `softkv.kernels.tuning`, and nobody else
 
 
 def block_d(head_dim: int) -> int:
@@ -174,6 +212,10 @@ def tile(name: str, target: Target, head_dim: int, dtype: torch.dtype, capped: b
     if name in EVERYWHERE:
         return EVERYWHERE[name]
     table = FP32 if dtype == torch.float32 else TABLE
+    if name == "dkv_prefix" and (
+        (name, target.arch) not in table or block_d(head_dim) > max(table[name, target.arch]) or capped
+    ):
+        return tile("dkv", target, head_dim, dtype, capped)
     if capped and table is TABLE and (row := CAPPED.get((name, target.arch, block_d(head_dim)))):
         return row
     for arch in (target.arch, "any"):

@@ -1,11 +1,12 @@
 """Measured tiles: on request, on a real GPU, kept on disk. Without a call of `tune` or `load`, tiles are the table's.
 
     from softkv.kernels.tuning import load, tune
-    tune(q, k, v, prefix_k, prefix_v, file="tiles.json")      # once: times each pass with each candidate, keeps the fastest
-    load("tiles.json", q)                                     # later: no timing
+    tune(q, k, v, prefix_k, prefix_v, file="tiles.json")  # once: times each pass with each candidate
+    load("tiles.json", q)  # later: no timing
 
-What was measured holds for one device, one triton, one padded head dim and dtype; elsewhere the table stays. Tiles change only
-inside these two calls, which refuse to run while a CUDA graph is captured: a captured or compiled call can't meet two tiles.
+What was measured holds for one device, one triton, one padded head dim and dtype; elsewhere the table stays. Tiles
+change only inside these two calls, which refuse to run while a CUDA graph is captured: a captured or compiled call
+can't meet two tiles.
 """
 
 import json
@@ -24,7 +25,7 @@ from softkv.kernels.launch import interpreter_enabled, target_of
 from softkv.kernels.tiles import MEASURED, TABLE, Tile, block_d, tile
 
 Timer = Callable[[Callable[[], Any]], float]  # a call → milliseconds
-BACKWARD = ("dq", "dkv")
+BACKWARD = ("dq", "dkv", "dkv_prefix")
 OPTIONS: dict[str, Any] = dict.fromkeys(
     ("prefix_index", "prefix_lengths", "key_mask", "key_lengths", "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q",
      "max_seqlen_k", "sinks", "window", "softcap")
@@ -38,11 +39,12 @@ def device_of(x: Tensor) -> str:
 
 
 def candidates(name: str, arch: str, head_dim: int, dtype: torch.dtype, default: Tile) -> Iterator[Tile]:
-    """The table's row first; then what the table holds for this pass on any architecture, with one stage less and more."""
+    """The table's row first; then what the table holds for this pass on any architecture, with one stage less and
+    more."""
     seen = {default[:4]}
     yield default
     for (other, _), rows in TABLE.items():
-        if other != name:
+        if other not in (name, name.removesuffix("_prefix")) or max(rows) < block_d(head_dim):
             continue
         row = rows[min(d for d in rows if d >= block_d(head_dim))]
         for stages in (row.stages, row.stages - 1, row.stages + 1):
@@ -58,9 +60,9 @@ def tune(
 ) -> dict[str, Tile]:  # fmt: skip
     """Time every pass of forward and backward for these operands with each candidate tile; use and keep the fastest.
 
-    Shapes and `options` as in `softkv.prefix_attention` (packed: with cu_seqlens_q, …); make them like those of the run to come.
-    `file`: JSON, added to; what it holds for this device is not timed again. `timer`: by default triton's `do_bench`.
-    Returns the tiles by pass. RuntimeError without a GPU, or during CUDA-graph capture.
+    Shapes and `options` as in `softkv.prefix_attention` (packed: with cu_seqlens_q, …); make them like those of the run
+    to come. `file`: JSON, added to; what it holds for this device is not timed again. `timer`: by default triton's
+    `do_bench`. Returns the tiles by pass. RuntimeError without a GPU, or during CUDA-graph capture.
     """
     if timer is None:
         if not q.is_cuda:
@@ -84,7 +86,8 @@ def tune(
     queries = options["max_seqlen_q"] or q.shape[2]
     first = "decode" if queries <= engine.MOST_QUERIES else "forward"
     load(file, q)
-    for name, run in ((first, forward), *((name, backward) for name in BACKWARD)):
+    passes = BACKWARD if prefix_k is not None else BACKWARD[:-1]
+    for name, run in ((first, forward), *((name, backward) for name in passes)):
         key = (name, target.arch, block_d(q.shape[-1]), q.dtype)
         if key not in MEASURED:
             default = tile(name, target, q.shape[-1], q.dtype)

@@ -10,13 +10,13 @@ import torch
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory that a kernel should write starts as NaN."""
-    plain_like, plain_new = torch.empty_like, torch.Tensor.new_empty
+    plain_like, plain_new = torch.empty_like, torch.Tensor.new_empty_strided
 
     def poison(x: torch.Tensor) -> torch.Tensor:
         return x.fill_(float("nan")) if x.is_floating_point() else x
 
     monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poison(plain_like(*a, **k)))
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poison(plain_new(*a, **k)))
+    monkeypatch.setattr(torch.Tensor, "new_empty_strided", lambda *a, **k: poison(plain_new(*a, **k)))
 
 
 @pytest.fixture

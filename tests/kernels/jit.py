@@ -12,11 +12,11 @@ from triton import knobs
 from triton.runtime.driver import driver
 
 from softkv.kernels.compile import COMMON, OTHERS, TARGETS, TRAINER, label, record, specialise
-from softkv.kernels.launch import Launch
+from softkv.kernels.launch import Recorded
 from softkv.profiling.no_device import NoDevice
 
 
-def asked_of_the_jit(launch: Launch) -> dict[str, Any]:
+def asked_of_the_jit(launch: Recorded) -> dict[str, Any]:
     asked: list[dict[str, Any]] = []
     knobs.runtime.jit_cache_hook = lambda compile, **_: bool(asked.append(compile) or True)
     launch.kernel.device_caches.clear()

@@ -7,10 +7,12 @@ import pytest
 import torch
 
 import softkv.kernels
-from tests.attention_cases import CASES, Case, dense, index, mask, packed
+from tests.attention_cases import CASES, CHUNKS_AND_WIDTHS, Case, dense, index, mask, packed
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SLOW = ("tiles of queries", "long queries", "chunks", "packed, tiles")  # hundreds of queries: on a GPU only
+# Hundreds of queries: on a GPU only.
+SLOW = ("tiles of queries", "long queries", "chunks of q", "packed, tiles", "chunks that share", "chunks longer than",
+        "chunks, many queries, padded")  # fmt: skip
 
 
 # Shapes that meet the tiles' edges: 32 items own, keys in steps of 32 and 16 (see INTERPRETER in kernels/tiles.py).
@@ -49,7 +51,8 @@ TILES = {
 }  # fmt: skip
 
 
-NAMES = [n for n in (*CASES, *TILES) if DEVICE == "cuda" or not n.startswith(SLOW)]
+ALL = CASES | TILES | CHUNKS_AND_WIDTHS
+NAMES = [n for n in ALL if DEVICE == "cuda" or not n.startswith(SLOW)]
 
 
 def large(case: Case) -> Case:
@@ -83,7 +86,7 @@ def check(case: Case, dtype: torch.dtype, gradients: bool = True) -> None:
 
 
 def build(name: str) -> Case:
-    return (TILES.get(name) or CASES[name])()
+    return ALL[name]()
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import softkv.kernels
-from softkv.kernels.compile import TARGETS, Case, name_of, record
+from softkv.kernels.compile import TARGETS, Case, label, name_of, record
 from softkv.kernels.launch import recording, target_of
 from softkv.kernels.tiles import CAPPED, TABLE, block_d, tile
 from tests.attention_cases import CASES
@@ -18,31 +18,48 @@ KEYWORDS = dict.fromkeys(
 
 
 def names(case: Case) -> list[str]:
-    launches = record(case, "sm_90", 64, torch.bfloat16)
-    return [name_of(x) + (" prefix" if x.arguments.get("OVER_PREFIX") else "") for x in launches]
+    return [label(x) for x in record(case, "sm_90", 64, torch.bfloat16)]
 
 
-def test_each_pass_is_one_launch() -> None:
-    assert names(Case("dense")) == ["forward", "prepare", "dq", "dkv", "dkv prefix", "add_parts", "add_parts"]
+def test_forward_is_one_launch_and_backward_at_most_four() -> None:
+    assert names(Case("dense")) == ["forward", "prepare", "dq", "dkv", "add_parts"]
     assert names(Case("no prefix", P=0)) == ["forward", "prepare", "dq", "dkv"]
-    assert names(Case("decode", T=1)) == ["decode", "merge"]
+    assert names(Case("prefixes that fill the device", P=2048, A=4)) == ["forward", "prepare", "dq", "dkv"]
+
+
+@pytest.mark.parametrize(
+    ("case", "launches"),
+    [
+        (Case("shared prefix, read once for the batch", T=1, P=4096), ["decode", "merge"]),
+        (Case("long cache", T=1, P=0, S=4096), ["decode", "merge"]),
+        (Case("everything is short", T=1, P=64, S=64), ["forward"]),
+        (Case("short, no prefix", T=1, P=0, S=64), ["forward"]),
+        (Case("a prefix a row", T=1, P=64, S=64, A=4), ["forward"]),
+    ],
+    ids=lambda x: getattr(x, "name", ""),
+)
+def test_decoding_is_two_launches_or_one(case: Case, launches: list[str]) -> None:
+    assert names(case) == launches
 
 
 def test_a_gradient_nobody_asked_for_is_not_computed() -> None:
     """With a frozen base, layer 0 asks for dPrefix only: no pass over T × S."""
     only_prefix = names(Case("dPrefix only", prefix_only=True))
-    assert only_prefix == ["forward", "prepare", "dkv prefix", "add_parts", "add_parts"]
+    assert only_prefix == ["forward", "prepare", "dkv over the prefix", "add_parts"]
 
 
+@pytest.mark.parametrize("prefix_only", [False, True])
 @pytest.mark.parametrize("P", [16, 128, 4096])
-def test_workspace_does_not_grow_with_the_batch(P: int) -> None:
+def test_workspace_does_not_grow_with_the_batch(P: int, prefix_only: bool) -> None:
     """fp32 partial sums: splits·G·P·D, and no more splits than fill the device."""
     for T in (128, 8192):
-        launches = record(Case("x", T=T, S=T, P=P), "sm_90", 64, torch.bfloat16)
+        launches = record(Case("x", T=T, S=T, P=P, prefix_only=prefix_only), "sm_90", 64, torch.bfloat16)
         launch = next(x for x in launches if x.arguments.get("OVER_PREFIX"))
-        blocks = -(-P // launch.tile.own) * 8
+        blocks = -(-P // launch.arguments["PREFIX_N"]) * 8
         assert launch.arguments["parts"] <= max(1, 2 * 132 // blocks)
-        assert launch.grid == blocks * launch.arguments["parts"]
+        assert launch.arguments["prefix_programs"] == blocks * launch.arguments["parts"]
+        token_programs = 0 if prefix_only else -(-T // launch.arguments["BLOCK_N"]) * 8 * 4
+        assert launch.grid == launch.arguments["prefix_programs"] + token_programs
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -66,7 +83,7 @@ def test_launching_reads_no_value(name: str) -> None:
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_head_dim_has_a_row(target: str) -> None:
     for head_dim in (8, 16, 64, 80, 96, 112, 128, 192, 256):
-        for name in {name for name, _ in TABLE}:
+        for name in {name for name, _ in TABLE} | {"dkv_prefix"}:
             row = tile(name, TARGETS[target][1], head_dim, torch.bfloat16)
             assert row.why
             assert block_d(head_dim) >= max(16, head_dim)
@@ -91,7 +108,7 @@ def test_what_the_kernels_do_not_take_is_refused() -> None:
     for dtype, D in ((torch.float64, 64), (torch.float16, 320)):
         x = torch.zeros(1, 1, 1, D, dtype=dtype)
         with pytest.raises(NotImplementedError, match="triton"):
-            softkv.kernels.forward(x, x, x, None, None)
+            softkv.kernels.forward(x, x, x, None, None, **KEYWORDS)
     x = torch.empty_strided((1, 1, 2, 16), (0, 0, 1 << 24, 1), dtype=torch.float16, device="meta")
     with pytest.raises(NotImplementedError, match="tokens of k less than 16777216 elements apart"):
         softkv.kernels.forward(x, x, x, None, None, **KEYWORDS)

@@ -90,13 +90,13 @@ def test_training_moves_what_the_formulas_say() -> None:
     with counting() as launches:
         out, lse = softkv.kernels.forward(*tensors, **OPTIONS)
         softkv.kernels.backward(out, None, out, lse, *tensors, needs=(True,) * 5 + (False,), **OPTIONS)
-    forward, prepare, dq, dkv, dprefix = launches
+    forward, prepare, dq, dkv, _ = launches
     items = B * T * H
     assert forward.unique == e * D * (2 * items + 2 * G * (P + B * S)) + 4 * items
     assert prepare.unique == e * D * items + 12 * items  # dout is out here: read once
     assert dq.unique == e * D * (3 * items + 2 * G * (P + B * S)) + 8 * items
-    assert dkv.unique == e * D * (2 * items + 4 * G * B * S) + 8 * items
-    assert dprefix.unique == e * D * (2 * items + 4 * G * P) + 8 * items
+    parts, rest = divmod(dkv.unique - e * D * (2 * items + 4 * G * B * S + 2 * G * P) - 8 * items, 8 * G * P * D)
+    assert (parts, rest) == (2, 0)  # of the prefix's gradients, fp32
 
 
 def test_a_reduction_in_parts_adds_its_parts() -> None:
@@ -107,9 +107,9 @@ def test_a_reduction_in_parts_adds_its_parts() -> None:
         needs = (False, False, False, True, True, False)  # a frozen base's first layer
         softkv.kernels.backward(out, None, out, lse, *tensors, needs=needs, **OPTIONS)
     _, _, dprefix, *adds = launches
-    assert [add.kernel for add in adds] == ["add_parts", "add_parts"]
+    assert [add.kernel for add in adds] == ["add_parts"]
     items, slots = B * S * H, G * short
-    parts, rest = divmod(adds[0].unique - e * D * slots, 4 * D * slots)
+    parts, rest = divmod(adds[0].unique - 2 * e * D * slots, 8 * D * slots)
     assert rest == 0
     assert parts > 1
     assert dprefix.unique == e * D * (2 * items + 2 * slots) + 8 * items + parts * 8 * slots * D
@@ -126,7 +126,8 @@ def test_a_concatenated_prefix_moves_it_once_a_row() -> None:
     assert launches[1].unique - launches[0].unique == e * D * 2 * G * P * (B - 1)
 
 
-def test_decoding_reads_the_shared_prefix_once() -> None:
+def test_decoding_reads_the_shared_prefix_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(softkv.kernels.decode, "LAUNCH_BYTES", 0)
     rows = 8
     tensors = operands(1, P, B=rows)
     with counting() as launches:
@@ -139,3 +140,14 @@ def test_decoding_reads_the_shared_prefix_once() -> None:
     assert parts >= 2
     assert merge.unique == parts * 4 * (D + 1) * items + (e * D + 4) * items
     assert decode.moved - decode.unique <= e * D * items * parts  # keys are read once, q by each part
+
+
+def test_a_short_decoding_reads_the_prefix_for_each_row_and_writes_no_parts() -> None:
+    rows = 8
+    tensors = operands(1, P, B=rows)
+    with counting() as launches:
+        softkv.kernels.forward(*tensors, **OPTIONS)
+    (alone,) = launches
+    items = rows * H
+    assert alone.unique == e * D * (2 * items + 2 * G * (P + rows * S)) + 4 * items
+    assert alone.moved - alone.unique == e * D * 2 * G * P * (rows - 1)

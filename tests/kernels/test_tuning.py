@@ -50,7 +50,7 @@ def test_the_fastest_is_used_and_kept(T: int, first: str, tmp_path: Path) -> Non
     clock, file = Clock(), tmp_path / "deep" / "tiles.json"
     defaults = {name: tile(name, HERE, 16, torch.float32) for name in (first, *tuning.BACKWARD)}
     chosen = tuning.tune(*tensors, file=file, timer=clock)
-    assert list(chosen) == [first, "dq", "dkv"]
+    assert list(chosen) == [first, "dq", "dkv", "dkv_prefix"]
     for name, row in chosen.items():
         tried = [option for which, option in clock.calls if which == name]
         assert tried[0] == defaults[name]
@@ -67,7 +67,7 @@ def test_the_fastest_is_used_and_kept(T: int, first: str, tmp_path: Path) -> Non
     again = tuning.tune(*tensors, file=file, timer=pytest.fail)
     assert again == {name: row._replace(why="measured") for name, row in chosen.items()}
     MEASURED.clear()
-    assert tuning.load(file, tensors[0]) == 3
+    assert tuning.load(file, tensors[0]) == 4
     assert {name for name, *_ in MEASURED} == set(chosen)
 
 
