@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softkv.evaluation import in_evaluation
-
 
 @dataclass(frozen=True)
 class Prefix:
@@ -108,7 +106,6 @@ class Prefix:
         return cls(torch.stack(keys), torch.stack(values), window_covers=True)
 
     @classmethod
-    @torch.no_grad()
     def from_text(cls, model: Any, tokenizer: Any, text: str) -> Prefix:
         """The K/V of a text, run once through the model: with this prefix, it answers as with the text in context.
 
@@ -118,7 +115,8 @@ class Prefix:
             text: at least one token long.
 
         Raises:
-            ValueError: when the text has no tokens.
+            ValueError: when the text has no tokens, or K/V alone can't stand for it: in a model with other state than
+                attention's, or a bidirectional one.
         """
         ids = tokenizer(text)["input_ids"]
         if not ids:
@@ -126,22 +124,24 @@ class Prefix:
         return cls.from_ids(model, torch.tensor([ids], device=model.device))
 
     @classmethod
-    def from_ids(cls, model: Any, input_ids: Tensor) -> Prefix:
-        """The K/V of `input_ids` `[A, P]`, run once through the model."""
-        return cls._from_inputs(model, input_ids=input_ids)
+    def from_ids(cls, model: Any, input_ids: Tensor, *, standing_in: bool = True) -> Prefix:
+        """The K/V of `input_ids` `[A, P]`, run once through the model.
+
+        Args:
+            model: as in `from_text`.
+            input_ids: the tokens.
+            standing_in: whether the prefix must answer as the tokens in context; False takes the K/V of any model.
+        """
+        return cls._from_inputs(model, standing_in, input_ids=input_ids)
 
     @classmethod
     def from_embeddings(cls, model: Any, inputs_embeds: Tensor) -> Prefix:
         """The K/V of input embeddings `[A, P, C]`, in the model's dtype, run once through the model."""
-        return cls._from_inputs(model, inputs_embeds=inputs_embeds)
+        return cls._from_inputs(model, True, inputs_embeds=inputs_embeds)
 
     @classmethod
-    @torch.no_grad()
-    def _from_inputs(cls, model: Any, **inputs: Tensor) -> Prefix:
-        # A cache without the config keeps every token in sliding-window layers too.
-        from transformers import DynamicCache
+    def _from_inputs(cls, model: Any, standing_in: bool, **inputs: Tensor) -> Prefix:
+        from softkv.hf.keys_values import keys_and_values
 
-        cache = DynamicCache()
         base = model.base if hasattr(model, "disabled") else model
-        in_evaluation(base)(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return cls.from_cache(cache)
+        return cls.from_layers(*keys_and_values(base, standing_in=standing_in, **inputs))

@@ -41,7 +41,7 @@ class Base:
     def embed(self, ids: Tensor) -> Tensor:
         return self.table[ids]
 
-    def prefix_of(self, ids: Tensor) -> Prefix:
+    def prefix_of(self, ids: Tensor, *, standing_in: bool = True) -> Prefix:
         k, v = self.kv[:, :, :, :, ids] + 0.5 * torch.arange(len(ids))[:, None]
         return Prefix(k, v, window_covers=True)
 
@@ -59,7 +59,7 @@ class NoTokenizer(Base):
     def embed(self, ids: Tensor) -> Tensor:
         raise AssertionError("the model must not run")
 
-    def prefix_of(self, ids: Tensor) -> Prefix:
+    def prefix_of(self, ids: Tensor, *, standing_in: bool = True) -> Prefix:
         raise AssertionError("the model must not run")
 
 

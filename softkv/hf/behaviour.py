@@ -23,10 +23,12 @@ class Behaviour:
     Attributes:
         packs: whether a packed row's results do not depend on the rows in front of it.
         carries: whether the K/V of what stands in front of a row stand for it.
+        embeds: whether embeddings say all about tokens: some models read ids beside them.
     """
 
     packs: bool
     carries: bool
+    embeds: bool = True
 
 
 def behaviour_of(
@@ -50,10 +52,15 @@ def behaviour_of(
     )
     tokens = torch.arange(TOKENS, device=device).roll(half)
     behind, first = run(context, tokens, torch.arange(half, device=device).repeat(2)[None])[0].split(half)
-    return Behaviour(packs=_same(first, row[0, :half]), carries=_same(behind, row[0, half:]))
+    return Behaviour(packs=same(first, row[0, :half]), carries=same(behind, row[0, half:]))
 
 
-def _same(got: Tensor, want: Tensor) -> bool:
+def tolerance(dtype: torch.dtype) -> float:
+    """The relative error that rounding alone may make."""
+    return 1e-3 if dtype in (torch.float32, torch.float64) else 5e-2
+
+
+def same(got: Tensor, want: Tensor) -> bool:
     """Whether some token is the same but for rounding. (Rounding may send one to another expert, hardly all.)"""
     error = (got - want).float().norm(dim=-1) / want.float().norm(dim=-1).clamp_min(1e-6)
-    return bool(error.min() < (1e-3 if want.dtype in (torch.float32, torch.float64) else 5e-2))
+    return bool(error.min() < tolerance(want.dtype))

@@ -58,9 +58,9 @@ class FrozenBase:
         self._check_values()
         return self.model.get_input_embeddings()(ids.to(device_of(self.model)))
 
-    def prefix_of(self, ids: Tensor) -> Prefix:
+    def prefix_of(self, ids: Tensor, *, standing_in: bool = True) -> Prefix:
         self._check_values()
-        return Prefix.from_ids(self.model, ids[None].to(device_of(self.model)))
+        return Prefix.from_ids(self.model, ids[None].to(device_of(self.model)), standing_in=standing_in)
 
     def _check_values(self) -> None:
         if device_of(self.model).type == "meta":

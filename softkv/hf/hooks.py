@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from softkv.evaluation import in_evaluation
 from softkv.hf import calls, kept_logits
 from softkv.hf.attention import padding_mask
-from softkv.hf.behaviour import TOKENS, Behaviour, behaviour_of
+from softkv.hf.behaviour import TOKENS, Behaviour, behaviour_of, same, tolerance
 from softkv.hf.context import BlockInputs, BlockOrder, LayerKV, RowEncoder, RowPrompts, SoftContext
 from softkv.hf.frozen import decoder_of
 from softkv.hf.generation.cache_state import CacheState
@@ -133,7 +133,9 @@ class DecoderHooks:
             if "softkv_prefix" not in str(error):
                 raise self._not_run(error) from error
             context.capture.clear()
-        except _OBSCURE as error:
+        except (*_OBSCURE, ValueError) as error:
+            if _is_own(error):
+                raise
             raise self._not_run(error) from error
         blocks = context.capture
         if not blocks:
@@ -163,8 +165,20 @@ class DecoderHooks:
             layers = self.base.config.get_text_config().num_hidden_layers
             alone = len(blocks) == layers  # attention is all there is, as far as can be told without values
             self.behaviour = Behaviour(packs=alone, carries=alone and causal)
+        if row.device.type != "meta":
+            self.behaviour = replace(self.behaviour, embeds=self._embeds(view, ids, row))
         self.order = BlockOrder([each.block for each in blocks])
         return blocks
+
+    def _embeds(self, decoder: nn.Module, ids: Tensor, row: Tensor) -> bool:
+        """Whether embeddings in place of ids give the same row."""
+        # Not quite those of the vocabulary, in which some models would look them up.
+        embeds = self.base.get_input_embeddings()(ids).detach() * (1 + tolerance(row.dtype) / 4)
+        try:
+            got = self._hidden(decoder, SoftContext(backend=self.backend, capture=[]), inputs_embeds=embeds)
+        except (*_OBSCURE, ValueError):
+            return False
+        return same(got[0], row[0])
 
     @torch.no_grad()
     def _hidden(self, decoder: nn.Module, context: SoftContext, **inputs: Tensor) -> Tensor:
@@ -225,8 +239,7 @@ class DecoderHooks:
             kwargs["position_ids"] = self._positions(call, context, kwargs)
             if call.prompts is not None and context.encoder is None and self.behaviour.packs:
                 context = self._without_padding(context, kwargs)
-        if len(self.order):
-            memo: dict[Any, Any] | None = None if torch.compiler.is_compiling() or context.capture is not None else {}
+            memo: dict[Any, Any] | None = None if torch.compiler.is_compiling() else {}
             context = replace(context, order=self.order, turns={}, memo=memo)
         kwargs["softkv_prefix"] = context
         return (), kwargs
@@ -261,12 +274,16 @@ class DecoderHooks:
             if cache is not None:
                 state.store_on(cache)
         unread, state.unread = state.unread, max(state.unread - T, 0)
-        if ids is not None and prompts.soft_at is not None and unread:
+        if prompts.soft_at is not None and unread:
             assert call.soft_tokens is not None
             at = prompts.soft_at[:, -unread:][:, :T]
             at = F.pad(at, (0, T - at.shape[1]), value=-1).repeat_interleave(B // len(at), 0)
-            ids = torch.where(at < 0, ids, -at - 1)
-            kwargs["inputs_embeds"], kwargs["input_ids"] = self.embed(ids, call.soft_tokens), None
+            if ids is not None:
+                embeds, kwargs["input_ids"] = self.embed(torch.where(at < 0, ids, -at - 1), call.soft_tokens), None
+            else:  # a wrapped decoder is given embeddings, of images too
+                soft = call.soft_tokens.to(tokens.dtype)[at.clamp(min=0)]
+                embeds = torch.where((at >= 0)[:, :, None], soft, tokens)
+            kwargs["inputs_embeds"] = embeds
         if not call.soft.encodes:
             return call.context
         rows = None
@@ -374,6 +391,14 @@ def computed_positions(config: Any) -> int | None:
     kinds = [each for each in (rope, *rope.values()) if isinstance(each, dict)]
     stretched = [each.get("factor") or 1.0 for each in kinds if each.get("rope_type") in ("linear", "dynamic")]
     return int(made_for * max(stretched, default=1.0))
+
+
+def _is_own(error: Exception) -> bool:
+    """Whether softkv raised an error, in its own words."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).startswith("softkv.")
 
 
 def _learned_positions(decoder: nn.Module) -> nn.Embedding | None:

@@ -27,7 +27,7 @@ from softkv.hf.layout import (
 from softkv.hf.prefixes import RowTokens
 from softkv.hf.task_rows import Answers, Moved, row_ids
 
-_PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ class Inputs:
             logits_to_keep = keep_in(self.columns, self.layout.shape[1], logits_to_keep)
         positions = self.positions
         if self.packed is not None:
-            options = {name: value for name, value in options.items() if name not in _PACKING}
+            options = {name: value for name, value in options.items() if name not in PACKING}
             if positions is None:
                 positions = packed_positions(self.packed, self.layout.shape[1])
         keywords = options | {

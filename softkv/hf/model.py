@@ -23,10 +23,10 @@ from softkv.hf.context import SoftContext
 from softkv.hf.frozen import BaseState, FrozenBase
 from softkv.hf.generation import processors
 from softkv.hf.generation.cache_state import CacheState, check_contiguous, past_length
-from softkv.hf.generation.prompts import Prompts, lengthened, mask_of, pad_id
+from softkv.hf.generation.prompts import Prompts, lengthened, mask_of, pad_id, placeholder_ids
 from softkv.hf.hooks import Call, DecoderHooks
 from softkv.hf.inner import inside, say_prompt_lengths
-from softkv.hf.inputs import Inputs
+from softkv.hf.inputs import PACKING, Inputs
 from softkv.hf.kept_logits import taken_from
 from softkv.hf.layout import RowLayout
 from softkv.hf.learned import leave_frozen, miss_nothing_frozen
@@ -34,6 +34,7 @@ from softkv.hf.placement import device_of, is_sharded
 from softkv.hf.prefixes import SoftRows, check_known
 from softkv.hf.task_heads import Redirects, SavedModules, paths_of
 from softkv.hf.task_rows import answers_of
+from softkv.hf.unpacked import Unpacked
 from softkv.methods.base import BaseShape, Method, SoftPrompt
 from softkv.methods.p_tuning_v2 import matrices_of
 from softkv.prefix import Prefix
@@ -161,6 +162,11 @@ class PromptedModel(nn.Module):
                 'expected PromptTuning(position="before"), got "after"'
             )
         saved = self._modules_of(adapter, modules_to_save)
+        if soft.placement is not None and not self._hooks.behaviour.embeds:
+            raise ValueError(
+                f"{type(self.base).__name__} reads the ids of tokens beside their embeddings (per-layer embeddings), "
+                f"which soft tokens do not have: expected PrefixTuning or PTuningV2, got {type(soft.config).__name__}"
+            )
         if soft.encodes_rows:
             self._hooks.hook_blocks()
         device = device_of(self.base)
@@ -177,6 +183,11 @@ class PromptedModel(nn.Module):
         if names is not None:
             raise ValueError("a saved adapter brings its own modules_to_save: leave them out")
         return SavedModules(self.base, adapter.modules_to_save, tensors)
+
+    @property
+    def _carries(self) -> bool:
+        """Whether soft tokens in front may stand as one prefix: K/V of one shape that say all of them."""
+        return self._hooks.behaviour.carries and self.base_shape.kv_heads > 0
 
     def _check_new_name(self, name: Any) -> None:
         if name in self.adapters:
@@ -383,6 +394,14 @@ class PromptedModel(nn.Module):
         next_token = self.answers == "next token"  # else labels are no answers behind a prompt
         if self.answers in ("next token", "token"):
             checks.check_labels(labels, inputs.given)
+        if inputs.packed is not None and not self._hooks.behaviour.packs:
+            batch: dict[str, Any] = {"input_ids": input_ids, "position_ids": position_ids}
+            batch |= {"inputs_embeds": inputs_embeds, "labels": labels, "prompt_lengths": prompt_lengths}
+            batch |= {name: value for name, value in kwargs.items() if name not in (*PACKING, "use_cache")}
+            batch["adapter_names"] = adapter_names
+            return_dict = batch.pop("return_dict", None)
+            output = Unpacked.of(inputs.packed).run(self.forward, batch | {"softkv_inner": module}, logits_to_keep)
+            return output.to_tuple() if return_dict is False else output
         if prompt_lengths is not None:
             prompt_lengths = checks.check_prompt_lengths(prompt_lengths, inputs.layout)
         if self.training and past_key_values is None:
@@ -390,8 +409,7 @@ class PromptedModel(nn.Module):
         keeps_cache = self._keeps_cache(past_key_values, kwargs.get("use_cache"))
         soft = self._soft_rows(adapter_names, inputs.layout.rows, past_key_values)
         in_rows = not self.head_once or (torch.is_grad_enabled() and is_sharded(self.base))
-        once = self.is_causal and not (in_rows and kwargs.get("use_cache") is False)
-        heads = not inputs.past and not once
+        heads = not self._carries or (in_rows and not inputs.past and kwargs.get("use_cache") is False)
         tokens = soft.tokens(inputs.layout.rows, heads=heads)
 
         if self._windowed and keeps_cache and inputs.is_scattered:
@@ -497,18 +515,25 @@ class PromptedModel(nn.Module):
         checks.check_cache(cache)
         past = past_length(cache)
         soft = self._soft_rows(adapter_names, len(tokens), cache)
-        soft_tokens = soft.tokens(len(tokens), heads=False)
+        heads = not self._carries
+        soft_tokens = soft.tokens(len(tokens), heads=heads)
         k = soft_tokens.longest if soft_tokens is not None else 0
         if k and past:
             raise ValueError(
-                "PromptTuning puts its block after the prompt: generate expects an empty cache, got a filled one"
+                "PromptTuning puts its block into every prompt: generate expects an empty cache, got a filled one"
             )
         if ids is not None:
             checks.check_soft_ids(ids, soft, RowLayout.of((len(ids), ids.shape[1]), None, None, ids.device))
             if attention_mask is None:
                 attention_mask = mask_of(ids, kwargs, config)
         prompts = Prompts.prepare(
-            ids, inputs_embeds, attention_mask, soft=soft_tokens, pad=pad_id(kwargs, config), past=past
+            ids,
+            inputs_embeds,
+            attention_mask,
+            soft=soft_tokens,
+            pad=pad_id(kwargs, config),
+            past=past,
+            placeholders=placeholder_ids(self.base.config),
         )
         state = None
         if past:
@@ -517,11 +542,11 @@ class PromptedModel(nn.Module):
             state.store_on(cache)
         elif cache is not None:
             CacheState.clear(cache)
-        options = lengthened(kwargs, config, k)
+        options = lengthened(kwargs, config, prompts.inserted)
         if options.get("streamer") is not None:
             options["streamer"] = prompts.streamer(options["streamer"])
         table = None if prompts.soft_at is None or soft_tokens is None else soft_tokens.table
-        call = Call(self._hooks, self._context(soft, state, heads=False), soft, prompts, table, model=self)
+        call = Call(self._hooks, self._context(soft, state, heads=heads), soft, prompts, table, model=self)
         processors.install(self.base)
         given = {"inputs": prompts.ids, "attention_mask": prompts.mask, "inputs_embeds": prompts.embeds}
         given = {name: value for name, value in given.items() if value is not None}

@@ -226,11 +226,12 @@ class RowTokens:
         """`[R]`: the flat token that each row's block stands before: its first, or the one behind its prompt."""
         return first if split is None else torch.where(torch.tensor(self.heads, device=first.device), first, split)
 
-    def blocks(self, device: torch.device) -> Tensor:
-        """`[R, longest]`: which of the table's stand in each row's block; -1 past its end."""
-        first, block = (torch.tensor(x, device=device)[:, None] for x in (self.first, self.block))
-        at = torch.arange(self.longest, device=device)
-        return torch.where(at < block, first + at, -1)
+    def blocks(self, device: torch.device, *, heads: bool) -> Tensor:
+        """`[R, k]`: which of the table's stand in each row's block before it, or behind its prompt; -1 past its end."""
+        block = [k if head == heads else 0 for k, head in zip(self.block, self.heads, strict=True)]
+        first, lengths = (torch.tensor(x, device=device)[:, None] for x in (self.first, block))
+        at = torch.arange(max(block), device=device)
+        return torch.where(at < lengths, first + at, -1)
 
     def in_table(self, ids: Tensor, lines: Tensor | None = None) -> Tensor:
         """Ids `[B, T]` whose negative ones, -i for a row's i-th soft token, count in the table.

@@ -324,7 +324,7 @@ class _Placeholder:
     def embed(self, ids: Tensor) -> Tensor:
         return torch.ones(*ids.shape, self.shape.embedding_size)
 
-    def prefix_of(self, ids: Tensor) -> Prefix:
+    def prefix_of(self, ids: Tensor, *, standing_in: bool = True) -> Prefix:
         shape = self.shape
         return Prefix(*torch.zeros(2, shape.layers, 1, shape.kv_heads, len(ids), shape.head_dim))
 

@@ -49,8 +49,9 @@ class FrozenModel(Protocol):
     def embed(self, ids: Tensor) -> Tensor:
         """Frozen input embeddings `[..., embedding_size]` of token ids, without gradient."""
 
-    def prefix_of(self, ids: Tensor) -> Prefix:
-        """The K/V of the tokens `ids` `[P]`, run through the frozen model."""
+    def prefix_of(self, ids: Tensor, *, standing_in: bool = True) -> Prefix:
+        """The K/V of the tokens `ids` `[P]`, run through the frozen model; an error where they are to stand for the
+        tokens in context and can't."""
 
     def tokenize(self, text: str, special: bool = False) -> list[int]:
         """Token ids of a text, with the special tokens that the tokenizer adds if `special`; an error when no

@@ -61,10 +61,10 @@ def initial_matrices(
     check_uniform(base.shape)
     if init == "text":
         assert init_text is not None
-        return initial.real_matrices(base, initial.text_ids(base, init_text, length, special=True))
+        return initial.real_matrices(base, initial.text_ids(base, init_text, length, special=True), standing_in=True)
     assert length is not None
     if init == "vocabulary":
-        return initial.real_matrices(base, initial.sampled_ids(base, length))
+        return initial.real_matrices(base, initial.sampled_ids(base, length), standing_in=False)
     k, v = torch.randn_like(empty_matrices(base.shape, layers, length)) * (init_std or INIT_STD)
     return k, v
 

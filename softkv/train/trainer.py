@@ -83,7 +83,8 @@ class Trainer(transformers.Trainer):
         self.max_tokens, self.label_logits_only = max_tokens, label_logits_only
         self._logits_wanted = False
         self._evaluated = torch.zeros(2, dtype=torch.float64)  # sum of the losses and number of labels
-        uses_cache = getattr(model, "config", None) and model.config.use_cache  # type: ignore[union-attr]
+        config = {} if model is None else model.config.__dict__
+        uses_cache = {name: config[name] for name in ("use_cache",) if name in config}
         if max_length is not None and data_collator is not None:
             raise ValueError("max_length is of the default collator: give it to a collator of your own")
         collator = data_collator if data_collator is not None else PackingCollator(max_length)
@@ -91,8 +92,8 @@ class Trainer(transformers.Trainer):
             _keep_batches_whole(args, collator)
         super().__init__(model, args, collator, *remaining, **kwargs)
         self.add_callback(_FirstGradients())
-        if model is not None:
-            model.config.use_cache = uses_cache  # the base keeps its config
+        config.pop("use_cache", None)  # the base keeps its config
+        config |= uses_cache
 
     # Batches ---------------------------------------------------------------------------------------------------------
 

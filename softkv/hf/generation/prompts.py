@@ -6,6 +6,7 @@ the decoder puts their embeddings in. Logits processors and stopping criteria se
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,14 +50,16 @@ class Prompts:
         soft: RowTokens | None,
         pad: int,
         past: int,
+        placeholders: Collection[int] = (),
     ) -> Prompts:
         """The prompts of the base.
 
         Args:
             ids, embeds, mask: `[B, T]`, `[B, T, C]` and `[B, T]` as they were given, padding on either side.
-            soft: the soft tokens at negative ids, and those to put after every prompt.
+            soft: the soft tokens at negative ids, and those to put before or after every prompt.
             pad: the id that stands for soft tokens in what is returned.
             past: tokens that a cache holds already; they stay in their columns.
+            placeholders: ids that the base replaces by images or sounds.
         """
         tokens = ids if ids is not None else embeds
         assert tokens is not None
@@ -64,18 +67,21 @@ class Prompts:
         given = ids if ids is None else ids.masked_fill(ids < 0, pad)
         soft_at = None
         if soft is not None and (soft.longest or (ids is not None and bool((ids < 0).any()))):
-            behind = soft.blocks(tokens.device)
-            if mask is None and soft.ragged:
+            front, behind = (soft.blocks(tokens.device, heads=heads) for heads in (True, False))
+            if mask is None and bool((front < 0).any() or (behind < 0).any()):
                 mask = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
             if mask is not None:
-                mask = torch.cat([mask, (behind >= 0).to(mask.dtype)], 1)
+                mask = torch.cat([(front >= 0).to(mask.dtype), mask, (behind >= 0).to(mask.dtype)], 1)
             if ids is not None:
-                soft_at = torch.cat([(-soft.in_table(ids) - 1).clamp(min=-1), behind], 1)
+                soft_at = torch.cat([front, (-soft.in_table(ids) - 1).clamp(min=-1), behind], 1)
                 # To an assistant model a soft token looks like a token that the row holds anyway.
-                stand_in = ids.amax(1, keepdim=True).clamp(min=0)
-                ids = torch.cat([torch.where(ids < 0, stand_in, ids), stand_in.expand(behind.shape)], 1)
+                words = ids.masked_fill(torch.isin(ids, ids.new_tensor(sorted(placeholders))), -1)
+                stand_in = words.amax(1, keepdim=True).clamp(min=0)
+                inside = torch.where(ids < 0, stand_in, ids)
+                ids = torch.cat([stand_in.expand(front.shape), inside, stand_in.expand(behind.shape)], 1)
             if embeds is not None:
-                embeds = torch.cat([embeds, soft.table.to(embeds.dtype)[behind.clamp(min=0)]], 1)
+                table = soft.table.to(embeds.dtype)
+                embeds = torch.cat([table[front.clamp(min=0)], embeds, table[behind.clamp(min=0)]], 1)
         moving = mask is not None and not past and scattered(mask)
         if moving:
             assert mask is not None
@@ -83,6 +89,13 @@ class Prompts:
             mask = left_padded(mask, mask)
         view = None if ids is None or soft_at is None else ProcessorView.of(ids, mask, soft_at, pad)
         return cls(given, columns, ids, embeds, mask, soft_at, view, moving or soft_at is not None)
+
+    @property
+    def inserted(self) -> int:
+        """Columns that `ids` or `embeds` have more than were given."""
+        prompt = self.ids if self.embeds is None else self.embeds
+        assert prompt is not None
+        return prompt.shape[1] - self.columns
 
     def mask_for(self, rows: int) -> Tensor | None:
         """`mask` for as many rows as the base makes of the prompts."""
@@ -113,6 +126,12 @@ def lengthened(options: dict[str, Any], config: Any, k: int) -> dict[str, Any]:
         if k and length and options.get(new, getattr(config, new)) is None:
             longer[total] = length + k
     return longer
+
+
+def placeholder_ids(config: Any) -> set[int]:
+    """The ids that a multimodal model's config gives a meaning of their own."""
+    named = {name: value for name, value in vars(config).items() if name.endswith(("_token_id", "_token_index"))}
+    return {value for value in named.values() if isinstance(value, int)}
 
 
 def pad_id(options: dict[str, Any], config: Any) -> int:

@@ -1,0 +1,41 @@
+"""The K/V of tokens as a model's attention sees them, which is not always what its cache holds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from softkv.evaluation import in_evaluation
+from softkv.hf.frozen import BaseState
+from softkv.hf.hooks import DecoderHooks
+
+
+@torch.no_grad()
+def keys_and_values(model: Any, *, standing_in: bool, **inputs: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """K and V `[A, G, P, D]` of every attention block in a run of the bare model.
+
+    Args:
+        model: a transformers model that softkv can be attached to.
+        standing_in: whether they are to stand for the tokens, wherever these stood in front.
+        **inputs: `input_ids` `[A, P]` or `inputs_embeds` `[A, P, C]`.
+
+    Raises:
+        ValueError: when softkv can't reach the model's attention, or K/V alone can't stand for its tokens.
+    """
+    hooks = DecoderHooks(model, None)
+    try:
+        BaseState.freeze(model, hooks)
+        hooks.register()
+        hooks.probe()
+        if standing_in and not hooks.behaviour.carries:
+            raise ValueError(
+                f"{type(model).__name__} looks at other tokens beside causal attention (by states or convolutions, or "
+                "in both directions), so K/V alone can't stand for a text in front: put the text into the rows"
+            )
+        blocks = hooks.capture(in_evaluation(hooks.decoder), **inputs)
+    finally:
+        hooks.remove()
+        BaseState.release(model, hooks)
+    return [block.key for block in blocks], [block.value for block in blocks]
