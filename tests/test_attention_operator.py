@@ -2,7 +2,9 @@
 
 import itertools
 import random
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.profiler import profile
 
+import softkv.ops
 from softkv.ops.api import prefix_attention
 from softkv.ops.engine import Call, Needs
 from tests.attention_cases import CASES, CHUNKS_AND_WIDTHS, LEAVES, Case, dense, index, packed
@@ -269,3 +272,18 @@ def test_the_oracle_keeps_no_more_than_a_slice() -> None:
         patch.setattr("softkv.ops.reference._MOST_SCORES", scores // 4 // 32)
         assert peak(lambda: case.run("reference")) < scores / 3
     assert peak(lambda: case.run("reference")) > scores
+
+
+def test_imports_lead_from_the_functions_to_the_engines() -> None:
+    """api → checks, operator, reference → engine; engines know the contract and themselves."""
+    allowed = {
+        "api": {"checks", "choice", "engine", "operator", "reference"}, "checks": {"engine"}, "choice": {"engine"},
+        "engine": set(), "library": {"engine", "library"}, "operator": {"engine"}, "reference": set(),
+        "torch": {"engine", "torch"},
+    }  # fmt: skip
+    folder = Path(softkv.ops.__path__[0])
+    for file in folder.rglob("*.py"):
+        own = file.relative_to(folder).parts[0].removesuffix(".py")
+        imports = re.findall(r"^ *(?:from|import) softkv\.ops(?:\.(\w+))?(?: import (.*))?", file.read_text(), re.M)
+        names = {name for module, some in imports for name in ([module] if module else some.split(", "))}
+        assert names <= allowed.get(own, set()), file
