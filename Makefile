@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test bench gpu lint pins constraints compile-matrix mutants docs clean
+.PHONY: demo test fuzz soak bench gpu lint pins constraints compile-matrix mutants docs clean
 
 $(READY): setup.py constraints.txt
 	@test -n "$(PYTHON)" || { echo "softkv needs Python 3.10 or newer, and none was found: make PYTHON=/path/to/python" >&2; exit 1; }
@@ -22,6 +22,15 @@ demo: $(READY)
 
 test: $(READY) lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n $(WORKERS)
+
+# Random calls of SoftModel.forward beside rows that are really concatenated (`make test` runs a part).
+fuzz: $(READY)
+	OMP_NUM_THREADS=1 SOFTKV_DRAWS=2000 $(BIN)/python -m pytest tests/robustness/test_fuzz.py -n $(WORKERS)
+
+# Threads, saves and interrupts for half an hour: answers as of one thread, memory flat.
+soak: $(READY)
+	OMP_NUM_THREADS=1 SOFTKV_ROUNDS=1000 SOFTKV_POINTS=400 $(BIN)/python -m pytest tests/robustness
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.robustness.soak --minutes 30
 
 # softkv beside what it replaces: tables, plots and runs/bench/report.html (about 22 minutes on 2 cores).
 bench: $(READY)

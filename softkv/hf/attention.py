@@ -27,7 +27,7 @@ from transformers.masking_utils import (
 
 from softkv.hf.context import BlockInputs, PackedRows, SoftContext
 from softkv.hf.dense import masked_attention
-from softkv.hf.key_state import KeyState
+from softkv.hf.key_state import AllReal, KeyState
 from softkv.hf.local import two_sided_attention
 from softkv.hf.repeat import remember, signature
 from softkv.ops.api import prefix_attention, prefix_attention_varlen
@@ -157,6 +157,8 @@ def _check_interface(config: Any) -> None:
 
 
 def _all_real(mask: Tensor) -> bool:
+    if isinstance(mask, AllReal):
+        return True
     return mask.device.type != "meta" and not torch.compiler.is_compiling() and bool(mask.all())
 
 

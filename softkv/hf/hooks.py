@@ -21,6 +21,7 @@ from softkv.hf.frozen import decoder_of
 from softkv.hf.generation.cache_state import CacheState
 from softkv.hf.generation.prefill import Unpadded
 from softkv.hf.generation.prompts import Prompts
+from softkv.hf.key_state import AllReal
 from softkv.hf.layout import RowLayout, token_positions
 from softkv.hf.placement import device_of
 from softkv.hf.prefixes import SoftRows
@@ -241,8 +242,17 @@ class DecoderHooks:
                 context = self._without_padding(context, kwargs)
             memo: dict[Any, Any] | None = None if torch.compiler.is_compiling() else {}
             context = replace(context, order=self.order, turns={}, memo=memo)
+        if not call.positions_given or context.rows is not None:
+            self._tell_real(kwargs)
         kwargs["softkv_prefix"] = context
         return (), kwargs
+
+    def _tell_real(self, kwargs: dict[str, Any]) -> None:
+        """Says that no token is padding: transformers would look for packed rows in the values of position ids."""
+        if kwargs.get("attention_mask") is None and kwargs.get("past_key_values") is None and self.behaviour.packs:
+            tokens = kwargs["inputs_embeds"] if kwargs.get("inputs_embeds") is not None else kwargs["input_ids"]
+            if not torch.compiler.is_compiling():
+                kwargs["attention_mask"] = AllReal.of((tokens.shape[0], tokens.shape[1]), tokens.device)
 
     def _without_padding(self, context: SoftContext, kwargs: dict[str, Any]) -> SoftContext:
         """Padded prompts in one line, where that can be undone."""

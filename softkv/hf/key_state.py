@@ -10,10 +10,27 @@ import torch
 from torch import Tensor
 
 _MOVED = {"to", "cpu", "cuda", "detach", "clone", "contiguous", "requires_grad_", "type"}  # still a key state
+_STILL_REAL = {"to", "__getitem__", "expand", "detach", "contiguous"}
 _ASKED = {
     "__get__", "dim", "size", "stride", "numel", "is_floating_point", "is_complex", "is_contiguous", "element_size",
     "data_ptr", "untyped_storage", "storage_offset", "__len__", "__repr__", "__format__", "get_device", "as_subclass",
 }  # fmt: skip
+
+
+class AllReal(Tensor):
+    """A padding mask `[B, T]` without padding, which nobody has to read to know it."""
+
+    @classmethod
+    def of(cls, shape: tuple[int, int], device: torch.device) -> AllReal:
+        return torch.ones(1, dtype=torch.bool, device=device).expand(shape).as_subclass(cls)
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            found = func(*args, **(kwargs or {}))
+            return found.as_subclass(cls) if func.__name__ in _STILL_REAL else found
 
 
 class KeyState(Tensor):

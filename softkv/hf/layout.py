@@ -206,7 +206,9 @@ def packed_positions(rows: PackedRows, tokens: int) -> Tensor:
     """Positions `[1, N]` that restart with each packed row."""
     starts = rows.cu_seqlens[:-1].long()
     lengths = rows.cu_seqlens.diff().long()
-    return (torch.arange(tokens, device=starts.device) - torch.repeat_interleave(starts, lengths))[None]
+    return (torch.arange(tokens, device=starts.device) - torch.repeat_interleave(starts, lengths, output_size=tokens))[
+        None
+    ]
 
 
 def scattered(attention_mask: Tensor) -> bool:
