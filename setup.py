@@ -11,6 +11,9 @@ from setuptools import find_packages, setup
 TESTS = ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "scikit-learn"]
 STYLE = ["ruff", "mypy", "pre-commit"]
 DOCS = ["mkdocs-material", "mkdocstrings[python]"]
+QUANTISED = [
+    f"{name}; platform_system == 'Linux' and platform_machine == 'x86_64'" for name in ("bitsandbytes", "torchao")
+]
 PLOTS = ["matplotlib>=3.9"]
 BENCHMARKS = ["peft", "psutil", *PLOTS]
 
@@ -36,10 +39,11 @@ setup(
     ],
     extras_require={
         "data": ["datasets"],
-        "dev": [*TESTS, *STYLE, *BENCHMARKS, *DOCS, "gguf", "datasets", "tensorboard", "trl"],
+        "dev": [*TESTS, *STYLE, *BENCHMARKS, *DOCS, "gguf", "datasets", "tensorboard", "trl", *QUANTISED],
         "bench": BENCHMARKS,
         "demo": ["gguf", *BENCHMARKS],
         "docs": DOCS,
+        "quantised": QUANTISED,
         "plots": PLOTS,
         "peers": ["fla-core"],
     },
