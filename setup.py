@@ -11,9 +11,7 @@ from setuptools import find_packages, setup
 TESTS = ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "scikit-learn"]
 STYLE = ["ruff", "mypy", "pre-commit"]
 DOCS = ["mkdocs-material", "mkdocstrings[python]"]
-QUANTISED = [
-    f"{name}; platform_system == 'Linux' and platform_machine == 'x86_64'" for name in ("bitsandbytes", "torchao")
-]
+QUANTISED = ["bitsandbytes; platform_system == 'Linux' and platform_machine == 'x86_64'"]
 PLOTS = ["matplotlib>=3.9"]
 BENCHMARKS = ["peft", "psutil", *PLOTS]
 
@@ -43,7 +41,6 @@ setup(
         "bench": BENCHMARKS,
         "demo": ["gguf", *BENCHMARKS],
         "docs": DOCS,
-        "quantised": QUANTISED,
         "plots": PLOTS,
         "peers": ["fla-core"],
     },
