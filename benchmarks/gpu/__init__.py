@@ -10,7 +10,7 @@ A part is a module of this package with
 Each part runs in a process of its own, under its own time limit; a record is on disk before the next job begins, and
 records made by the same code on the same device are not made again (`conductor`). Needs torch, triton, transformers,
 peft and softkv: `python -m softkv.benchmarks.gpu` in a source tree needs no installation, and no typer, rich, psutil or
-matplotlib. `correctness` also runs the tests where pytest and hypothesis are installed.
+matplotlib. `correctness` also runs the kernels' tests where pytest is installed.
 """
 
 from __future__ import annotations

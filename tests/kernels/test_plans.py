@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from softkv.kernels import plans
 from tests.attention_cases import Case, dense, index, packed
 from tests.kernels.plans_in_use import CHECKS
+from tests.kernels.test_kernels import on_device
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ CALLS: dict[str, Callable[[], Case]] = {
 
 
 def bits(name: str, half: bool) -> dict[str, torch.Tensor]:
-    return CALLS[name]().to(torch.float16 if half else torch.float32).run("triton")
+    return on_device(CALLS[name]()).to(torch.float16 if half else torch.float32).run("triton")
 
 
 @given(st.lists(st.tuples(st.sampled_from(sorted(CALLS)), st.booleans()), min_size=6, max_size=6))
