@@ -46,7 +46,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
         archive.extractall(folder, filter="data")
     shutil.rmtree(folder / "clone")
-    python("-c", code.format("wheel", str(folder)), cwd=next(folder.glob("softkv-*/")))
+    python("-c", code.format("wheel", str(folder)), cwd=next(path for path in folder.glob("softkv-*") if path.is_dir()))
     with zipfile.ZipFile(next(folder.glob("*.whl"))) as archive:
         archive.extractall(folder / "site")
     return folder / "site"
