@@ -74,6 +74,16 @@ def trained(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
+@pytest.mark.parametrize("layout", ["--packing", "--no-packing"])
+def test_long_rows_are_refused_or_cut(layout: str, folder: Path, tmp_path: Path) -> None:
+    """The model has 96 positions, 3 of them for the prefix."""
+    rows = [{"text": "w5 " * words, "label": "w7"} for words in (120, 4)]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--length", 3, "-d", tmp_path / "long.jsonl", layout]
+    assert "the model was made for 96" in train(folder, tmp_path / "a", *options, code=2)
+    assert "4 steps, loss" in train(folder, tmp_path / "b", *options, "--max-length", 93)
+
+
 @pytest.mark.parametrize(
     ("method", "options"),
     [

@@ -79,6 +79,7 @@ def train(
     epochs: Annotated[float, typer.Option(help="Times to go through the data.")] = 1.0,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows a step and process.")] = 16,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens a step and process, in place of rows.")] = None,
+    max_length: Annotated[int | None, typer.Option(min=2, help="Cut the prompts of rows of more tokens.")] = None,
     accumulate: Annotated[int, typer.Option(min=1, help="Batches a step.")] = 1,
     learning_rate: Annotated[float, typer.Option(help="At its highest.")] = 5e-3,
     warmup_steps: Annotated[int, typer.Option(min=0)] = 0,
@@ -151,7 +152,8 @@ def train(
     trainer = softkv.Trainer(
         soft_model,
         arguments,
-        None if packing else softkv.PaddingCollator(),
+        None if packing else softkv.PaddingCollator(max_length),
+        max_length=max_length if packing else None,
         max_tokens=max_tokens,
         label_logits_only=label_logits,
         train_dataset=examples_of(soft_model, tokenizer, rows, ending, whole_rows=loss is Loss.ALL),
