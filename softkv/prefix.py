@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -99,7 +100,9 @@ class Prefix:
 
     @classmethod
     def from_layers(cls, keys: list[Tensor], values: list[Tensor]) -> Prefix:
-        """K/V of real tokens, one `[A, G, P, D]` tensor a layer, stacked into a prefix."""
+        """K/V of real tokens, one `[A, G, P, D]` tensor a layer, stacked into a prefix. Values narrower than keys
+        (multi-head latent attention) are filled up with 0, which attention leaves out."""
+        values = [F.pad(v, (0, max(k.shape[-1] - v.shape[-1], 0))) for k, v in zip(keys, values, strict=True)]
         shapes = sorted({tuple(tensor.shape) for tensor in [*keys, *values]})
         if len(shapes) != 1:
             raise ValueError(f"a prefix needs K/V of one shape in every layer, got {shapes}")

@@ -184,7 +184,7 @@ def attention(
     softkv_prefix: SoftContext | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of one block: query `[B, H, T, D]`, key and value `[B, G, S, D]` → (`[B, T, H, D]`, None).
+    """Attention of one block: query `[B, H, T, D]`, key `[B, G, S, D]`, value `[B, G, S, Dv]` → `[B, T, H, Dv]`, None.
 
     Raises:
         ValueError: for whatever it is given and does not understand.
@@ -192,7 +192,8 @@ def attention(
     context = softkv_prefix if softkv_prefix is not None else SoftContext()
     layer = getattr(module, "layer_idx", 0) if context.order is None else context.order.number(module, context.turns)
     alike = None
-    if context.memo is not None and s_aux is None and position_bias is None and not (dropout or output_attentions):
+    plain = s_aux is None and position_bias is None and not (dropout or output_attentions)
+    if context.memo is not None and plain and key.shape[-1] == value.shape[-1]:
         alike = signature(
             module, query, key, value, attention_mask, scaling, sliding_window, softcap, is_causal, *kwargs
         )
@@ -205,11 +206,6 @@ def attention(
     if dropout:
         raise ValueError(f"softkv attention has no dropout, got {dropout}: set the model's attention dropout to 0")
     _check_understood(module, kwargs)
-    if key.shape[-1] != value.shape[-1]:
-        raise ValueError(
-            f"softkv attention needs values as wide as keys, got head sizes {value.shape[-1]} and {key.shape[-1]} "
-            "(multi-head latent attention): this model can't use it"
-        )
     keys = _Keys.of(attention_mask, len(query))
     causal, window = keys.causal, sliding_window
     if causal is None:
@@ -227,7 +223,7 @@ def attention(
     autocasts = device != "meta" and torch.is_autocast_enabled(device)  # torch knows no autocast there, and raises
     dtype = torch.get_autocast_dtype(device) if autocasts else query.dtype
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    like: dict[str, Any] = {"dtype": dtype, "device": query.device}
+    like: dict[str, Any] = {"dtype": dtype, "device": query.device, "value_width": value.shape[-1]}
     options: dict[str, Any] = {
         "scale": scaling,
         "softcap": softcap,

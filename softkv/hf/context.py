@@ -28,6 +28,11 @@ class BlockInputs(NamedTuple):
     window: int | None
     causal: bool
 
+    @property
+    def widest(self) -> Tensor:
+        """The wider of key and value: a prefix holds both in its width."""
+        return self.key if self.key.shape[-1] >= self.value.shape[-1] else self.value
+
 
 class BlockOrder:
     """The attention blocks of a model, numbered in the order in which it runs them.
@@ -138,16 +143,18 @@ class SoftContext:
     capture: list[BlockInputs] | None = None
     memo: dict[Any, Any] | None = None
 
-    def of_layer(self, layer: int, rows: int, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    def of_layer(
+        self, layer: int, rows: int, dtype: torch.dtype, device: torch.device, value_width: int | None = None
+    ) -> dict[str, Any]:
         """The prefix keywords of the attention op for one block and `rows` rows, but for `window_covers_prefix`. Blocks
-        may be on devices of their own."""
+        may be on devices of their own; values may be narrower than keys, as wide as which a `Prefix` holds them."""
         if self.layers is None:
             return {}
         k, v = self.layers[layer]
         index = self.index_of(rows)
         return {
             "prefix_k": k.to(device, dtype),
-            "prefix_v": v.to(device, dtype),
+            "prefix_v": v[..., :value_width].to(device, dtype),
             "prefix_lengths": None if self.lengths is None else self.lengths.to(device),
             "prefix_index": None if index is None else index.to(device),
         }

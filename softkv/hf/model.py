@@ -85,7 +85,7 @@ class PromptedModel(nn.Module):
             self._windowed = any(captured.window is not None for captured in blocks)
             self.is_causal = all(captured.causal for captured in blocks)
             state.silence_dropout([captured.block for captured in blocks])
-            self._frozen = FrozenBase(model, [captured.key for captured in blocks], tokenizer)
+            self._frozen = FrozenBase(model, [captured.widest for captured in blocks], tokenizer)
             self.training = model.training
             self.register_state_dict_post_hook(leave_frozen)
             self.register_load_state_dict_post_hook(miss_nothing_frozen)

@@ -263,7 +263,6 @@ OTHERS = {
     "Bloom": (transformers.BloomConfig, {}, "attention interface"),
     "StableLm": (transformers.StableLmConfig, {}, "does not pass keywords through"),
     "Llama4Text": (transformers.Llama4TextConfig, {"attention_chunk_size": 4, "num_local_experts": 2}, "chunked"),
-    "DeepseekV3": (transformers.DeepseekV3Config, {}, "values as wide as keys"),
 }
 
 _BART = {"d_model": 32, "decoder_layers": 1, "decoder_attention_heads": 4, "decoder_ffn_dim": 48, "dropout": 0.0}
