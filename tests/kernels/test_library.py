@@ -47,7 +47,7 @@ def row_backward(dout, q, k, v, out, lse, scale, causal, left, softcap):
     repeat, G = q.shape[1] // k.shape[1], k.shape[1]
     wide_k, wide_v = (x.repeat_interleave(repeat, 1).double() for x in (k, v))
     s, slope = scores(q, wide_k, scale, causal, left, softcap)
-    p = torch.where(s == float("-inf"), 0.0, torch.exp(s - lse.double()[..., None]))
+    p = torch.exp(s - lse.double()[..., None])  # as the kernels do: an lse of −∞ would give NaN
     delta = (dout.double() * out.double()).sum(-1).T
     ds = p * (torch.einsum("thd,shd->hts", dout.double(), wide_v) - delta[..., None]) * slope
     dk = torch.einsum("hts,thd->shd", ds, q.double()).unflatten(1, (G, repeat)).sum(2)
