@@ -230,12 +230,14 @@ class Trainer(transformers.Trainer):
         return result
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if not self.args.should_save:
-            return
         directory = Path(output_dir if output_dir is not None else self.args.output_dir)
         soft_model = self.accelerator.unwrap_model(self.model)
         for name, folder in _folders(soft_model, directory).items():
-            soft_model.save_pretrained(folder, adapter_name=name, folded=False)
+            # Sharded values are gathered, by all processes together.
+            writes = self.args.should_save
+            soft_model.save_pretrained(folder, adapter_name=name, folded=False, is_main_process=writes)
+        if not self.args.should_save:
+            return
         if self.processing_class is not None:
             self.processing_class.save_pretrained(directory)
 
