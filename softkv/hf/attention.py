@@ -249,7 +249,7 @@ def attention(
             )
         prefix = context.of_layer(layer, len(query), **like)
         out = masked_attention(query, key, value, allowed, position_bias, prefix, **options)
-        return out.transpose(1, 2), None
+        return out.transpose(1, 2).contiguous(), None  # some models view it
     options |= {"is_causal": causal, "window": window}
     if rows is not None:
         if window is not None and not causal:
