@@ -29,7 +29,7 @@ import transformers
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from softkv.hf.attention import NAME
+from softkv.hf.attention import NAME, Pattern
 from softkv.hf.context import BlockInputs, BlockOrder, PackedRows, RowEncoder, RowPrompts, SoftContext
 from softkv.hf.frozen import BaseState
 from softkv.hf.hooks import DecoderHooks
@@ -316,17 +316,20 @@ def _embeddings(base: Any, *shape: int) -> Tensor:
     return torch.empty(*shape, base.get_input_embeddings().weight.shape[1], dtype=base.dtype)
 
 
+def _keys() -> Tensor:
+    """A causal mask that is there already, a number of keys: transformers would look at the values of others."""
+    return torch.empty(1, Pattern.CAUSAL, 1, 1, dtype=torch.int32)
+
+
 def _loss(
     base: Any, embeddings: Tensor, keep: int | Tensor, prefix: SoftContext | None = None, cache: Any = None
 ) -> Tensor:
     """The cross-entropy of the last `keep` logits of each row, or of those at `keep`, in fp32 as transformers computes
     it."""
     B, T = embeddings.shape[:2]
-    # A mask that is there already, a number of keys for each row: transformers would look at the values of others.
-    keys = torch.empty(1, 1, 1, 1, dtype=torch.int32)
     logits = base(
         inputs_embeds=embeddings,
-        attention_mask=keys,
+        attention_mask=_keys(),
         position_ids=torch.empty(B, T, dtype=torch.long),
         past_key_values=cache,
         use_cache=cache is not None,
@@ -394,7 +397,7 @@ def _captured(base: Any, embeddings: Tensor) -> list[BlockInputs]:
     capture: list[BlockInputs] = []
     base.get_decoder()(
         inputs_embeds=embeddings,
-        attention_mask=torch.empty(1, 1, 1, 1, dtype=torch.int32),
+        attention_mask=_keys(),
         position_ids=torch.empty(embeddings.shape[:2], dtype=torch.long),
         use_cache=False,
         softkv_prefix=SoftContext(capture=capture),
