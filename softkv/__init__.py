@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from softkv.methods import PrefixTuning, PromptTuning, PTuning, PTuningV2, Template
     from softkv.ops.api import prefix_attention, prefix_attention_varlen
     from softkv.prefix import Prefix
-    from softkv.train.batches import PackingCollator, PaddingCollator
+    from softkv.train.batches import PackingCollator, PaddingCollator, TaskCollator
     from softkv.train.trainer import Trainer
 
 __version__ = "0.1.0"
@@ -24,6 +24,7 @@ __all__ = [
     "PrefixTuning",
     "PromptTuning",
     "SoftModel",
+    "TaskCollator",
     "Template",
     "Trainer",
     "attach",
@@ -44,6 +45,7 @@ _LAZY = {
     "PrefixTuning": "softkv.methods",
     "PromptTuning": "softkv.methods",
     "SoftModel": "softkv.io.model",
+    "TaskCollator": "softkv.train.batches",
     "Template": "softkv.methods",
     "Trainer": "softkv.train.trainer",
     "attach": "softkv.io.model",

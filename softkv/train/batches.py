@@ -53,6 +53,39 @@ class PaddingCollator:
         } | _of_each_row(features)
 
 
+class TaskCollator:
+    """Rows for a head of a task below each other, padded on the right: what a row has for each token with it, labels
+    with -100; what it has once (a class, the positions of a span) as it is.
+
+    Args:
+        pad_id: of padding tokens.
+        token_labels: whether labels are for tokens.
+    """
+
+    def __init__(self, pad_id: int, *, token_labels: bool) -> None:
+        self.pad_id, self.token_labels = pad_id, token_labels
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+        rows = [
+            {"labels" if name in ("label", "label_ids") else name: x for name, x in row.items()} for row in features
+        ]
+        lengths = [len(row["input_ids"]) for row in rows]
+        batch: dict[str, Any] = {
+            "attention_mask": pad_sequence([torch.ones(T, dtype=torch.long) for T in lengths], True)
+        }
+        fillings = {"input_ids": self.pad_id, "labels": IGNORED}
+        for name in rows[0].keys() - {"prompt_lengths", "adapter_names"}:
+            values = [torch.as_tensor(row[name]) for row in rows]
+            of_tokens = all(x.dim() == 1 and len(x) == T for x, T in zip(values, lengths, strict=True))
+            if name == "labels" and self.token_labels and not of_tokens:
+                raise ValueError("labels expects one for each token of a row (-100: none): align them with input_ids")
+            if of_tokens and (name != "labels" or self.token_labels):
+                batch[name] = pad_sequence(values, True, padding_value=fillings.get(name, 0))
+            else:
+                batch[name] = torch.stack(values)
+        return batch | _of_each_row(features)
+
+
 def _of_each_row(features: list[dict[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if "prompt_lengths" in features[0]:

@@ -5,6 +5,7 @@ The third idea that makes training fast, the head computed once, is `SoftModel`'
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import os
@@ -26,7 +27,7 @@ from softkv.hf.layout import with_prompt_lengths
 from softkv.io import checkpoint
 from softkv.io.model import SoftModel
 from softkv.ranges import named
-from softkv.train.batches import PackingCollator, TokenBatches
+from softkv.train.batches import PackingCollator, TaskCollator, TokenBatches
 from softkv.train.label_logits import label_logits, next_labels
 
 _LOGGER = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ class Trainer(transformers.Trainer):
     """`transformers.Trainer` for a `SoftModel`: everything of it, but
 
     - rows are packed, unless another `data_collator` is given (`PaddingCollator`, transformers' own: the same loss);
+    - a head of a task (classes of rows or tokens, spans, masked tokens) has padded rows and the model's own loss;
     - logits are computed only where they predict a label;
     - checkpoints hold what all adapters have learned, not the base; `resume_from_checkpoint=True` takes the last one
       that is whole;
@@ -87,13 +89,32 @@ class Trainer(transformers.Trainer):
         uses_cache = {name: config[name] for name in ("use_cache",) if name in config}
         if max_length is not None and data_collator is not None:
             raise ValueError("max_length is of the default collator: give it to a collator of your own")
-        collator = data_collator if data_collator is not None else PackingCollator(max_length)
+        collator = data_collator if data_collator is not None else _collator(model, max_length)
         if args is not None:
             _keep_batches_whole(args, collator)
         super().__init__(model, args, collator, *remaining, **kwargs)
         self.add_callback(_FirstGradients())
         config.pop("use_cache", None)  # the base keeps its config
         config |= uses_cache
+        if self._answers != "next token":
+            if isinstance(collator, transformers.DataCollatorWithFlattening):
+                raise ValueError(f"a head of a task expects padded rows, got {type(collator).__name__}: leave it out")
+            self.model_accepts_loss_kwargs = False  # the loss is a batch's mean
+            if self._answers == "span" and self.args.label_names is None:
+                self.label_names = ["start_positions", "end_positions"]
+
+    @property
+    def _answers(self) -> str:
+        """What the logits of the base answer."""
+        return str(self.accelerator.unwrap_model(self.model).answers)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Columns of a data set that the base takes are kept."""
+        if getattr(self, "_signature_columns", None) is None:
+            super()._set_signature_columns_if_needed()
+            base = self.accelerator.unwrap_model(self.model).base
+            taken = [name for name in inspect.signature(base.forward).parameters if name not in ("args", "kwargs")]
+            self._signature_columns = list(dict.fromkeys([*(getattr(self, "_signature_columns", None) or []), *taken]))
 
     # Batches ---------------------------------------------------------------------------------------------------------
 
@@ -127,6 +148,8 @@ class Trainer(transformers.Trainer):
         )
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        if self._answers != "next token":
+            return super()._get_num_items_in_batch(batch_samples, device)
         labelled = [with_prompt_lengths(batch) if "labels" in batch else batch for batch in batch_samples]
         return super()._get_num_items_in_batch(labelled, device)
 
@@ -139,12 +162,13 @@ class Trainer(transformers.Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """The mean cross-entropy over the batch's labels (over `num_items_in_batch` labels where given).
+        """The mean cross-entropy over the batch's labels (over `num_items_in_batch` labels where given); of a task,
+        the model's own loss.
 
         Raises:
             ValueError: when an encoder would read tokens that are to be predicted.
         """
-        if "labels" not in inputs:
+        if "labels" not in inputs or self._answers != "next token":
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self._check_prompt_lengths(inputs)
         if self.compute_loss_func is not None:
@@ -256,6 +280,16 @@ class Trainer(transformers.Trainer):
             if self.is_world_process_zero():
                 shutil.copy(Path(checkpoint_folder) / name, Path(self.args.output_dir) / name)
         super()._push_from_checkpoint(checkpoint_folder)
+
+
+def _collator(model: SoftModel | None, max_length: int | None) -> Any:
+    """The default one of a model's answers."""
+    if model is None or model.answers == "next token":
+        return PackingCollator(max_length)
+    if max_length is not None:
+        raise ValueError("max_length is for next tokens: cut rows of a task when they are tokenised (truncation=True)")
+    pad = model.config.get_text_config().pad_token_id
+    return TaskCollator(pad or 0, token_labels=model.answers == "token")
 
 
 def _keep_batches_whole(args: TrainingArguments, collator: Any) -> None:
