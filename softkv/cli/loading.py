@@ -26,19 +26,34 @@ def check_base(name: str, dtype: str) -> bool:
     return reachable(name)
 
 
-def load_base(name: str, dtype: str, *, online: bool | None = None) -> tuple[Any, Any]:
-    """A causal LM and its tokenizer. `online` is what `check_base` said, where it was asked before."""
+def load_base(
+    name: str,
+    dtype: str,
+    *,
+    online: bool | None = None,
+    task: str | None = None,
+    classes: list[str] | None = None,
+) -> tuple[Any, Any]:
+    """A causal LM, or a model with the head of a task for these classes, and its tokenizer. `online` is what
+    `check_base` said, where it was asked before."""
     if online is None:
         online = check_base(name, dtype)
-    model = load_model(name, dtype, online=online)
+    model = load_model(name, dtype, online=online, task=task, classes=classes)
 
     import transformers
 
     return model, transformers.AutoTokenizer.from_pretrained(name, local_files_only=not online)
 
 
-def load_model(name: str, dtype: str, *, online: bool | None = None) -> Any:
-    """A causal LM."""
+def load_model(
+    name: str,
+    dtype: str,
+    *,
+    online: bool | None = None,
+    task: str | None = None,
+    classes: list[str] | None = None,
+) -> Any:
+    """A causal LM, or a model with the head of a task for these classes."""
     if online is None:
         online = check_base(name, dtype)  # before seconds are spent on imports
 
@@ -46,7 +61,14 @@ def load_model(name: str, dtype: str, *, online: bool | None = None) -> Any:
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    return transformers.AutoModelForCausalLM.from_pretrained(name, dtype=dtype, local_files_only=not online)
+    kind, labels = transformers.AutoModelForCausalLM, {}
+    if task is not None:
+        from softkv.train.tasks import CLASSES
+
+        kind = getattr(transformers, CLASSES[task])
+    if classes:
+        labels = {"id2label": dict(enumerate(classes)), "label2id": {each: n for n, each in enumerate(classes)}}
+    return kind.from_pretrained(name, dtype=dtype, local_files_only=not online, **labels)
 
 
 def find_device(device: str | None) -> str:

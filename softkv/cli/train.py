@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,7 +30,7 @@ from softkv.cli.options import (
 )
 from softkv.cli.rows import columns_of, ending_of, examples_of
 from softkv.cli.training_arguments import training_arguments
-from softkv.train.data import read_filled
+from softkv.train.data import read_filled, read_rows
 
 EXAMPLES = """
 Examples:
@@ -39,10 +40,19 @@ Examples:
 
     softkv train -m MODEL --method prompt-tuning --data train.csv --prompt question --answer reply --length 20 -o runs/b
 
+    softkv train -m google-bert/bert-base-uncased --task seq-cls --data train.jsonl --answer label -o runs/c
+
     softkv train --config runs/a/train.json --resume
 
 The options of each method: `softkv methods`. With more processes: `torchrun --nproc-per-node 2 -m softkv.cli train ...`
 """
+
+
+class Task(str, Enum):
+    SEQ_CLS = "seq-cls"
+    TOKEN_CLS = "token-cls"
+    QA = "qa"
+    MLM = "mlm"
 
 
 class Loss(str, Enum):
@@ -72,6 +82,10 @@ def train(
     set: Annotated[
         list[str] | None, typer.Option("--set", "-s", help="NAME=VALUE: any option of the method (softkv methods).")
     ] = None,
+    task: Annotated[
+        Task | None,
+        typer.Option(help="Learn a head too: classes of rows or words, spans (--prompt: the question), masked tokens."),
+    ] = None,
     loss: Annotated[Loss, typer.Option(help="On the answers, or on all tokens of a row.")] = Loss.ANSWER,
     eval_data: Annotated[str | None, typer.Option(help="Rows to evaluate the loss on.")] = None,
     eval_split: Annotated[str, typer.Option(help="Split of --eval-data.")] = "validation",
@@ -79,7 +93,9 @@ def train(
     epochs: Annotated[float, typer.Option(help="Times to go through the data.")] = 1.0,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows a step and process.")] = 16,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens a step and process, in place of rows.")] = None,
-    max_length: Annotated[int | None, typer.Option(min=2, help="Cut the prompts of rows of more tokens.")] = None,
+    max_length: Annotated[
+        int | None, typer.Option(min=2, help="Cut the prompts of longer rows; with --task rows, 256.")
+    ] = None,
     accumulate: Annotated[int, typer.Option(min=1, help="Batches a step.")] = 1,
     learning_rate: Annotated[float, typer.Option(help="At its highest.")] = 5e-3,
     warmup_steps: Annotated[int, typer.Option(min=0)] = 0,
@@ -107,9 +123,14 @@ def train(
     # What may be wrong is looked for before seconds are spent on imports, and minutes on a base.
     online = check_base(model, dtype)
     chosen = method_of(method.value, set, length=length, init_text=init_text, template=template)
-    columns = columns_of(chosen.template, answer, field, prompt, verbalizer)
-    rows = read_filled(columns, data, split=split, limit=limit)
-    eval_rows = read_filled(columns, eval_data, split=eval_split) if eval_data else []
+    reader: Any = read_rows
+    if task is None:
+        columns = columns_of(chosen.template, answer, field, prompt, verbalizer)
+        reader = partial(read_filled, columns)
+    elif template is not None or verbalizer or field:
+        fail("--task has rows without a template: leave --template, --field and --verbalizer out")
+    rows = reader(data, split=split, limit=limit)
+    eval_rows = reader(eval_data, split=eval_split) if eval_data else []
     values = {
         "output_dir": str(output),
         "max_steps": steps if steps is not None else -1,
@@ -138,6 +159,7 @@ def train(
     import transformers
 
     import softkv
+    from softkv.train.tasks import classes_of, examples
     from softkv.train.trainer import ProgressBar, StopOnSignal, last_checkpoint
 
     if resume and last_checkpoint(output) is None:
@@ -145,19 +167,28 @@ def train(
     if not resume and last_checkpoint(output) is not None:
         fail(f"{output} holds checkpoints of another run: add --resume to go on with it, or choose another --output")
     transformers.set_seed(seed)
-    base, tokenizer = load_base(model, dtype, online=online)
+    text, collator = prompt or "text", None if packing else softkv.PaddingCollator(max_length)
+    classes = classes_of(task.value, rows, answer) if task is not None else []
+    base, tokenizer = load_base(model, dtype, online=online, task=task and task.value, classes=classes)
     soft_model = softkv.attach(base, chosen, tokenizer=tokenizer, head_once=head_once)
-    ending = ending_of(tokenizer, end)
+    if task is None:
+        ending = ending_of(tokenizer, end)
+        make = partial(examples_of, soft_model, tokenizer, ending=ending, whole_rows=loss is Loss.ALL)
+    else:
+        collator = transformers.DataCollatorForLanguageModeling(tokenizer) if task is Task.MLM else None
+        make = partial(
+            examples, task.value, tokenizer, text=text, answer=answer, classes=classes, max_length=max_length or 256
+        )
     stop = StopOnSignal()
     trainer = softkv.Trainer(
         soft_model,
         arguments,
-        None if packing else softkv.PaddingCollator(max_length),
-        max_length=max_length if packing else None,
+        collator,
+        max_length=max_length if task is None and packing else None,
         max_tokens=max_tokens,
         label_logits_only=label_logits,
-        train_dataset=examples_of(soft_model, tokenizer, rows, ending, whole_rows=loss is Loss.ALL),
-        eval_dataset=examples_of(soft_model, tokenizer, eval_rows, ending, whole_rows=loss is Loss.ALL) or None,
+        train_dataset=make(rows),
+        eval_dataset=make(eval_rows) or None,
         callbacks=[stop],
     )
     if not arguments.disable_tqdm:
@@ -165,6 +196,8 @@ def train(
         trainer.add_callback(ProgressBar)
     if trainer.is_world_process_zero():
         _keep(options, output)
+        if classes:
+            err.print("Classes: " + ", ".join(f"{number} {name}" for number, name in enumerate(classes)))
         err.print(f"{soft_model.num_trainable():,} values to learn, {len(rows):,} rows. Ctrl-C saves and stops.")
     _run(trainer, stop, output, resume=resume)
 

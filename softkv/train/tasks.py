@@ -1,0 +1,105 @@
+"""Rows of a task as examples for its head: a class for a row, a class for each word, a span that answers a question."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from softkv.hf.layout import IGNORED
+from softkv.train.data import Row
+
+# Task → the class of transformers that has its head.
+CLASSES = {
+    "seq-cls": "AutoModelForSequenceClassification",
+    "token-cls": "AutoModelForTokenClassification",
+    "qa": "AutoModelForQuestionAnswering",
+    "mlm": "AutoModelForMaskedLM",
+}
+
+
+def classes_of(task: str, rows: Sequence[Row], answer: str) -> list[str]:
+    """The names of the classes that occur in rows, sorted; none for tasks without classes.
+
+    Raises:
+        ValueError: when a row has no answer, or none of the kind of the task.
+    """
+    if task not in ("seq-cls", "token-cls"):
+        return []
+    found: set[str] = set()
+    for row in rows:
+        value = _cell(row, answer)
+        if isinstance(value, list) != (task == "token-cls"):
+            wanted = "a list, a class for each word" if task == "token-cls" else "one class a row"
+            raise ValueError(f"--task {task} expects {wanted} in the column {answer!r}, got {value!r:.80}")
+        found |= set(map(str, value)) if isinstance(value, list) else {str(value)}
+    return sorted(found)
+
+
+def examples(
+    task: str, tokenizer: Any, rows: Sequence[Row], *, text: str, answer: str, classes: list[str], max_length: int
+) -> list[dict[str, Any]]:
+    """An example for the head of a task from each row.
+
+    Args:
+        task: one of `CLASSES`.
+        text: the column of the text; of "token-cls" a list of words; of "qa" the question (of the column "context").
+        answer: the column of the class, of the words' classes, or of the answer's text (or SQuAD's "answers").
+        classes: as `classes_of` names them.
+        max_length: tokens of a row at most; what is behind is cut off.
+
+    Raises:
+        ValueError: when a row has not what its task needs.
+    """
+    made = {"seq-cls": _of_row, "token-cls": _of_words, "qa": _of_span, "mlm": _of_text}[task]
+    return [made(tokenizer, row, text, answer, classes, max_length) for row in rows]
+
+
+def _of_row(tokenizer: Any, row: Row, text: str, answer: str, classes: list[str], longest: int) -> dict[str, Any]:
+    encoded = tokenizer(str(_cell(row, text)), truncation=True, max_length=longest)
+    return {**encoded, "labels": _number(str(_cell(row, answer)), classes)}
+
+
+def _of_words(tokenizer: Any, row: Row, text: str, answer: str, classes: list[str], longest: int) -> dict[str, Any]:
+    """The first token of each word has its class."""
+    words, named = _cell(row, text), _cell(row, answer)
+    if not isinstance(words, list) or len(words) != len(named):
+        raise ValueError(f"--task token-cls expects as many words as classes, got {words!r:.80} and {named!r:.80}")
+    encoded = tokenizer(words, is_split_into_words=True, truncation=True, max_length=longest)
+    of_tokens, labels = encoded.word_ids(), []
+    for at, word in enumerate(of_tokens):
+        begins = word is not None and (at == 0 or of_tokens[at - 1] != word)
+        labels.append(_number(str(named[word]), classes) if begins else IGNORED)
+    return {**encoded, "labels": labels}
+
+
+def _of_span(tokenizer: Any, row: Row, text: str, answer: str, classes: list[str], longest: int) -> dict[str, Any]:
+    """The tokens of the context where the answer begins and ends; the first of the row where it was cut off."""
+    context, given = str(_cell(row, "context")), _cell(row, answer)
+    if isinstance(given, dict):  # SQuAD's
+        given, start = given["text"][0], int(given["answer_start"][0])
+    else:
+        given, start = str(given), context.find(str(given))
+    if start < 0 or context[start : start + len(given)] != given:
+        raise ValueError(f"--task qa expects an answer that stands in the context, got {given!r:.80}")
+    encoded = tokenizer(str(_cell(row, text)), context, truncation="only_second", max_length=longest)
+    # Of sequence 1, the context: a token may hold several characters, and white space belongs to none.
+    inside = [encoded.char_to_token(at, sequence_index=1) for at in range(start, start + len(given))]
+    tokens = [at for at in inside if at is not None]
+    whole = bool(tokens) and inside[-1] is not None
+    return {**encoded, "start_positions": tokens[0] if whole else 0, "end_positions": tokens[-1] if whole else 0}
+
+
+def _of_text(tokenizer: Any, row: Row, text: str, answer: str, classes: list[str], longest: int) -> dict[str, Any]:
+    return dict(tokenizer(str(_cell(row, text)), truncation=True, max_length=longest))
+
+
+def _number(name: str, classes: list[str]) -> int:
+    if name not in classes:
+        raise ValueError(f"the class {name!r} does not occur in the training rows, which have {', '.join(classes)}")
+    return classes.index(name)
+
+
+def _cell(row: Row, column: str) -> Any:
+    if row.get(column) is None:
+        raise ValueError(f"a row has no column {column!r} (it has {', '.join(map(str, row))})")
+    return row[column]
