@@ -123,7 +123,9 @@ class DecoderHooks:
     def probe(self) -> list[BlockInputs]:
         """Runs a few tokens through the decoder to see its attention blocks, and what it does with tokens."""
         name, device, view = type(self.base).__name__, device_of(self.base), in_evaluation(self.decoder)
-        ids = (torch.arange(TOKENS, device=device) + 1)[None] % self.base.get_input_embeddings().num_embeddings
+        pad = self.base.config.get_text_config().pad_token_id  # which RoBERTa gives a position of its own, by its id
+        ids = torch.tensor([[token for token in range(1, TOKENS + 2) if token != pad][:TOKENS]], device=device)
+        ids = ids % self.base.get_input_embeddings().num_embeddings
         context = SoftContext(backend=self.backend, capture=[])
         assert context.capture is not None
         try:
