@@ -48,7 +48,7 @@ class Inner:
         return f"{type(self._module).__name__} with a soft prompt"
 
 
-def inside(model: PromptedModel, value: Any) -> Any:
+def inside(model: Any, value: Any) -> Any:
     """An attribute of the base, with the soft prompt in place where it is a module that runs the decoder."""
     if not isinstance(value, nn.Module):
         return value

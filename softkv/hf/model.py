@@ -25,13 +25,14 @@ from softkv.hf.generation import processors
 from softkv.hf.generation.cache_state import CacheState, check_contiguous, past_length
 from softkv.hf.generation.prompts import Prompts, lengthened, mask_of, pad_id, placeholder_ids
 from softkv.hf.hooks import Call, DecoderHooks
-from softkv.hf.inner import inside, say_prompt_lengths
+from softkv.hf.inner import say_prompt_lengths
 from softkv.hf.inputs import PACKING, Inputs
 from softkv.hf.kept_logits import taken_from
 from softkv.hf.layout import RowLayout
 from softkv.hf.learned import leave_frozen, miss_nothing_frozen
 from softkv.hf.placement import device_of, is_sharded
 from softkv.hf.prefixes import SoftRows, check_known
+from softkv.hf.surface import Surface
 from softkv.hf.task_heads import Redirects, SavedModules, paths_of
 from softkv.hf.task_rows import answers_of
 from softkv.hf.unpacked import Unpacked
@@ -44,7 +45,7 @@ FIRST = "default"  # the name of the adapter that a model is attached with
 _LONGEST_NAME = 255  # bytes: checkpoints keep each adapter in a folder of its name
 
 
-class PromptedModel(nn.Module):
+class PromptedModel(Surface):
     """A frozen causal LM with a soft prompt, or several. Anything it lacks is asked of the base.
 
     Attributes:
@@ -225,95 +226,7 @@ class PromptedModel(nn.Module):
         if name in self.modules_to_save:
             del self.modules_to_save[name]
 
-    # What Trainer, pipeline and users ask of a model -----------------------------------------------------------------
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base":
-                raise
-            if name in checks.PAGED:
-                raise AttributeError(checks.PAGED[name]) from None
-            return inside(self, getattr(self.base, name))
-
-    def get_decoder(self, *args: Any, **kwargs: Any) -> Any:
-        """The base's decoder, which gives hidden states with the soft prompt in place when it is called."""
-        return inside(self, self.base.get_decoder(*args, **kwargs))
-
-    def get_base_model(self) -> Self:
-        """This model: what others would patch or call around a wrapper carries the soft prompt here. The frozen model
-        is `base`."""
-        return self
-
-    @property
-    def device(self) -> torch.device:
-        """The device that the base takes its inputs on."""
-        return device_of(self.base)
-
-    def to_empty(self, *, device: Any, recurse: bool = True) -> Self:
-        """Gives what has no values yet (on "meta") a place on a device, and moves the rest there with its values: what
-        is learned, and tables that the base computed."""
-        return self._apply(
-            lambda each: torch.empty_like(each, device=device) if each.is_meta else each.to(device), recurse
-        )
-
-    def num_trainable(self) -> int:
-        """The number of trainable parameters."""
-        return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
-
-    def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """The numbers of trainable and of all parameters, the base's included, as of PEFT's models."""
-        return self.num_trainable(), self.num_parameters()
-
-    def print_trainable_parameters(self) -> None:
-        """Prints both, and the part that is trained, as PEFT's models do."""
-        trainable, total = self.get_nb_trainable_parameters()
-        print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
-
-    def merge_and_unload(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused: a soft prompt is no change of the base's weights."""
-        raise NotImplementedError(
-            "a soft prompt can't be merged into the weights of its base: expected LoRA or the like. softkv.bake makes "
-            "soft tokens or a text a prefix, save_pretrained(format='peft') writes PEFT's files, detach() gives the "
-            "base back"
-        )
-
-    merge_adapter = unmerge_adapter = merge_and_unload
-
-    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """As transformers' `num_parameters`, what is learned included."""
-        from transformers import PreTrainedModel
-
-        return PreTrainedModel.num_parameters(self, only_trainable, exclude_embeddings)
-
-    def activation_checkpointing_enable(
-        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
-    ) -> None:
-        """Recomputes activations in backward. A prefix needs the non-reentrant kind, transformers' default.
-
-        Raises:
-            ValueError: for `use_reentrant=True`.
-        """
-        kwargs = {"use_reentrant": False} | (activation_checkpointing_kwargs or {})
-        checks.check_reentrant(kwargs)
-        wanted_input_gradients = hasattr(self.base, "_require_grads_hook")
-        checkpointing.enable(self.base, kwargs, **options)
-        if not wanted_input_gradients:  # for reentrant checkpoints; here they would only cost layer 0 its backward
-            self.base.disable_input_require_grads()
-
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
-    ) -> None:
-        """`activation_checkpointing_enable` by its older name."""
-        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
-
-    def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
-        """Refused: another attention would read no prefix."""
-        raise ValueError(
-            "a soft prompt needs softkv's attention: detach it before set_attn_implementation (backend=... of "
-            "softkv.attach chooses what computes it)"
-        )
+    # On and off ------------------------------------------------------------------------------------------------------
 
     @contextmanager
     def disabled(self) -> Iterator[Self]:

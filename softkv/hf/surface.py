@@ -1,0 +1,107 @@
+"""What Trainer, pipeline and users ask of a model, beside calls: all that it lacks is the base's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from typing_extensions import Self
+
+from softkv.hf import checkpointing, checks
+from softkv.hf.inner import inside
+from softkv.hf.placement import device_of
+
+
+class Surface(nn.Module):
+    """A model that stands for its `base`."""
+
+    base: Any
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base":
+                raise
+            if name in checks.PAGED:
+                raise AttributeError(checks.PAGED[name]) from None
+            return inside(self, getattr(self.base, name))
+
+    def get_decoder(self, *args: Any, **kwargs: Any) -> Any:
+        """The base's decoder, which gives hidden states with the soft prompt in place when it is called."""
+        return inside(self, self.base.get_decoder(*args, **kwargs))
+
+    def get_base_model(self) -> Self:
+        """This model: what others would patch or call around a wrapper carries the soft prompt here. The frozen model
+        is `base`."""
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        """The device that the base takes its inputs on."""
+        return device_of(self.base)
+
+    def to_empty(self, *, device: Any, recurse: bool = True) -> Self:
+        """Gives what has no values yet (on "meta") a place on a device, and moves the rest there with its values: what
+        is learned, and tables that the base computed."""
+        return self._apply(
+            lambda each: torch.empty_like(each, device=device) if each.is_meta else each.to(device), recurse
+        )
+
+    def num_trainable(self) -> int:
+        """The number of trainable parameters."""
+        return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """The numbers of trainable and of all parameters, the base's included, as of PEFT's models."""
+        return self.num_trainable(), self.num_parameters()
+
+    def print_trainable_parameters(self) -> None:
+        """Prints both, and the part that is trained, as PEFT's models do."""
+        trainable, total = self.get_nb_trainable_parameters()
+        print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: a soft prompt is no change of the base's weights."""
+        raise NotImplementedError(
+            "a soft prompt can't be merged into the weights of its base: expected LoRA or the like. softkv.bake makes "
+            "soft tokens or a text a prefix, save_pretrained(format='peft') writes PEFT's files, detach() gives the "
+            "base back"
+        )
+
+    merge_adapter = unmerge_adapter = merge_and_unload
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """As transformers' `num_parameters`, what is learned included."""
+        from transformers import PreTrainedModel
+
+        return PreTrainedModel.num_parameters(self, only_trainable, exclude_embeddings)
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
+        """Recomputes activations in backward. A prefix needs the non-reentrant kind, transformers' default.
+
+        Raises:
+            ValueError: for `use_reentrant=True`.
+        """
+        kwargs = {"use_reentrant": False} | (activation_checkpointing_kwargs or {})
+        checks.check_reentrant(kwargs)
+        wanted_input_gradients = hasattr(self.base, "_require_grads_hook")
+        checkpointing.enable(self.base, kwargs, **options)
+        if not wanted_input_gradients:  # for reentrant checkpoints; here they would only cost layer 0 its backward
+            self.base.disable_input_require_grads()
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
+    ) -> None:
+        """`activation_checkpointing_enable` by its older name."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
+
+    def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: another attention would read no prefix."""
+        raise ValueError(
+            "a soft prompt needs softkv's attention: detach it before set_attn_implementation (backend=... of "
+            "softkv.attach chooses what computes it)"
+        )
