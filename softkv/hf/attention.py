@@ -285,7 +285,7 @@ def attention(
 _HARMLESS = {
     "cache_position", "deterministic", "inputs_embeds", "input_ids", "labels", "logits_to_keep", "num_items_in_batch",
     "output_hidden_states", "output_router_logits", "past_key_values", "position_embeddings", "return_dict", "seq_idx",
-    "token_type_ids", "use_cache",
+    "token_type_ids", "tokenizer", "use_cache",
 }  # fmt: skip
 
 
