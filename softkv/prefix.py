@@ -120,6 +120,13 @@ class Prefix:
         Raises:
             ValueError: when the text has no tokens, or K/V alone can't stand for it: in a model with other state than
                 attention's, or a bidirectional one.
+
+        Example:
+            >>> prefix = softkv.Prefix.from_text(base, tokenizer, "w5 w6")
+            >>> prefix.length  # a BOS and two words
+            3
+            >>> model = softkv.attach(base, softkv.PTuningV2(length=4))
+            >>> model.add_adapter("text", prefix)
         """
         ids = tokenizer(text)["input_ids"]
         if not ids:

@@ -208,7 +208,17 @@ class PromptedModel(Surface):
 
     @contextmanager
     def using(self, name: str) -> Iterator[Self]:
-        """Within this context an adapter is the active one. Other threads and tasks keep theirs."""
+        """Within this context an adapter is the active one. Other threads and tasks keep theirs.
+
+        Example:
+            >>> model = softkv.attach(base, softkv.PTuningV2(length=4))
+            >>> model.add_adapter("terse", softkv.PromptTuning(length=2))
+            >>> with model.using("terse"):
+            ...     print(model.active_adapter)
+            terse
+            >>> model.active_adapter
+            'default'
+        """
         check_known(name, self.adapters)
         with calls.scope(calls.Scope(self, adapter=name)):
             yield self
@@ -230,7 +240,16 @@ class PromptedModel(Surface):
 
     @contextmanager
     def disabled(self) -> Iterator[Self]:
-        """Within this context the model answers as the bare base does. Other threads and tasks are not concerned."""
+        """Within this context the model answers as the bare base does. Other threads and tasks are not concerned.
+
+        Example:
+            >>> ids = torch.tensor([[1, 5, 6]])
+            >>> expected = base(ids).logits
+            >>> model = softkv.attach(base, softkv.PTuningV2(length=4))
+            >>> with model.disabled():
+            ...     torch.allclose(model(ids).logits, expected, atol=1e-5)
+            True
+        """
         with calls.scope(calls.Scope(self, disabled=True)):
             yield self
 
@@ -285,6 +304,13 @@ class PromptedModel(Surface):
             ValueError: when adapter_names don't fit the rows or the cache; when training needs the end of the prompts
                 and neither labels nor prompt_lengths are given; on prompt_lengths that are not `[B]` integers or, on
                 CPU, longer than rows; on `output_attentions`; on positions past a learned position table.
+
+        Example:
+            >>> model = softkv.attach(base, softkv.PTuningV2(length=4))
+            >>> output = model(torch.tensor([[1, 5, 6, 7]]), labels=torch.tensor([[-100, -100, -100, 7]]))
+            >>> output.loss.backward()
+            >>> model.soft.k.grad.shape  # [L, 1, G, P, D]
+            torch.Size([2, 1, 2, 4, 8])
         """
         module = kwargs.pop("softkv_inner", self.base)  # what is run: the base, or that of its modules (`Inner`)
         if not calls.is_enabled(self):
@@ -411,6 +437,11 @@ class PromptedModel(Surface):
 
         Returns:
             What the base returns. Sequences begin with the ids given; soft tokens come back as padding.
+
+        Example:
+            >>> model = softkv.attach(base, softkv.PromptTuning(length=2))
+            >>> model.generate(torch.tensor([[1, 5, 6]]), max_new_tokens=3, do_sample=False).shape
+            torch.Size([1, 6])
         """
         ids = inputs if input_ids is None else input_ids
         if generation_config is not None:

@@ -51,6 +51,13 @@ def bake(
         ValueError: when not all soft tokens stand in front of everything that changes from row to row, or there is
             nothing to bake.
         TypeError: when text and soft prompt are both given, or neither.
+
+    Example:
+        >>> model = softkv.attach(base, softkv.PromptTuning(length=2, position="before"))
+        >>> softkv.bake(model).method.length
+        2
+        >>> softkv.bake(base, text="w5 w6", tokenizer=tokenizer).method.length  # a BOS and two words
+        3
     """
     if isinstance(model, SoftModel) == (text is not None):
         raise TypeError("softkv.bake expects a SoftModel with soft tokens, or a transformers model and a text")

@@ -48,6 +48,11 @@ def attach(
         ValueError: when the model can't be reached through the attention interface, takes no position_ids, is
             an encoder-decoder, or its layers don't fit the method (an encoder of prompts in a
             bidirectional model).
+
+    Example:
+        >>> model = softkv.attach(base, softkv.PTuningV2(length=4))
+        >>> sorted(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+        ['adapters.default.k', 'adapters.default.v']
     """
     with released_on_error(model):
         return SoftModel(
@@ -89,6 +94,13 @@ class SoftModel(PromptedModel):
             ValueError: when the name is taken or none, or the adapter does not fit the base. Nothing is added then.
             TypeError: when the adapter is none of these.
             FileNotFoundError: when the folder holds no adapter.
+
+        Example:
+            >>> model = softkv.attach(base, softkv.PTuningV2(length=4))
+            >>> model.add_adapter("terse", softkv.PromptTuning(length=2))
+            >>> ids = torch.tensor([[1, 5, 6], [1, 7, 8]])
+            >>> model(ids, adapter_names=["terse", "default"]).logits.shape[:2]
+            torch.Size([2, 3])
         """
         if isinstance(adapter, str | os.PathLike):
             self._check_new_name(name)
@@ -143,6 +155,11 @@ def load(
     Raises:
         FileNotFoundError: when there is no adapter.
         ValueError: when the files are damaged, of a newer version, or of another base model. Nothing is attached then.
+
+    Example:
+        >>> softkv.attach(base, softkv.PTuningV2(length=4)).save_pretrained("adapter")
+        >>> softkv.load(base, "adapter").method.length
+        4
     """
     config, tensors = checkpoint.read(hub.local(directory, revision, token))
     soft_model = assemble(model, config, tensors, encoder=encoder, backend=backend)

@@ -30,6 +30,11 @@ def from_peft(peft_model: Any, *, adapter_name: str | None = None, backend: str 
     Raises:
         ValueError: when the adapter is of another kind, or there is none of that name.
         TypeError: when the model is not a `PeftModel`.
+
+    Example:
+        >>> config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+        >>> softkv.from_peft(peft.get_peft_model(base, config)).method.length
+        4
     """
     if not hasattr(peft_model, "peft_config") or not hasattr(peft_model, "get_base_model"):
         raise TypeError(f"softkv.from_peft expects a peft.PeftModel, got {type(peft_model).__name__}")

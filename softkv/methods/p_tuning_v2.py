@@ -64,6 +64,10 @@ class PTuningV2(Method):
 
     Raises:
         ValueError: when fields don't fit together.
+
+    Example:
+        >>> softkv.attach(base, softkv.PTuningV2(length=4)).num_trainable()  # 2·n·G·D·L
+        256
     """
 
     length: int | None = None

@@ -38,6 +38,10 @@ class PrefixTuning(Method):
 
     Raises:
         ValueError: when fields don't fit together.
+
+    Example:
+        >>> softkv.attach(base, softkv.PrefixTuning(length=4)).num_trainable()  # 2·n·G·D
+        128
     """
 
     length: int | None = None

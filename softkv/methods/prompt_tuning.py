@@ -29,6 +29,10 @@ class PromptTuning(Method):
 
     Raises:
         ValueError: when fields don't fit together.
+
+    Example:
+        >>> softkv.attach(base, softkv.PromptTuning(length=2)).num_trainable()  # k·C
+        64
     """
 
     length: int | None = None

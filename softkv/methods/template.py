@@ -63,7 +63,15 @@ Piece = Text | Field | Soft | Answer
 
 @dataclass(frozen=True)
 class Template:
-    """A parsed template. `str` gives a text that parses to it again."""
+    """A parsed template. `str` gives a text that parses to it again.
+
+    Example:
+        >>> template = softkv.Template.parse("[P1] [text] is [P2] [Y]")
+        >>> template.fields, template.soft_tokens
+        (('text',), 2)
+        >>> template.encode(tokenizer, text="w5 w6", answer="w7")["input_ids"]  # soft tokens: -1, -2
+        [1, -1, 5, 6, 2, -2, 7]
+    """
 
     pieces: tuple[Piece, ...]
 

@@ -82,6 +82,14 @@ def prefix_attention(
 
     Source: exact attention in parts merged by log-sum-exp, as in FlashDecoding and Hydragen (arXiv 2402.05099), with
     the backward of FlashAttention-2 (arXiv 2307.08691) run on each part with the merged log-sum-exp.
+
+    Example:
+        >>> q = torch.randn(2, 4, 5, 8)  # [B, H, T, D]
+        >>> k, v = torch.randn(2, 2, 2, 5, 8).unbind()  # [B, G, T, D]
+        >>> prefix_k, prefix_v = torch.randn(2, 1, 2, 3, 8).unbind()  # [A, G, P, D]: one prefix for all rows
+        >>> out, lse = softkv.prefix_attention(q, k, v, prefix_k, prefix_v, return_lse=True)
+        >>> out.shape, lse.shape
+        (torch.Size([2, 4, 5, 8]), torch.Size([2, 4, 5]))
     """
     checks.check_queries(q, "[B, H, T, D]")
     call = Call(
@@ -140,6 +148,14 @@ def prefix_attention_varlen(
         elsewhere than at the number of tokens, or hold a row longer than max_seqlen.
 
     Source: the packed layout is flash-attn's `flash_attn_varlen_func`.
+
+    Example:
+        >>> q = torch.randn(5, 4, 8)  # two rows, of 2 and 3 tokens
+        >>> k, v = torch.randn(2, 5, 2, 8).unbind()
+        >>> prefix_k, prefix_v = torch.randn(2, 1, 2, 3, 8).unbind()
+        >>> ends = torch.tensor([0, 2, 5], dtype=torch.int32)
+        >>> softkv.prefix_attention_varlen(q, k, v, ends, ends, 3, 3, prefix_k, prefix_v).shape
+        torch.Size([5, 4, 8])
     """
     checks.check_queries(q, "[N, H, D]")
     call = Call(

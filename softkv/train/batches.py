@@ -22,6 +22,12 @@ class PackingCollator(DataCollatorWithFlattening):
 
     Args:
         max_length: shorten rows of more tokens (`shortened`).
+
+    Example:
+        >>> rows = [{"input_ids": [1, 5], "labels": [-100, 5]}, {"input_ids": [1, 6, 7], "labels": [-100, 6, 7]}]
+        >>> batch = softkv.PackingCollator()(rows)
+        >>> batch["input_ids"].tolist(), batch["position_ids"].tolist()
+        ([[1, 5, 1, 6, 7]], [[0, 1, 0, 1, 2]])
     """
 
     def __init__(self, max_length: int | None = None) -> None:
@@ -38,6 +44,11 @@ class PaddingCollator:
 
     Args:
         max_length: shorten rows of more tokens (`shortened`).
+
+    Example:
+        >>> rows = [{"input_ids": [1, 5], "labels": [-100, 5]}, {"input_ids": [1, 6, 7], "labels": [-100, 6, 7]}]
+        >>> softkv.PaddingCollator()(rows)["attention_mask"].tolist()
+        [[1, 1, 0], [1, 1, 1]]
     """
 
     def __init__(self, max_length: int | None = None) -> None:
@@ -60,6 +71,12 @@ class TaskCollator:
     Args:
         pad_id: of padding tokens.
         token_labels: whether labels are for tokens.
+
+    Example:
+        >>> rows = [{"input_ids": [1, 5], "labels": 0}, {"input_ids": [1, 6, 7], "labels": 1}]
+        >>> batch = softkv.TaskCollator(0, token_labels=False)(rows)
+        >>> batch["input_ids"].tolist(), batch["labels"].tolist()
+        ([[1, 5, 0], [1, 6, 7]], [0, 1])
     """
 
     def __init__(self, pad_id: int, *, token_labels: bool) -> None:

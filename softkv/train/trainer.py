@@ -62,6 +62,15 @@ class Trainer(transformers.Trainer):
         TypeError: when the model is no `SoftModel`.
         ValueError: when `max_tokens` is not a positive number; when `max_length` comes with a collator of one's own, or
             `dispatch_batches=True` with packed rows.
+
+    Example:
+        >>> model = softkv.attach(base, softkv.PTuningV2(length=4))
+        >>> rows = [model.method.encode(tokenizer, X="w5 w6", answer="w7")]
+        >>> options = {"max_steps": 1, "use_cpu": True, "report_to": "none", "disable_tqdm": True}
+        >>> trainer = softkv.Trainer(model, transformers.TrainingArguments("run", **options), train_dataset=rows)
+        >>> trainer.train().global_step  # doctest: +ELLIPSIS
+        {'train_runtime': ...}
+        1
     """
 
     def __init__(
