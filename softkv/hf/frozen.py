@@ -23,6 +23,10 @@ _ATTRIBUTE = "_softkv_base_state"
 _DROPOUTS = ("attention_dropout", "attn_dropout", "attn_pdrop", "dropout")
 
 
+class OutOfReach(ValueError):
+    """softkv can't take the place of a model's attention."""
+
+
 def decoder_of(model: Any) -> Any:
     """The stack of attention blocks inside a transformers model: its text decoder, or its encoder where it has no
     other."""
@@ -91,28 +95,45 @@ class BaseState:
         self.quantised = keep_differentiable(model)
         self.dropouts: list[tuple[nn.Module, str, float]] = []
         self.holders: list[Any] = []
+        self.out_of_reach: str | None = None
 
     @classmethod
     def freeze(cls, model: Any, holder: Any) -> BaseState:
         """Freezes the model and turns its attention to softkv's, until every holder has released it.
 
         Raises:
-            ValueError: when the model does not take its attention from transformers' interface. Some of the model may
-                have changed then: `release` restores it.
+            OutOfReach: when the model does not take its attention from transformers' interface, or keeps its own. It is
+                held all the same.
         """
         state = model.__dict__.get(_ATTRIBUTE)
         if state is None:
             state = cls(model)
             setattr(model, _ATTRIBUTE, state)
-            model.set_attn_implementation(NAME)
+            if decoder_of(model)._can_set_attn_implementation():
+                model.set_attn_implementation(NAME)
             model.requires_grad_(False)
         state.holders.append(holder)
+        if state.out_of_reach is not None:
+            raise OutOfReach(state.out_of_reach)
         if decoder_of(model).config._attn_implementation != NAME:
-            raise ValueError(
+            raise OutOfReach(
                 f"{type(model).__name__} does not take its attention from transformers' attention interface, "
                 "so softkv can't reach it"
             )
         return state
+
+    @staticmethod
+    def keep_own_attention(model: Any, reason: OutOfReach) -> None:
+        """Gives a frozen model its own attention back, until it is released.
+
+        Raises:
+            OutOfReach: the reason, when others hold the model who need softkv's.
+        """
+        state: BaseState = model.__dict__[_ATTRIBUTE]
+        if state.out_of_reach is None and len(state.holders) > 1:
+            raise reason
+        state.out_of_reach = str(reason)
+        state._restore_attention()
 
     @staticmethod
     def release(model: Any, holder: Any) -> None:
@@ -138,14 +159,17 @@ class BaseState:
             setattr(holder, name, 0.0)
         if found:
             warnings.warn(
-                f"softkv sets the attention dropout of the frozen model to 0 (it was {found[0][2]})", stacklevel=3
+                f"softkv sets the attention dropout of the frozen model to 0 (it was {found[0][2]})", stacklevel=5
             )
+
+    def _restore_attention(self) -> None:
+        for config, implementation in self.implementations:
+            config._attn_implementation = implementation
 
     def _restore(self, model: Any) -> None:
         processors.uninstall(model)
         free_to_pack(self.quantised)
-        for config, implementation in self.implementations:
-            config._attn_implementation = implementation
+        self._restore_attention()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(self.requires_grad.get(name, parameter.requires_grad))
         for holder, name, probability in self.dropouts:

@@ -17,12 +17,13 @@ from softkv.hf import calls, kept_logits
 from softkv.hf.attention import padding_mask
 from softkv.hf.behaviour import TOKENS, Behaviour, behaviour_of, same, tolerance
 from softkv.hf.context import BlockInputs, BlockOrder, LayerKV, RowEncoder, RowPrompts, SoftContext
-from softkv.hf.frozen import decoder_of
-from softkv.hf.generation.cache_state import CacheState
+from softkv.hf.frozen import OutOfReach, decoder_of
+from softkv.hf.generation.cache_state import CacheState, past_length
 from softkv.hf.generation.prefill import Unpadded
 from softkv.hf.generation.prompts import Prompts
 from softkv.hf.key_state import AllReal
 from softkv.hf.layout import RowLayout, token_positions
+from softkv.hf.own_attention import OwnAttention
 from softkv.hf.placement import device_of
 from softkv.hf.prefixes import SoftRows
 
@@ -64,6 +65,7 @@ class DecoderHooks:
         base: the frozen model.
         order: its attention blocks; known after `probe`.
         behaviour: what it does with tokens; known after `probe`.
+        own: of a base that keeps its own attention.
     """
 
     def __init__(self, base: Any, backend: str | None) -> None:
@@ -71,6 +73,7 @@ class DecoderHooks:
         self.decoder = cast(nn.Module, decoder_of(base))
         self.order = BlockOrder()
         self.behaviour = Behaviour(packs=False, carries=False)
+        self.own: OwnAttention | None = None
         self._reads_blocks = False
         self._head: Any = None
         self._offset = 0
@@ -121,11 +124,13 @@ class DecoderHooks:
         return context.capture
 
     def probe(self) -> list[BlockInputs]:
-        """Runs a few tokens through the decoder to see its attention blocks, and what it does with tokens."""
+        """Runs a few tokens through the decoder to see its attention blocks, and what it does with tokens.
+
+        Raises:
+            OutOfReach: when softkv can't take the place of its attention.
+        """
         name, device, view = type(self.base).__name__, device_of(self.base), in_evaluation(self.decoder)
-        pad = self.base.config.get_text_config().pad_token_id  # which RoBERTa gives a position of its own, by its id
-        ids = torch.tensor([[token for token in range(1, TOKENS + 2) if token != pad][:TOKENS]], device=device)
-        ids = ids % self.base.get_input_embeddings().num_embeddings
+        ids = self._few_tokens()
         context = SoftContext(backend=self.backend, capture=[])
         assert context.capture is not None
         try:
@@ -137,12 +142,14 @@ class DecoderHooks:
                 raise self._not_run(error) from error
             context.capture.clear()
         except (*_OBSCURE, ValueError) as error:
-            if _is_own(error):
+            if _raised_in("softkv.hf.", error):
+                raise OutOfReach(str(error)) from error
+            if _raised_in("softkv.", error):
                 raise
             raise self._not_run(error) from error
         blocks = context.capture
         if not blocks:
-            raise ValueError(
+            raise OutOfReach(
                 f"{name} does not pass keywords through to transformers' attention interface, so softkv can't reach "
                 "its attention"
             )
@@ -173,6 +180,27 @@ class DecoderHooks:
         self.order = BlockOrder([each.block for each in blocks])
         return blocks
 
+    def keep_own_attention(self, reason: OutOfReach) -> OwnAttention:
+        """Runs a few tokens through a decoder that keeps its own attention.
+
+        Raises:
+            OutOfReach: the reason, when soft tokens can't be put into its rows either.
+        """
+        own = OwnAttention.of(self.decoder, self.base.get_input_embeddings(), self._few_tokens(), str(reason))
+        if own is None:
+            raise reason
+        self.own = own
+        self.behaviour = Behaviour(packs=False, carries=False, embeds=own.embeds)
+        if own.takes_positions:
+            self._offset = self._first_position()
+        return own
+
+    def _few_tokens(self) -> Tensor:
+        """Ids `[1, TOKENS]`, none of them padding."""
+        pad = self.base.config.get_text_config().pad_token_id  # which RoBERTa gives a position of its own, by its id
+        ids = [token for token in range(1, TOKENS + 2) if token != pad][:TOKENS]
+        return torch.tensor([ids], device=device_of(self.base)) % self.base.get_input_embeddings().num_embeddings
+
     def _embeds(self, decoder: nn.Module, ids: Tensor, row: Tensor) -> bool:
         """Whether embeddings in place of ids give the same row."""
         # Not quite those of the vocabulary, in which some models would look them up.
@@ -188,8 +216,8 @@ class DecoderHooks:
         output = self.run(Call(self, context), decoder, **inputs, use_cache=False)
         return output if isinstance(output, Tensor) else output[0]
 
-    def _not_run(self, error: Exception) -> ValueError:
-        return ValueError(
+    def _not_run(self, error: Exception) -> OutOfReach:
+        return OutOfReach(
             f"softkv.attach could not run {type(self.base).__name__} with attention of softkv's on token ids alone: "
             f"{type(error).__name__}: {error}"
         )
@@ -197,7 +225,7 @@ class DecoderHooks:
     def _check_positions_are_taken(self, name: str) -> None:
         """Tokens stand behind a prefix by their position ids: a decoder must take them."""
         if "position_ids" not in inspect.signature(self.decoder.forward).parameters:
-            raise ValueError(f"{name} takes no position_ids, so softkv can't place its tokens behind a prefix")
+            raise OutOfReach(f"{name} takes no position_ids, so softkv can't place its tokens behind a prefix")
 
     def _first_position(self) -> int:
         """The position id of a row's first token: RoBERTa's stands past its table's row for padding."""
@@ -238,6 +266,9 @@ class DecoderHooks:
             kwargs["inputs_embeds"], kwargs["input_ids"] = call.embeds, None
         if call.prompts is not None:
             context = self._enter_generation(call, call.prompts, kwargs)
+        if self.own is not None:
+            self._enter_own(self.own, call, kwargs)
+            return (), kwargs
         if context.capture is None:
             kwargs["position_ids"] = self._positions(call, context, kwargs)
             if call.prompts is not None and context.encoder is None and self.behaviour.packs:
@@ -248,6 +279,14 @@ class DecoderHooks:
             self._tell_real(kwargs)
         kwargs["softkv_prefix"] = context
         return (), kwargs
+
+    def _enter_own(self, own: OwnAttention, call: Call, kwargs: dict[str, Any]) -> None:
+        """The positions of a decoder that keeps its own attention, where it takes any."""
+        if own.takes_positions:
+            kwargs["position_ids"] = self._positions(call, call.context, kwargs)
+        elif self._table is not None:
+            tokens = kwargs["inputs_embeds"] if kwargs.get("inputs_embeds") is not None else kwargs["input_ids"]
+            self._check_positions(past_length(kwargs.get("past_key_values")) + tokens.shape[1] - 1)
 
     def _tell_real(self, kwargs: dict[str, Any]) -> None:
         """Says that no token is padding: transformers would look for packed rows in the values of position ids."""
@@ -267,7 +306,7 @@ class DecoderHooks:
     def _leave_decoder(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any = None) -> Any:
         """Forward hook of the decoder: what was packed on the way in gets its padding back."""
         call = calls.under_way()
-        if output is None or call is None or call.hooks is not self:
+        if output is None or call is None or call.hooks is not self or self.own is not None:
             return None
         context = kwargs["softkv_prefix"]
         return None if context.unpadded is None else context.unpadded.unpack(output, kwargs.get("past_key_values"))
@@ -405,12 +444,12 @@ def computed_positions(config: Any) -> int | None:
     return int(made_for * max(stretched, default=1.0))
 
 
-def _is_own(error: Exception) -> bool:
-    """Whether softkv raised an error, in its own words."""
+def _raised_in(package: str, error: Exception) -> bool:
+    """Whether an error was raised in a package of softkv's, in its own words."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).startswith("softkv.")
+    return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).startswith(package)
 
 
 def _learned_positions(decoder: nn.Module) -> nn.Embedding | None:

@@ -19,8 +19,8 @@ from typing_extensions import Self
 
 from softkv.hf import calls, checkpointing, checks
 from softkv.hf.attention import NAME
-from softkv.hf.context import SoftContext
-from softkv.hf.frozen import BaseState, FrozenBase
+from softkv.hf.context import BlockInputs, SoftContext
+from softkv.hf.frozen import BaseState, FrozenBase, OutOfReach
 from softkv.hf.generation import processors
 from softkv.hf.generation.cache_state import CacheState, check_contiguous, past_length
 from softkv.hf.generation.prompts import Prompts, lengthened, mask_of, pad_id, placeholder_ids
@@ -80,12 +80,7 @@ class PromptedModel(Surface):
         self._hooks = DecoderHooks(model, backend)
         self._redirects = Redirects(model, self.modules_to_save, self._hooks)
         try:
-            state = BaseState.freeze(model, self._hooks)
-            self._hooks.register()
-            blocks = self._hooks.probe()
-            self._windowed = any(captured.window is not None for captured in blocks)
-            self.is_causal = all(captured.causal for captured in blocks)
-            state.silence_dropout([captured.block for captured in blocks])
+            blocks = self._reach_attention()
             self._frozen = FrozenBase(model, [captured.widest for captured in blocks], tokenizer)
             self.training = model.training
             self.register_state_dict_post_hook(leave_frozen)
@@ -96,6 +91,27 @@ class PromptedModel(Surface):
         except BaseException:
             self.detach()
             raise
+
+    def _reach_attention(self) -> list[BlockInputs]:
+        """Puts softkv's attention into the base; what reaches its blocks. None are reached where the base keeps its own
+        attention.
+
+        Attributes are set: whether the base is causal, and whether columns count in it (`_windowed`).
+        """
+        try:
+            state = BaseState.freeze(self.base, self._hooks)
+            self._hooks.register()
+            blocks = self._hooks.probe()
+        except OutOfReach as reason:
+            self._hooks.remove()
+            BaseState.keep_own_attention(self.base, reason)
+            self.is_causal, self._windowed = self._hooks.keep_own_attention(reason).causal, True
+            self._hooks.register()
+            return []
+        self._windowed = any(captured.window is not None for captured in blocks)
+        self.is_causal = all(captured.causal for captured in blocks)
+        state.silence_dropout([captured.block for captured in blocks])
+        return blocks
 
     # Adapters --------------------------------------------------------------------------------------------------------
 
@@ -143,6 +159,7 @@ class PromptedModel(Surface):
         """
         self._check_attached()
         self._check_new_name(name)
+        self._check_reached(adapter)
         frozen = self._frozen if tokenizer is None else self._frozen.with_tokenizer(tokenizer)
         if isinstance(adapter, Prefix):
             soft: SoftPrompt = matrices_of(adapter, frozen.shape)
@@ -176,6 +193,15 @@ class PromptedModel(Surface):
         if saved.paths:
             self.modules_to_save[name] = (saved if device.type == "meta" else saved.to(device)).train(self.training)
             self._redirects.add(saved.paths)
+
+    def _check_reached(self, adapter: Any) -> None:
+        """Refuses what needs softkv's attention where the base keeps its own."""
+        own, method = self._hooks.own, getattr(adapter, "method", adapter)  # of a saved adapter
+        if own is not None and isinstance(method, Method | Prefix) and not getattr(method, "in_rows", False):
+            raise ValueError(
+                f"{type(self.base).__name__} keeps its own attention, which only soft tokens inside rows can steer: "
+                f"expected PromptTuning or PTuning, got {type(method).__name__} ({own.reason})"
+            )
 
     def _modules_of(self, adapter: Any, names: Sequence[str] | None) -> SavedModules:
         tensors = getattr(adapter, "modules", None)  # of a saved adapter
@@ -335,6 +361,8 @@ class PromptedModel(Surface):
             checks.check_labels(labels, inputs.given)
         if inputs.packed is not None and not self._hooks.behaviour.packs:
             batch: dict[str, Any] = {"input_ids": input_ids, "position_ids": position_ids}
+            if self._hooks.own is not None and not self._hooks.own.takes_positions:
+                del batch["position_ids"]
             batch |= {"inputs_embeds": inputs_embeds, "labels": labels, "prompt_lengths": prompt_lengths}
             batch |= {name: value for name, value in kwargs.items() if name not in (*PACKING, "use_cache")}
             batch["adapter_names"] = adapter_names
@@ -351,7 +379,10 @@ class PromptedModel(Surface):
         heads = not self._carries or (in_rows and not inputs.past and kwargs.get("use_cache") is False)
         tokens = soft.tokens(inputs.layout.rows, heads=heads)
 
-        if self._windowed and keeps_cache and inputs.is_scattered:
+        own = self._hooks.own
+        if own is not None and not own.takes_positions and position_ids is not None:
+            raise ValueError(f"{type(self.base).__name__} takes no position_ids: leave them out")
+        if self.is_causal and self._windowed and (keeps_cache or own is not None) and inputs.is_scattered:
             inputs = inputs.padded_left()
         elif not self.is_causal and inputs.is_padded_in_front:
             inputs = inputs.padded_right()
@@ -576,7 +607,8 @@ class PromptedModel(Surface):
 
     def _check_options(self, kwargs: dict[str, Any]) -> None:
         self._check_attached()
-        checks.check_attention(self._hooks.decoder, NAME)
+        if self._hooks.own is None:
+            checks.check_attention(self._hooks.decoder, NAME)
         if kwargs.get("output_attentions") or getattr(self.base.config, "output_attentions", False):
             raise ValueError(
                 "output_attentions=True needs attention weights, which softkv never forms: detach the soft prompt or "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -59,9 +59,14 @@ class FrozenModel(Protocol):
 
 
 class Method(ABC):
-    """A frozen config: says what is learned and where it goes. Its fields survive JSON (`dataclasses.asdict`)."""
+    """A frozen config: says what is learned and where it goes. Its fields survive JSON (`dataclasses.asdict`).
+
+    Attributes:
+        in_rows: whether all that is learned are soft tokens inside rows, which need no attention of softkv's.
+    """
 
     template: str
+    in_rows: ClassVar[bool] = False
 
     @abstractmethod
     def build(self, base: FrozenModel, *, folded: bool = False) -> SoftPrompt:

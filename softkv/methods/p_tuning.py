@@ -4,7 +4,7 @@ arXiv:2103.10385)."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -48,6 +48,7 @@ class PTuning(Method):
     encoder: Literal["lstm", "mlp"] = "lstm"
     encoder_size: int = 256
     prompt_text: str | None = None
+    in_rows: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not Template.parse(self.template).soft_tokens:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -40,6 +40,7 @@ class PromptTuning(Method):
     init: initial.Init = "vocabulary"
     init_text: str | None = None
     template: str = "[X] [Y]"
+    in_rows: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         initial.check_init(self.init, self.init_text, self.length)

@@ -105,7 +105,7 @@ def test_refusals() -> None:
     model, batch = attached(MISTRAL, "p-tuning v2", 2), batch_of([[5, 6, 7, 8], [9, 10, 11, 12]])
     cache = model(**batch, use_cache=True).past_key_values
     mask = torch.cat([batch["attention_mask"], torch.tensor([[1, 1], [0, 1]])], 1)
-    with pytest.raises(ValueError, match="sliding windows would count it"):
+    with pytest.raises(ValueError, match="attention would count it"):
         model(torch.tensor([[13, 14], [0, 15]]), attention_mask=mask, past_key_values=cache)
     first = model.generate(**batch_of([[5, 6], [9, 10, 11]]), max_new_tokens=2, return_dict_in_generate=True)
     longer = batch_of([[5, 6, *FED, 13], [9, 10, 11, *FED]])

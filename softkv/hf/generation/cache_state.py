@@ -139,8 +139,8 @@ def check_contiguous(mask: Tensor, T: int) -> None:
     gap = (begun & ~real).cumsum(1) > 0
     if bool((gap & real)[:, -T:].any()):
         raise ValueError(
-            "padding lies between a row's tokens in the cache, and this model's sliding windows would count it: go on "
-            "with rows that are padded on the left, or with tokens for every row"
+            "padding lies between a row's tokens in the cache, and this model's attention would count it (by sliding "
+            "windows, or in its own way): go on with rows that are padded on the left, or with tokens for every row"
         )
 
 

@@ -1,0 +1,83 @@
+"""Bases whose attention softkv can't take the place of. They keep it, and soft tokens inside rows steer them; a few
+tokens run through the decoder tell what it does with them."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from softkv.evaluation import in_evaluation
+from softkv.hf import calls
+from softkv.hf.behaviour import TOKENS, same, tolerance
+from softkv.hf.layout import token_positions
+
+
+@dataclass(frozen=True)
+class OwnAttention:
+    """
+    Attributes:
+        reason: why softkv can't take its place.
+        takes_positions: whether the decoder takes position ids.
+        causal: whether tokens see none that follow.
+        embeds: whether embeddings say all about tokens.
+    """
+
+    reason: str
+    takes_positions: bool
+    causal: bool = True
+    embeds: bool = True
+
+    @classmethod
+    def of(cls, decoder: nn.Module, embed: nn.Module, ids: Tensor, reason: str) -> OwnAttention | None:
+        """What a few tokens tell, `ids` `[1, T]`. None where the decoder keeps its past elsewhere than others do, or
+        takes padding in front of a row for tokens: soft tokens could not be told from others there.
+
+        Args:
+            embed: the base's input embeddings.
+        """
+        parameters = inspect.signature(decoder.forward).parameters
+        if not {"past_key_values", "inputs_embeds", "attention_mask"} <= parameters.keys():
+            return None
+        found = cls(reason, "position_ids" in parameters)
+        if ids.device.type == "meta":
+            return found
+        run = _Run(in_evaluation(decoder), found.takes_positions)
+        row, half = run(torch.ones_like(ids), input_ids=ids), TOKENS // 2
+        if row is None:
+            return None
+        # Not quite those of the vocabulary, in which some models would look them up.
+        embeds = embed(ids).detach() * (1 + tolerance(row.dtype) / 4)
+        by_embeds = run(torch.ones_like(ids), inputs_embeds=embeds)
+        behind = run(F.pad(torch.ones_like(ids), (half, 0)), input_ids=F.pad(ids, (half, 0)))
+        # A row's first token sees itself alone, wherever it stands.
+        if behind is None or not same(behind[0, -half:], row[0, -half:]):
+            return None
+        first = run(torch.ones_like(ids[:, :half]), input_ids=ids[:, :half])
+        return replace(
+            found,
+            causal=first is not None and same(first[0], row[0, :half]),
+            embeds=by_embeds is not None and same(by_embeds[0], row[0]),
+        )
+
+
+@dataclass(frozen=True)
+class _Run:
+    decoder: nn.Module
+    takes_positions: bool
+
+    @torch.no_grad()
+    def __call__(self, mask: Tensor, **tokens: Tensor) -> Tensor | None:
+        """Hidden states `[1, T, C]`, or None where the decoder doesn't run like this."""
+        inputs: dict[str, Any] = {**tokens, "attention_mask": mask, "use_cache": False}
+        if self.takes_positions:
+            inputs["position_ids"] = token_positions(mask, (mask.shape[0], mask.shape[1]), 0, mask.device)
+        try:
+            output = calls.run(None, self.decoder, **inputs)
+        except Exception:
+            return None
+        return output if isinstance(output, Tensor) else output[0]
