@@ -197,7 +197,8 @@ class DecoderHooks:
 
     def _few_tokens(self) -> Tensor:
         """Ids `[1, TOKENS]`, none of them padding."""
-        pad = self.base.config.get_text_config().pad_token_id  # which RoBERTa gives a position of its own, by its id
+        # RoBERTa gives padding a position of its own, by its id.
+        pad = getattr(self.base.config.get_text_config(), "pad_token_id", None)
         ids = [token for token in range(1, TOKENS + 2) if token != pad][:TOKENS]
         return torch.tensor([ids], device=device_of(self.base)) % self.base.get_input_embeddings().num_embeddings
 
