@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import transformers
 
+from tests.hf.encoders import encoder
 from tests.hf.tiny import model_of, tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -26,6 +27,8 @@ def test_snippets_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         return model_of("Llama", attn_implementation)
 
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", tiny)
+    heads = transformers.AutoModelForSequenceClassification
+    monkeypatch.setattr(heads, "from_pretrained", lambda name, **_: encoder("Bert", "SequenceClassification"))
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name: tokenizer())
     snippets = re.findall(r"^```python\n(.*?)^```", (DOCS / page).read_text(encoding="utf-8"), re.M | re.S)
     assert snippets

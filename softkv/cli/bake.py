@@ -35,7 +35,7 @@ def bake(
     ] = None,
     text: Annotated[str | None, typer.Option(help="A text to bake instead; - reads it from standard input.")] = None,
     text_file: Annotated[Path | None, typer.Option(help="A file with the text.")] = None,
-    template: Annotated[str | None, typer.Option(help="How a row that follows the text is written.")] = None,
+    template: Annotated[str | None, typer.Option(help="Layout of a row that follows the text.")] = None,
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Base: a folder or an id on the Hugging Face Hub.")
     ] = None,
@@ -43,7 +43,7 @@ def bake(
     dtype: Annotated[str, typer.Option(help="Of the base: auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str | None, typer.Option(help="cpu, cuda...; by default the first accelerator.")] = None,
 ) -> None:
-    """Make a prefix of what stands before every input: soft tokens, a text or a document. The answers stay the same."""
+    """Turn what precedes every input (soft tokens, a text or a document) into a prefix that gives the same answers."""
     if [adapter, text, text_file].count(None) != 2:
         fail("bake expects one of: an adapter, --text, --text-file")
     if adapter is not None and template is not None:

@@ -41,7 +41,7 @@ Output = Annotated[
 Cases = Annotated[list[str] | None, typer.Option("--case", help="Cases to run, by name; * stands for anything.")]
 OnlyList = Annotated[bool, typer.Option("--list", help="Print the names of the cases.")]
 OnDevice = Annotated[Device, typer.Option(help="cuda selects the large sweep.")]
-Quick = Annotated[bool, typer.Option("--quick", help="Tiny sizes: shows that it works, says nothing about speed.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Tiny sizes: a smoke test, not a measurement.")]
 FOLDER = Path("runs/bench")
 
 
@@ -158,7 +158,7 @@ def gpu(
     ] = False,
     only_list: Annotated[bool, typer.Option("--list", help="Print the names of the parts.")] = False,
 ) -> None:
-    """Everything a GPU can tell, in ten minutes: correctness, times, whole models, tiles. Goes on where it stopped."""
+    """Correctness, times, whole models and tiles on a GPU, in ten minutes. Resumes where it stopped."""
     from softkv.benchmarks.gpu import PARTS
     from softkv.benchmarks.gpu.__main__ import settings_of
     from softkv.benchmarks.gpu.conductor import conduct

@@ -52,7 +52,7 @@ def evaluate(
     split: Split = "test",
     limit: Limit = None,
     end: End = True,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows a forward pass.")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass.")] = 32,
     dtype: Dtype = "auto",
     device: Device = None,
     as_json: AsJson = False,

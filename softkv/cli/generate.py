@@ -26,18 +26,18 @@ def generate(
         str | None, typer.Argument(help="The template's only field; - reads it from standard input.")
     ] = None,
     field: Annotated[
-        list[str] | None, typer.Option("--field", "-f", help="FIELD=TEXT, for templates of several.")
+        list[str] | None, typer.Option("--field", "-f", help="FIELD=TEXT, for templates with several fields.")
     ] = None,
     model: Model = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="At most.")] = 128,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0: the likeliest token each time.")] = 0.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum number of new tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0: greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
     seed: int = 0,
     arg: Annotated[list[str] | None, typer.Option(help="NAME=VALUE: any option of transformers' generate.")] = None,
     dtype: Dtype = "auto",
     device: Device = None,
 ) -> None:
-    """Answer a prompt; the answer streams as it is made."""
+    """Answer a prompt; the answer streams."""
     if not 0 <= temperature < float("inf"):
         fail(f"--temperature expects 0 or a number above it, got {temperature}")
     if not 0 < top_p <= 1:

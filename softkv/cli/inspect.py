@@ -16,7 +16,7 @@ EXAMPLES = "Example:\n\n    softkv inspect runs/a"
 
 
 def inspect(adapter: Adapter, as_json: AsJson = False) -> None:
-    """Show what a soft prompt is: method, settings, shapes, number of values, base. The base isn't loaded."""
+    """Show a soft prompt's method, settings, shapes, number of values and base, without loading the base."""
     config, shapes = describe_adapter(adapter)
     values = sum(map(math.prod, shapes.values()))
     if as_json:

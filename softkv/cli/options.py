@@ -24,17 +24,15 @@ Adapter = Annotated[str, typer.Argument(help="Folder of a trained soft prompt, o
 Data = Annotated[str, typer.Option("--data", "-d", help=".jsonl, .json, .csv or .tsv file, or a data set's name.")]
 Split = Annotated[str, typer.Option(help="Split of a `datasets` data set: train, test\\[:100]...")]
 Answer = Annotated[str, typer.Option(help="Column of the answer (a list in it: several right answers).")]
-Fields = Annotated[
-    list[str] | None, typer.Option("--field", "-f", help="FIELD=COLUMN, where a column isn't called as its field.")
-]
+Fields = Annotated[list[str] | None, typer.Option("--field", "-f", help="FIELD=COLUMN, when their names differ.")]
 Prompt = Annotated[str | None, typer.Option(help="Column of the prompt: short for --field X=COLUMN.")]
 Verbalizers = Annotated[
-    list[str] | None, typer.Option("--verbalizer", "-v", help="VALUE=TEXT: the text that stands for a class.")
+    list[str] | None, typer.Option("--verbalizer", "-v", help="VALUE=TEXT: the answer text of a class.")
 ]
-End = Annotated[bool, typer.Option(help="Answers end with the model's end token, so that generation stops.")]
+End = Annotated[bool, typer.Option(help="Append the model's end token to answers, so that generation stops.")]
 Limit = Annotated[int | None, typer.Option(min=1, help="Read at most this many rows.")]
-Dtype = Annotated[str, typer.Option(help="Of the base: auto, float32, bfloat16 or float16.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda...; by default the first accelerator there is.")]
+Dtype = Annotated[str, typer.Option(help="Dtype of the base: auto, float32, bfloat16 or float16.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda...; default: the first accelerator.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

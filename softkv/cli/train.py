@@ -63,12 +63,12 @@ class Loss(str, Enum):
 def train(
     data: Data,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the soft prompt and its checkpoints.")],
-    method: Annotated[MethodName, typer.Option(help="What is learned.")] = MethodName.P_TUNING_V2,
+    method: Annotated[MethodName, typer.Option(help="Soft-prompt method.")] = MethodName.P_TUNING_V2,
     model: Model = None,
     config: Config = None,
     template: Annotated[
         str | None,
-        typer.Option(help="How a row is written: text, \\[column], \\[P1] for soft tokens, \\[Y] at its end."),
+        typer.Option(help="Layout of a row: text, \\[column], \\[P1] for soft tokens, \\[Y] at its end."),
     ] = None,
     prompt: Prompt = None,
     answer: Answer = "answer",
@@ -78,42 +78,44 @@ def train(
     limit: Limit = None,
     end: End = True,
     length: Annotated[int | None, typer.Option(min=1, help="Soft tokens, or slots of the prefix.")] = None,
-    init_text: Annotated[str | None, typer.Option(help="Start from this text.")] = None,
+    init_text: Annotated[str | None, typer.Option(help="Initialize from this text.")] = None,
     set: Annotated[
         list[str] | None, typer.Option("--set", "-s", help="NAME=VALUE: any option of the method (softkv methods).")
     ] = None,
     task: Annotated[
         Task | None,
-        typer.Option(help="Learn a head too: classes of rows or words, spans (--prompt: the question), masked tokens."),
+        typer.Option(help="Train a task head too: row or word classes, spans (--prompt: the question), masked tokens."),
     ] = None,
-    loss: Annotated[Loss, typer.Option(help="On the answers, or on all tokens of a row.")] = Loss.ANSWER,
+    loss: Annotated[Loss, typer.Option(help="Loss on the answers, or on all tokens of a row.")] = Loss.ANSWER,
     eval_data: Annotated[str | None, typer.Option(help="Rows to evaluate the loss on.")] = None,
     eval_split: Annotated[str, typer.Option(help="Split of --eval-data.")] = "validation",
-    steps: Annotated[int | None, typer.Option(min=1, help="Steps; by default as many as --epochs take.")] = None,
-    epochs: Annotated[float, typer.Option(help="Times to go through the data.")] = 1.0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows a step and process.")] = 16,
-    max_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens a step and process, in place of rows.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Training steps; default: as many as --epochs need.")] = None,
+    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows per step and process.")] = 16,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens per step and process, instead of rows.")] = None,
     max_length: Annotated[
-        int | None, typer.Option(min=2, help="Cut the prompts of longer rows; with --task rows, 256.")
+        int | None, typer.Option(min=2, help="Truncate the prompts of longer rows; with --task, rows (256).")
     ] = None,
-    accumulate: Annotated[int, typer.Option(min=1, help="Batches a step.")] = 1,
-    learning_rate: Annotated[float, typer.Option(help="At its highest.")] = 5e-3,
+    accumulate: Annotated[int, typer.Option(min=1, help="Batches per step (gradient accumulation).")] = 1,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 5e-3,
     warmup_steps: Annotated[int, typer.Option(min=0)] = 0,
     eval_every: Annotated[int, typer.Option(min=1, help="Steps between evaluations.")] = 100,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
     dtype: Dtype = "auto",
-    cpu: Annotated[bool, typer.Option("--cpu", help="Leave accelerators alone.")] = False,
+    cpu: Annotated[bool, typer.Option("--cpu", help="Train on the CPU.")] = False,
     bf16: Annotated[bool, typer.Option("--bf16", help="Autocast to bfloat16.")] = False,
-    gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing", help="Less memory.")] = False,
-    packing: Annotated[bool, typer.Option(help="Rows end to end, or padded.")] = True,
-    head_once: Annotated[bool, typer.Option(help="Soft tokens before every row: run once a batch.")] = True,
-    label_logits: Annotated[bool, typer.Option(help="Logits only where a label is.")] = True,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Recompute activations in backward: less memory.")
+    ] = False,
+    packing: Annotated[bool, typer.Option(help="Pack rows end to end, or pad them.")] = True,
+    head_once: Annotated[bool, typer.Option(help="Run soft tokens before every row once per batch.")] = True,
+    label_logits: Annotated[bool, typer.Option(help="Compute logits only where a label is.")] = True,
     report_to: Annotated[list[str] | None, typer.Option(help="tensorboard, wandb...")] = None,
     arg: Annotated[list[str] | None, typer.Option(help="NAME=VALUE: any of transformers' TrainingArguments.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --output.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume from the last checkpoint in --output.")] = False,
 ) -> None:
-    """Train a soft prompt; the base stays as it is."""
+    """Train a soft prompt on a frozen base."""
     options = {name: value for name, value in locals().items() if name not in ("config", "resume")}
     if model is None:
         fail("which base? Give --model")
