@@ -33,8 +33,6 @@ def check_base(model: Any) -> None:
         )
     if model.config.is_encoder_decoder:
         raise ValueError(f"softkv.attach expects a causal decoder, got the encoder-decoder {type(model).__name__}")
-    if getattr(model.config.get_text_config(), "attention_chunk_size", None) is not None:
-        raise ValueError(f"{type(model).__name__} uses chunked attention, which softkv attention does not offer")
 
 
 def check_tokens(ids: Any, embeds: Any) -> Tensor:

@@ -130,6 +130,8 @@ class DecoderHooks:
             OutOfReach: when softkv can't take the place of its attention.
         """
         name, device, view = type(self.base).__name__, device_of(self.base), in_evaluation(self.decoder)
+        if getattr(self.base.config.get_text_config(), "attention_chunk_size", None) is not None:
+            raise OutOfReach(f"{name} uses chunked attention, which softkv attention does not offer")
         ids = self._few_tokens()
         context = SoftContext(backend=self.backend, capture=[])
         assert context.capture is not None
@@ -186,7 +188,7 @@ class DecoderHooks:
         Raises:
             OutOfReach: the reason, when soft tokens can't be put into its rows either.
         """
-        own = OwnAttention.of(self.decoder, self.base.get_input_embeddings(), self._few_tokens(), str(reason))
+        own = OwnAttention.of(self.decoder, self.base, self._few_tokens(), str(reason))
         if own is None:
             raise reason
         self.own = own

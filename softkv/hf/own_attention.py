@@ -33,15 +33,16 @@ class OwnAttention:
     embeds: bool = True
 
     @classmethod
-    def of(cls, decoder: nn.Module, embed: nn.Module, ids: Tensor, reason: str) -> OwnAttention | None:
+    def of(cls, decoder: nn.Module, base: Any, ids: Tensor, reason: str) -> OwnAttention | None:
         """What a few tokens tell, `ids` `[1, T]`. None where the decoder keeps its past elsewhere than others do, or
         takes padding in front of a row for tokens: soft tokens could not be told from others there.
 
         Args:
-            embed: the base's input embeddings.
+            base: the model that the decoder is of.
         """
         parameters = inspect.signature(decoder.forward).parameters
-        if not {"past_key_values", "inputs_embeds", "attention_mask"} <= parameters.keys():
+        needed = {"inputs_embeds", "attention_mask"} | ({"past_key_values"} if base.can_generate() else set())
+        if not needed <= parameters.keys():
             return None
         found = cls(reason, "position_ids" in parameters)
         if ids.device.type == "meta":
@@ -51,7 +52,7 @@ class OwnAttention:
         if row is None:
             return None
         # Not quite those of the vocabulary, in which some models would look them up.
-        embeds = embed(ids).detach() * (1 + tolerance(row.dtype) / 4)
+        embeds = base.get_input_embeddings()(ids).detach() * (1 + tolerance(row.dtype) / 4)
         by_embeds = run(torch.ones_like(ids), inputs_embeds=embeds)
         behind = run(F.pad(torch.ones_like(ids), (half, 0)), input_ids=F.pad(ids, (half, 0)))
         # A row's first token sees itself alone, wherever it stands.

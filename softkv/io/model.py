@@ -31,7 +31,8 @@ def attach(
     """Puts a soft prompt on a transformers causal language model and freezes the model.
 
     Args:
-        model: a causal LM whose attention goes through transformers' attention interface.
+        model: a transformers model. Where its attention does not go through transformers' attention interface (BLOOM,
+            Falcon, MPT, GPT-J...), it keeps its own, and takes `PromptTuning` and `PTuning` only.
         method: `PromptTuning`, `PTuning`, `PrefixTuning` or `PTuningV2`.
         tokenizer: the model's tokenizer, needed for inits from a text.
         backend: of `softkv.prefix_attention`; None chooses by device.
@@ -45,9 +46,8 @@ def attach(
         A `SoftModel`; its only trainable parameters are the method's and those of `modules_to_save`, in fp32.
 
     Raises:
-        ValueError: when the model can't be reached through the attention interface, takes no position_ids, is
-            an encoder-decoder, or its layers don't fit the method (an encoder of prompts in a
-            bidirectional model).
+        ValueError: when the method needs attention that softkv can't reach, the model is an encoder-decoder, or
+            its layers don't fit the method (an encoder of prompts in a bidirectional model).
 
     Example:
         >>> model = softkv.attach(base, softkv.PTuningV2(length=4))

@@ -235,3 +235,37 @@ def test_decoders_that_count_padding_are_refused() -> None:
     with pytest.raises(ValueError, match="BartForCausalLM takes no position_ids"):
         softkv.attach(base, METHODS["prompt-tuning before"])
     assert_same_state(state_of(base), before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("head", ["TokenClassification", "SequenceClassification", "QuestionAnswering", "MaskedLM"])
+def test_encoders(head: str) -> None:
+    """DeBERTa: soft tokens in front of rows padded on either side."""
+    config = transformers.DebertaV2Config(
+        vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        relative_attention=True, pos_att_type=["p2c", "c2p"], position_biased_input=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    base = getattr(transformers, f"DebertaV2For{head}")(config).eval()
+    for parameter in base.parameters():
+        parameter.copy_(torch.randn_like(parameter) * 0.25 + (parameter.dim() == 1))
+    bare = copy.deepcopy(base)
+    with pytest.raises(ValueError, match="keeps its own attention"):
+        softkv.attach(base, METHODS["p-tuning v2"])
+    model = softkv.attach(base, METHODS["prompt-tuning before"]).eval()
+    tokens, rows = model.soft.soft_tokens(), [Row([1, 20, 21, 22], 4), Row([1, 30], 2)]
+    for side in ("left", "right"):
+        batch, places = padded(rows, side)
+        output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        for at, (row, place) in enumerate(zip(rows, places, strict=True)):
+            words = bare.get_input_embeddings()(torch.tensor(row.ids))
+            want = bare(inputs_embeds=torch.cat([tokens, words])[None])
+            without = bare(inputs_embeds=words[None])
+            for name in output:
+                got = output[name][at]
+                if got.shape[:1] == batch["input_ids"].shape[1:]:
+                    got, truth, other = got[place], want[name][0, len(tokens) :], without[name][0]
+                else:
+                    truth, other = want[name][0], without[name][0]
+                close(got, truth, 1e-4)
+                assert not torch.allclose(got, other, atol=1e-2)
