@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -20,8 +19,9 @@ class Prefix:
     """Soft keys and values for attention.
 
     Args:
-        k, v: `[L or 1, A, G, P, D]`, one floating dtype. A leading 1 means one pair for all layers; A is the number of
-            prefixes (1: shared by all rows of a batch).
+        k, v: `[L or 1, A, G, P, D]` and `[L or 1, A, G, P, Dv]`, one floating dtype. A leading 1 means one pair for all
+            layers; A is the number of prefixes (1: shared by all rows of a batch). Dv is D but for multi-head latent
+            attention and its like, whose values have a width of their own.
         lengths: `[A]` integers, the slots of each prefix that exist, or None when all P do.
         window_covers: whether sliding-window layers count the slots as the positions just before the first token.
             True for K/V of real tokens, False for learned ones, which stay visible to every query.
@@ -36,9 +36,9 @@ class Prefix:
     window_covers: bool = False
 
     def __post_init__(self) -> None:
-        if self.k.dim() != 5 or self.k.shape != self.v.shape:
+        if self.k.dim() != 5 or self.v.dim() != 5 or self.k.shape[:4] != self.v.shape[:4]:
             raise ValueError(
-                "Prefix expects k and v of one shape [L or 1, A, G, P, D], "
+                "Prefix expects k [L or 1, A, G, P, D] and v [L or 1, A, G, P, Dv], alike but for their widths, "
                 f"got {tuple(self.k.shape)} and {tuple(self.v.shape)}"
             )
         if self.k.dtype != self.v.dtype:
@@ -57,8 +57,8 @@ class Prefix:
         return self.k.shape[3]
 
     def layers(self, number: int) -> list[tuple[Tensor, Tensor]]:
-        """The (k, v) of each of `number` layers, `[A, G, P, D]` each: views, unbound once so that autograd
-        writes one gradient of the whole."""
+        """The (k, v) of each of `number` layers, `[A, G, P, D]` and `[A, G, P, Dv]`: views, unbound once so that
+        autograd writes one gradient of the whole."""
         keys, values = self.k.unbind(0), self.v.unbind(0)
         if len(keys) == 1:
             keys, values = keys * number, values * number
@@ -78,11 +78,13 @@ class Prefix:
         """The K/V of a transformers cache, layer by layer, as a prefix of real tokens.
 
         Args:
-            cache: a cache whose every layer holds `keys` and `values` `[A, G, P, D]` of the same P tokens
-                (a `DynamicCache` after one unpadded forward). Of a static cache, the filled part is taken.
+            cache: a cache whose every layer holds `keys` `[A, G, P, D]` and `values` `[A, G, P, Dv]` of the same P
+                tokens (a `DynamicCache` after one unpadded forward). Of a static cache, the filled part is taken.
 
         Raises:
             ValueError: when a sliding-window layer has dropped tokens, or layers hold no K/V.
+
+        Models with multi-head latent attention keep compressed K/V in their caches: use `from_text` or `from_ids`.
         """
         if not all(isinstance(getattr(layer, "keys", None), Tensor) for layer in cache.layers):
             raise ValueError("a prefix needs K/V in every layer: this cache has layers without any (empty, or states)")
@@ -100,12 +102,11 @@ class Prefix:
 
     @classmethod
     def from_layers(cls, keys: list[Tensor], values: list[Tensor]) -> Prefix:
-        """K/V of real tokens, one `[A, G, P, D]` tensor a layer, stacked into a prefix. Values narrower than keys
-        (multi-head latent attention) are filled up with 0, which attention leaves out."""
-        values = [F.pad(v, (0, max(k.shape[-1] - v.shape[-1], 0))) for k, v in zip(keys, values, strict=True)]
-        shapes = sorted({tuple(tensor.shape) for tensor in [*keys, *values]})
-        if len(shapes) != 1:
-            raise ValueError(f"a prefix needs K/V of one shape in every layer, got {shapes}")
+        """K/V of real tokens, keys `[A, G, P, D]` and values `[A, G, P, Dv]` a layer, stacked into a prefix."""
+        for name, tensors in (("keys", keys), ("values", values)):
+            shapes = sorted({tuple(tensor.shape) for tensor in tensors})
+            if len(shapes) != 1:
+                raise ValueError(f"a prefix needs {name} of one shape in every layer, got {shapes}")
         return cls(torch.stack(keys), torch.stack(values), window_covers=True)
 
     @classmethod

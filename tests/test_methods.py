@@ -32,7 +32,7 @@ class Base:
     """A frozen model whose K/V of a token depend on the token, its position and the layer."""
 
     def __init__(self, embedding_size: int = C, kv_heads: int = G) -> None:
-        self.shape = BaseShape(L, kv_heads, D, C, embedding_size, VOCAB)
+        self.shape = BaseShape(L, kv_heads, D, D, C, embedding_size, VOCAB)
         generator = torch.Generator().manual_seed(0)
         # bf16: what a base gives must reach the learned parameters as fp32.
         self.table = (0.05 * torch.randn(VOCAB, embedding_size, generator=generator)).bfloat16()

@@ -193,7 +193,7 @@ def attention(
     layer = getattr(module, "layer_idx", 0) if context.order is None else context.order.number(module, context.turns)
     alike = None
     plain = s_aux is None and position_bias is None and not (dropout or output_attentions)
-    if context.memo is not None and plain and key.shape[-1] == value.shape[-1]:
+    if context.memo is not None and plain:
         alike = signature(
             module, query, key, value, attention_mask, scaling, sliding_window, softcap, is_causal, *kwargs
         )
@@ -223,7 +223,7 @@ def attention(
     autocasts = device != "meta" and torch.is_autocast_enabled(device)  # torch knows no autocast there, and raises
     dtype = torch.get_autocast_dtype(device) if autocasts else query.dtype
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    like: dict[str, Any] = {"dtype": dtype, "device": query.device, "value_width": value.shape[-1]}
+    like: dict[str, Any] = {"dtype": dtype, "device": query.device}
     options: dict[str, Any] = {
         "scale": scaling,
         "softcap": softcap,

@@ -24,14 +24,14 @@ class BlockInputs(NamedTuple):
 
     block: nn.Module
     key: Tensor  # [B, G, S, D]
-    value: Tensor
+    value: Tensor  # [B, G, S, Dv]
     window: int | None
     causal: bool
 
     @property
-    def widest(self) -> Tensor:
-        """The wider of key and value: a prefix holds both in its width."""
-        return self.key if self.key.shape[-1] >= self.value.shape[-1] else self.value
+    def widths(self) -> tuple[int, int, int]:
+        """(G, D, Dv)"""
+        return self.key.shape[1], self.key.shape[3], self.value.shape[3]
 
 
 class BlockOrder:
@@ -99,7 +99,7 @@ class RowEncoder:
     memory: dict[int, LayerKV] | None  # filled at prefill, read when decoding
 
     def __call__(self, layer: int, hidden: Tensor) -> LayerKV:
-        """K, V `[A, G, P, D]` of block `layer` from its input `[B, T, C]`."""
+        """K `[A, G, P, D]`, V `[A, G, P, Dv]` of block `layer` from its input `[B, T, C]`."""
         if self.memory is not None and layer in self.memory:
             return self.memory[layer]
         assert self.prompts is not None
@@ -115,7 +115,7 @@ class SoftContext:
     """The prefixes of a forward pass and where its rows lie.
 
     Attributes:
-        layers: K, V `[A, G, P, D]` of attention blocks, by their numbers in `order`, or None.
+        layers: K `[A, G, P, D]`, V `[A, G, P, Dv]` of attention blocks, by their numbers in `order`, or None.
         lengths: `[A]`, slots of each prefix that exist, or None.
         index: `[B]`, the prefix of each row (-1: none), or None.
         window_covers: whether sliding windows count the slots: of all prefixes, or of each, `[A]` (with an index).
@@ -143,18 +143,16 @@ class SoftContext:
     capture: list[BlockInputs] | None = None
     memo: dict[Any, Any] | None = None
 
-    def of_layer(
-        self, layer: int, rows: int, dtype: torch.dtype, device: torch.device, value_width: int | None = None
-    ) -> dict[str, Any]:
+    def of_layer(self, layer: int, rows: int, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
         """The prefix keywords of the attention op for one block and `rows` rows, but for `window_covers_prefix`. Blocks
-        may be on devices of their own; values may be narrower than keys, as wide as which a `Prefix` holds them."""
+        may be on devices of their own."""
         if self.layers is None:
             return {}
         k, v = self.layers[layer]
         index = self.index_of(rows)
         return {
             "prefix_k": k.to(device, dtype),
-            "prefix_v": v[..., :value_width].to(device, dtype),
+            "prefix_v": v.to(device, dtype),
             "prefix_lengths": None if self.lengths is None else self.lengths.to(device),
             "prefix_index": None if index is None else index.to(device),
         }

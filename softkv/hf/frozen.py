@@ -39,17 +39,16 @@ class FrozenBase:
 
     Args:
         model: the transformers model.
-        keys: `[1, G, 1, D]`, what reached each attention block in a forward pass of one token.
+        widths: (G, D, Dv) of each attention block.
         tokenizer: for text inits, or None.
     """
 
-    def __init__(self, model: Any, keys: list[Tensor], tokenizer: Any = None) -> None:
+    def __init__(self, model: Any, widths: list[tuple[int, int, int]], tokenizer: Any = None) -> None:
         self.model, self.tokenizer = model, tokenizer
-        sizes = {(key.shape[1], key.shape[3]) for key in keys}
-        kv_heads, head_dim = sizes.pop() if len(sizes) == 1 else (0, 0)
+        kv_heads, head_dim, value_dim = widths[0] if len(set(widths)) == 1 else (0, 0, 0)
         rows, width = model.get_input_embeddings().weight.shape
         config = model.config.get_text_config()
-        self.shape = BaseShape(len(keys), kv_heads, head_dim, config.hidden_size, width, rows)
+        self.shape = BaseShape(len(widths), kv_heads, head_dim, value_dim, config.hidden_size, width, rows)
 
     def with_tokenizer(self, tokenizer: Any) -> FrozenBase:
         """The same model with another tokenizer."""

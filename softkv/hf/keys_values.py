@@ -14,7 +14,7 @@ from softkv.hf.hooks import DecoderHooks
 
 @torch.no_grad()
 def keys_and_values(model: Any, *, standing_in: bool, **inputs: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """K and V `[A, G, P, D]` of every attention block in a run of the bare model.
+    """K `[A, G, P, D]` and V `[A, G, P, Dv]` of every attention block in a run of the bare model.
 
     Args:
         model: a transformers model that softkv can be attached to.

@@ -81,7 +81,7 @@ class PromptedModel(Surface):
         self._redirects = Redirects(model, self.modules_to_save, self._hooks)
         try:
             blocks = self._reach_attention()
-            self._frozen = FrozenBase(model, [captured.widest for captured in blocks], tokenizer)
+            self._frozen = FrozenBase(model, [captured.widths for captured in blocks], tokenizer)
             self.training = model.training
             self.register_state_dict_post_hook(leave_frozen)
             self.register_load_state_dict_post_hook(miss_nothing_frozen)
@@ -148,7 +148,7 @@ class PromptedModel(Surface):
 
         Args:
             name: a new name, of letters, digits, spaces, "_" and "-", at most 255 bytes long.
-            adapter: a method, which is built; or a prefix of one row, `[L or 1, 1, G, P, D]`, which is learned on as
+            adapter: a method, which is built; or a prefix of one row (A = 1), which is learned on as
                 `PTuningV2`.
             tokenizer: of the base, for an init from a text; None takes that of `attach`.
             modules_to_save: modules of the base that it learns copies of, by name; None: the head of a task's class.

@@ -173,7 +173,8 @@ class SoftRows:
         )
 
     def encode(self, bank: LayerKV | None, block: int, hidden: Tensor, lengths: Tensor) -> LayerKV:
-        """K and V `[A, G, P, D]` of one attention block: its bank, and behind it what encoders make of their rows.
+        """K `[A, G, P, D]` and V `[A, G, P, Dv]` of one attention block: its bank, and behind it what encoders make of
+        their rows.
 
         Args:
             bank: of the rows that no encoder reads.
@@ -260,7 +261,7 @@ def check_known(name: str, adapters: nn.ModuleDict) -> None:
 
 
 def _end_to_end(of: Sequence[Tensor]) -> Tensor:
-    """`[..., A, G, P, D]` of different A and P in one."""
+    """`[..., A, G, P, D or Dv]` of different A and P in one."""
     if len(of) == 1:
         return of[0]
     longest = max(x.shape[-2] for x in of)

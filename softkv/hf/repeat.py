@@ -38,7 +38,7 @@ class CheckedCall:
     Attributes:
         call: its arguments, but for q, k, v and the prefix, which each block has of its own.
         dtype: of these.
-        prefix: the shape and the device of the prefix's keys, or None without one.
+        prefix: the shapes and the device of the prefix's K and V, or None without one.
         engine: that runs it.
         rows: the packed rows of a batch of one line, or None.
         mask: kept, so that no other one gets its `id`.
@@ -46,7 +46,7 @@ class CheckedCall:
 
     call: dict[str, Any]
     dtype: torch.dtype
-    prefix: tuple[torch.Size, torch.device] | None
+    prefix: tuple[torch.Size, torch.Size, torch.device] | None
     engine: str
     rows: PackedRows | None
     mask: Tensor | None
@@ -76,11 +76,11 @@ def _ready(x: Tensor, dtype: torch.dtype) -> Tensor:
     return rows_of_memory(x if x.dtype == dtype else x.to(dtype))
 
 
-def _form(context: SoftContext, layer: int) -> tuple[torch.Size, torch.device] | None:
+def _form(context: SoftContext, layer: int) -> tuple[torch.Size, torch.Size, torch.device] | None:
     if context.layers is None:
         return None
-    k, _ = context.layers[layer]
-    return k.shape, k.device
+    k, v = context.layers[layer]
+    return k.shape, v.shape, k.device
 
 
 def remember(

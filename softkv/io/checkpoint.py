@@ -29,9 +29,11 @@ from softkv.hf.task_heads import SavedModules
 from softkv.io import foreign, peft, state
 from softkv.io.config import CONFIG, FORMAT, MODULES, SHAPE, WEIGHTS, check_size, check_sum, of_header, parse
 from softkv.io.flat import FLAT, unflatten
+from softkv.io.older import with_narrow_values
 from softkv.io.safe_files import check_values, checksum, read_tensors
 from softkv.methods import METHODS, PTuningV2
 from softkv.methods.base import BaseShape, FrozenModel, Method, SoftPrompt
+from softkv.methods.matrices import empty_matrices
 from softkv.prefix import Prefix
 
 _FIXED = tuple(name for name in SHAPE if name != "vocab_size")  # tokens may be added: no learned shape depends on it
@@ -133,6 +135,7 @@ def restore(model: PromptedModel, directory: str | os.PathLike[str]) -> None:
     _check_base(config["base"], model.base_shape)
     prompt, in_base = parted(tensors)
     prompt, modules = split(prompt)
+    prompt = with_narrow_values(config, prompt, model.base_shape)
     check_learned(model.base, in_base)
     _check_shapes(model.soft.state_dict(), prompt)
     if (saved := modules_of(model, model.active_adapter)) is not None:
@@ -288,8 +291,14 @@ class _Saved(Method):
         _check_base(self.config["base"], base.shape)
         if FLAT in self.tensors:
             shape = base.shape
+            if shape.value_dim != shape.head_dim:
+                raise ValueError(
+                    f"a flat prefix holds keys and values of one width, this model's are {shape.head_dim} and "
+                    f"{shape.value_dim} wide: it was trained on another base model"
+                )
             k, v = unflatten(self.tensors[FLAT], shape.layers, shape.kv_heads, shape.head_dim)
             self.tensors = {"k": k, "v": v}
+        self.tensors = with_narrow_values(self.config, self.tensors, base.shape)
         placeholder, folded = _Placeholder(base.shape), self.config["folded"]
         encodes_rows = getattr(self.method, "encoder", None) and isinstance(self.method, PTuningV2)
         # A config may promise more than the tensors hold, and more than there is memory.
@@ -325,8 +334,7 @@ class _Placeholder:
         return torch.ones(*ids.shape, self.shape.embedding_size)
 
     def prefix_of(self, ids: Tensor, *, standing_in: bool = True) -> Prefix:
-        shape = self.shape
-        return Prefix(*torch.zeros(2, shape.layers, 1, shape.kv_heads, len(ids), shape.head_dim))
+        return Prefix(*empty_matrices(self.shape, self.shape.layers, len(ids)), window_covers=True)
 
     def tokenize(self, text: str, special: bool = False) -> list[int]:
         return [0]

@@ -14,7 +14,8 @@ import safetensors
 FORMAT = 3
 MODULES = "modules_to_save"  # key of the config, and what the names of their tensors begin with
 CONFIG, WEIGHTS = "softkv_config.json", "softkv.safetensors"
-SHAPE = ("layers", "kv_heads", "head_dim", "hidden_size", "embedding_size", "vocab_size")  # of a base
+SHAPE = ("layers", "kv_heads", "head_dim", "value_dim", "hidden_size", "embedding_size", "vocab_size")  # of a base
+LATER = ("value_dim",)  # of these, what older files don't tell
 LARGEST = 1 << 22  # characters: parsed JSON may take twenty times as much memory
 _TORCH_NAMES = {"F64": "torch.float64", "F32": "torch.float32", "F16": "torch.float16", "BF16": "torch.bfloat16"}
 
@@ -35,7 +36,8 @@ def parse(text: str, path: Path) -> dict[str, Any]:
     wrong = [key for key, kind in kinds.items() if not isinstance(config.get(key), kind)]
     if not wrong:
         base_kinds = {"name": str, "model_type": str} | dict.fromkeys(SHAPE, int)
-        wrong = [f"base.{key}" for key, kind in base_kinds.items() if not isinstance(config["base"].get(key), kind)]
+        base = dict.fromkeys(LATER, 0) | config["base"]
+        wrong = [f"base.{key}" for key, kind in base_kinds.items() if not isinstance(base.get(key), kind)]
         beside = config.get("peft", {})
         if not isinstance(beside, dict) or not all(isinstance(each, dict) for each in beside.values()):
             wrong.append("peft")

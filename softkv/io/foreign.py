@@ -6,8 +6,8 @@ Both save pickles; docs/interop.md has the few lines that turn one into the safe
   `[P, 2·L·G·D]` (`softkv.io.flat`); or with prefix projection an `embedding.weight [P, C]` and an MLP of
   `trans.0` and `trans.2` with a tanh between, which computes one. Other tensors of the model may stand beside them.
 - Cartridges (HazyResearch/cartridges, cartridges/cache.py): for each layer `trainable_keys.{l}` and
-  `trainable_values.{l}` `[1, G, P, D]`, with `frozen_keys.{l}` and `frozen_values.{l}` (`fixed_` in older files) in
-  front of them. Keys as attention sees them; tokens begin at position P.
+  `trainable_values.{l}` `[1, G, P, D]` (or Dv), with `frozen_keys.{l}` and `frozen_values.{l}` (`fixed_` in older
+  files) in front of them. Keys as attention sees them; tokens begin at position P.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def _encoded(encoder: Mapping[str, Tensor], path: Path) -> Tensor:
 
 
 def _cartridge(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """K and V `[L, 1, G, P, D]` of a trained cache."""
+    """K `[L, 1, G, P, D]` and V `[L, 1, G, P, Dv]` of a trained cache."""
     layers = 1 + max(int(name.rpartition(".")[2]) for name in tensors)
     front = "fixed" if "fixed_keys.0" in tensors else "frozen"
     parts = [part for part in (front, "trainable") if f"{part}_keys.0" in tensors]
@@ -93,9 +93,9 @@ def _cartridge(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
         except (RuntimeError, IndexError) as error:
             raise ValueError(f"{path} has {kind} that don't fit together: {error}") from error
     shape = found["k"].shape
-    if len(shape) != 5 or shape[1] != 1 or found["v"].shape != shape:
+    if len(shape) != 5 or shape[1] != 1 or found["v"].shape[:4] != shape[:4]:
         raise ValueError(
-            f"{path} expects keys and values of one shape [1, G, P, D] in every layer, got {tuple(shape[1:])} and "
+            f"{path} expects keys [1, G, P, D] and values [1, G, P, Dv] in every layer, got {tuple(shape[1:])} and "
             f"{tuple(found['v'].shape[1:])}"
         )
     return found

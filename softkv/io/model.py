@@ -86,7 +86,7 @@ class SoftModel(PromptedModel):
         Args:
             name: a new name, of letters, digits, spaces, "_" and "-", at most 255 bytes long.
             adapter: a method, which is built; the folder of a saved adapter (or what else `softkv.load` finds one by);
-                or a prefix of one row, `[L or 1, 1, G, P, D]`, which is learned on as `PTuningV2`.
+                or a prefix of one row (A = 1), which is learned on as `PTuningV2`.
             tokenizer: of the base, for an init from a text; None takes that of `attach`.
             modules_to_save: as in `attach`; a saved adapter brings its own.
 

@@ -89,7 +89,7 @@ def translate(
         layers, heads, width = (_size(config, key, where) for key in ("num_layers", "num_attention_heads", "token_dim"))
         if width % heads:
             raise ValueError(f"{where}: token_dim {width} is no multiple of num_attention_heads {heads}")
-        base |= {"layers": layers, "kv_heads": heads, "head_dim": width // heads}
+        base |= {"layers": layers, "kv_heads": heads, "head_dim": width // heads, "value_dim": width // heads}
         method = PTuningV2(length=slots, window_covers=True)
         k, v = unflatten(embeddings, layers, heads, width // heads)
         tensors = {"k": k, "v": v}
@@ -149,6 +149,11 @@ def describe(model: PromptedModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
         prefix = soft.prefix()
         assert prefix is not None
         config = model.config.get_text_config()
+        if shape.value_dim != shape.head_dim or getattr(config, "kv_lora_rank", None):
+            raise ValueError(
+                "PEFT can't express this adapter: it puts keys and values of one width into the cache, this model's "
+                f"are {shape.head_dim} and {shape.value_dim} wide, or compressed there (multi-head latent attention)"
+            )
         if shape.layers != config.num_hidden_layers:
             raise ValueError(
                 f"PEFT can't express this adapter: it puts a prefix into each of {config.num_hidden_layers} layers, "

@@ -24,18 +24,30 @@ class BaseShape:
     """The sizes of a frozen model that decide the shapes of learned parameters."""
 
     layers: int  # L
-    kv_heads: int  # G, 0 where layers differ in G or D
-    head_dim: int  # D
+    kv_heads: int  # G, 0 where layers differ in G, D or Dv
+    head_dim: int  # D, of keys
+    value_dim: int  # Dv, of values: D but for multi-head latent attention and its like
     hidden_size: int  # C
     embedding_size: int  # width of the input embeddings (C, but for a few OPT models)
     vocab_size: int
 
+    @property
+    def kv_width(self) -> int:
+        """`G·(D + Dv)`, the values of one slot in one layer."""
+        return self.kv_heads * (self.head_dim + self.value_dim)
+
+    def split_kv(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """K `[..., G, D]` and V `[..., G, Dv]` of slots `[..., G·(D + Dv)]`."""
+        keys = self.kv_heads * self.head_dim
+        k, v = slots.split([keys, self.kv_width - keys], -1)
+        return k.unflatten(-1, (self.kv_heads, -1)), v.unflatten(-1, (self.kv_heads, -1))
+
 
 def check_uniform(shape: BaseShape) -> None:
-    """Raise where attention layers differ in shape: a prefix holds K/V of one shape."""
+    """Raise where attention layers differ in shape: a prefix holds keys of one shape, and values of one."""
     if not shape.kv_heads:
         raise ValueError(
-            "a prefix expects the same number of key/value heads and the same head dim in every attention layer, this "
+            "a prefix expects the same number of key/value heads and the same head dims in every attention layer, this "
             "model's layers differ: use PromptTuning or PTuning"
         )
 
@@ -116,12 +128,12 @@ class SoftPrompt(nn.Module):
         return None
 
     def prefix(self) -> Prefix | None:
-        """The learned prefix of all rows, `[L or 1, 1, G, P, D]`."""
+        """The learned prefix of all rows, k `[L or 1, 1, G, P, D]` and v `[L or 1, 1, G, P, Dv]`."""
         return None
 
     def row_prefix(self, layer: int, hidden: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """K and V `[R, G, n, D]` of block `layer` from the prompt's hidden states `[R, M, C]`, of which row r has
-        `lengths[r]` (the rest is padding and must not matter), in their dtype."""
+        """K `[R, G, n, D]` and V `[R, G, n, Dv]` of block `layer` from the prompt's hidden states `[R, M, C]`, of which
+        row r has `lengths[r]` (the rest is padding and must not matter), in their dtype."""
         raise NotImplementedError(f"{type(self).__name__} does not encode rows")
 
     @property
@@ -147,7 +159,7 @@ class SoftTokens(SoftPrompt):
 
 
 class SoftMatrices(SoftPrompt):
-    """Plain key and value matrices `[L or 1, 1, G, n, D]`: what a `Prefix` holds, without a copy."""
+    """Plain matrices, k `[L or 1, 1, G, n, D]` and v `[L or 1, 1, G, n, Dv]`: what a `Prefix` holds, without a copy."""
 
     def __init__(self, config: Method, k: Tensor, v: Tensor, *, window_covers: bool) -> None:
         super().__init__(config)

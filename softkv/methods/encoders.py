@@ -79,13 +79,13 @@ class EncodedRows(SoftPrompt):
 
     def __init__(self, config: Method, encoders: list[nn.Module], shape: BaseShape, slots: int, std: float) -> None:
         super().__init__(config)
-        self.slots, self.kv_heads, self.head_dim = slots, shape.kv_heads, shape.head_dim
+        self.slots, self.shape = slots, shape
         check_uniform(shape)
         self.encoders = nn.ModuleList(encoder.to("cpu", torch.float32) for encoder in encoders)
         self.mlps = nn.ModuleList()
         for encoder in encoders:
             size = _probe(encoder, shape.hidden_size)
-            last = nn.Linear(size, 2 * shape.kv_heads * shape.head_dim)
+            last = nn.Linear(size, shape.kv_width)
             mlp = nn.Sequential(nn.Linear(size, size), nn.ReLU(), last)
             self.mlps.append(mlp)
             with torch.no_grad():
@@ -107,9 +107,9 @@ class EncodedRows(SoftPrompt):
             expected = (*mask.shape, weight.shape[1])
             if states.shape != expected:
                 raise ValueError(f"the encoder's states must be [R, M, E] = {expected}, got {tuple(states.shape)}")
-            kv = mlp(pool_rows(states, lengths, self.slots))  # [R, n, 2·G·D]
-        k, v = kv.to(hidden.dtype).unflatten(2, (2, self.kv_heads, self.head_dim)).permute(2, 0, 3, 1, 4).unbind(0)
-        return k, v
+            kv = mlp(pool_rows(states, lengths, self.slots))  # [R, n, G·(D + Dv)]
+        k, v = self.shape.split_kv(kv.to(hidden.dtype))
+        return k.transpose(1, 2), v.transpose(1, 2)
 
 
 def build_rows(

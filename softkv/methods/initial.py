@@ -76,7 +76,7 @@ def embedding_std(base: FrozenModel) -> float:
 
 
 def real_matrices(base: FrozenModel, ids: Tensor, *, standing_in: bool) -> tuple[Tensor, Tensor]:
-    """The frozen model's own K and V `[L, 1, G, P, D]` of the tokens `ids`, in fp32 on the CPU."""
+    """The frozen model's own K `[L, 1, G, P, D]` and V `[L, 1, G, P, Dv]` of the tokens `ids`, in fp32 on the CPU."""
     prefix: Prefix = base.prefix_of(ids, standing_in=standing_in)
     return prefix.k.detach().float().cpu(), prefix.v.detach().float().cpu()
 

@@ -41,12 +41,13 @@ def check_matrices(
             raise ValueError("reparametrize_size is only read with reparametrize=True: set it, or leave the size out")
 
 
-def empty_matrices(shape: BaseShape, layers: int, length: int | None) -> Tensor:
-    """Zeros `[2, layers, 1, G, n, D]`, keys and values to load saved ones into."""
+def empty_matrices(shape: BaseShape, layers: int, length: int | None) -> tuple[Tensor, Tensor]:
+    """Zeros, keys `[layers, 1, G, n, D]` and values `[layers, 1, G, n, Dv]` to load saved ones into."""
     if length is None:
         raise ValueError("length expects the number of saved slots, got None")
     check_uniform(shape)
-    return torch.zeros(2, layers, 1, shape.kv_heads, length, shape.head_dim)
+    size = (layers, 1, shape.kv_heads, length)
+    return torch.zeros(*size, shape.head_dim), torch.zeros(*size, shape.value_dim)
 
 
 def initial_matrices(
@@ -57,7 +58,8 @@ def initial_matrices(
     init_text: str | None,
     init_std: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """First K and V, `[layers, 1, G, n, D]` each; for "vocabulary" and "text" the model's own, `[L, 1, G, n, D]`."""
+    """First K `[layers, 1, G, n, D]` and V `[layers, 1, G, n, Dv]`; for "vocabulary" and "text" the model's own, of L
+    layers."""
     check_uniform(base.shape)
     if init == "text":
         assert init_text is not None
@@ -65,8 +67,8 @@ def initial_matrices(
     assert length is not None
     if init == "vocabulary":
         return initial.real_matrices(base, initial.sampled_ids(base, length), standing_in=False)
-    k, v = torch.randn_like(empty_matrices(base.shape, layers, length)) * (init_std or INIT_STD)
-    return k, v
+    k, v = empty_matrices(base.shape, layers, length)
+    return torch.randn_like(k) * (init_std or INIT_STD), torch.randn_like(v) * (init_std or INIT_STD)
 
 
 class ReparametrizedMatrices(Computed):
@@ -75,20 +77,24 @@ class ReparametrizedMatrices(Computed):
     def __init__(self, config: Method, shape: BaseShape, layers: int, length: int, size: int, std: float) -> None:
         super().__init__(config)
         check_uniform(shape)
-        self.sizes = (length, layers, 2, shape.kv_heads, shape.head_dim)
+        self.shape, self.layers = shape, layers
         self.embeddings = nn.Parameter(torch.randn(length, size))
-        last = nn.Linear(size, 2 * layers * shape.kv_heads * shape.head_dim)
+        last = nn.Linear(size, layers * shape.kv_width)
         self.mlp = nn.Sequential(nn.Linear(size, size), nn.Tanh(), last)
         initial.scale_outputs(last, self.compute(), std)
 
     def compute(self) -> Tensor:
-        return self.mlp(self.embeddings).view(self.sizes).permute(2, 1, 3, 0, 4).unsqueeze(2)  # [2, L or 1, 1, G, n, D]
+        """`[n, L or 1, G·(D + Dv)]`"""
+        return self.mlp(self.embeddings).unflatten(1, (self.layers, -1))
+
+    def _matrices(self, computed: Tensor) -> tuple[Tensor, Tensor]:
+        k, v = self.shape.split_kv(computed)  # [n, L or 1, G, D or Dv]
+        return k.permute(1, 2, 0, 3).unsqueeze(1), v.permute(1, 2, 0, 3).unsqueeze(1)
 
     def prefix(self) -> Prefix:
-        k, v = self.computed().unbind(0)
-        return Prefix(k, v)
+        return Prefix(*self._matrices(self.computed()))
 
     @torch.no_grad()
     def folded(self) -> SoftMatrices:
-        k, v = self.compute().unbind(0)
+        k, v = self._matrices(self.compute())
         return SoftMatrices(self.config, k.contiguous(), v.contiguous(), window_covers=False)

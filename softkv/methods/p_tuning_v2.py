@@ -29,14 +29,15 @@ ENCODER_SIZE = 256
 class PTuningV2(Method):
     """A key and a value of n slots for each attention block.
 
-    Without an encoder these are learned matrices. Trainable: `2·n·G·D·L` values, fp32, as `k, v [L, 1, G, n, D]`.
+    Without an encoder these are learned matrices. Trainable: `n·G·(D + Dv)·L` values, fp32, as `k [L, 1, G, n, D]` and
+    `v [L, 1, G, n, Dv]`: `2·n·G·D·L` but for multi-head latent attention, whose values have a width of their own.
 
     With an encoder they are made for each row, in each block, from the hidden states of the row's prompt that enter the
-    block: encoder, average pool to n slots, MLP E → E → 2·G·D. Trainable, once (`share_encoder`) or L times:
+    block: encoder, average pool to n slots, MLP E → E → G·(D + Dv). Trainable, once (`share_encoder`) or L times:
 
     - "lstm", bidirectional and E/2 wide each way: `2·(4·E/2·(C + E/2 + 2))`;
       "attention", one transformer layer: `E·(C + 1) + 4·E + E·(12·E + 9)`;
-    - the MLP: `E·(E + 1) + 2·G·D·(E + 1)`.
+    - the MLP: `E·(E + 1) + G·(D + Dv)·(E + 1)`.
 
     A module of one's own as encoder is copied when the method is built. Its contract: `forward(hidden, mask)` takes the
     hidden states `[R, M, C]` in fp32, 0 at padding, and a mask `[R, M]`, True at the prompt's positions (a row may have
@@ -121,7 +122,7 @@ class PTuningV2(Method):
                 raise ValueError(f"encoder_size expects a multiple of {multiple}, got {self.encoder_size}")
 
     def build(self, base: FrozenModel, *, folded: bool = False) -> SoftPrompt:
-        """`SoftMatrices` with `k, v [L, 1, G, n, D]`, or the network that computes them."""
+        """`SoftMatrices` with `k [L, 1, G, n, D]` and `v [L, 1, G, n, Dv]`, or the network that computes them."""
         if self.encoder is not None:
             return self._build_encoder(base)
         layers = base.shape.layers
@@ -162,11 +163,12 @@ def matrices_of(prefix: Prefix, shape: BaseShape) -> SoftMatrices:
         ValueError: when it does not fit a model of this shape, or is not one prefix.
     """
     check_uniform(shape)
-    sizes = (prefix.k.shape[0], *prefix.k.shape[1:3], prefix.k.shape[4])
-    if sizes not in {(layers, 1, shape.kv_heads, shape.head_dim) for layers in (1, shape.layers)}:
+    sizes = (*prefix.k.shape[:3], prefix.k.shape[4], prefix.v.shape[4])
+    if sizes not in {(layers, 1, shape.kv_heads, shape.head_dim, shape.value_dim) for layers in (1, shape.layers)}:
+        slots = f"[{shape.layers} or 1, 1, {shape.kv_heads}, P, "
         raise ValueError(
-            f"the prefix does not fit this model: expected [{shape.layers} or 1, 1, {shape.kv_heads}, P, "
-            f"{shape.head_dim}], got {list(prefix.k.shape)}"
+            f"the prefix does not fit this model: expected k {slots}{shape.head_dim}] and v {slots}{shape.value_dim}], "
+            f"got {list(prefix.k.shape)} and {list(prefix.v.shape)}"
         )
     if prefix.lengths is not None:
         raise ValueError("one prefix has no slots that don't exist: expected lengths=None")

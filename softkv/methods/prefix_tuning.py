@@ -22,7 +22,8 @@ from softkv.methods.template import check_no_soft_tokens
 class PrefixTuning(Method):
     """ONE key and ONE value matrix of n slots, read by every attention block.
 
-    Trainable: `2·n·G·D` values, fp32, as `k, v [1, 1, G, n, D]`.
+    Trainable: `n·G·(D + Dv)` values, fp32, as `k [1, 1, G, n, D]` and `v [1, 1, G, n, Dv]`: `2·n·G·D` but for
+    multi-head latent attention, whose values have a width of their own.
 
     Args:
         length: n; None with `init="text"` takes the text's number of tokens (a BOS included where the tokenizer adds
@@ -59,7 +60,7 @@ class PrefixTuning(Method):
         check_no_soft_tokens(self.template, "PrefixTuning")
 
     def build(self, base: FrozenModel, *, folded: bool = False) -> SoftPrompt:
-        """`SoftMatrices` with `k, v [1, 1, G, n, D]`, or the MLP that computes them."""
+        """`SoftMatrices` with `k [1, 1, G, n, D]` and `v [1, 1, G, n, Dv]`, or the MLP that computes them."""
         if folded:
             k, v = empty_matrices(base.shape, 1, self.length)
             return SoftMatrices(self, k, v, window_covers=False)

@@ -31,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from softkv.hf.attention import NAME, Pattern
 from softkv.hf.context import BlockInputs, BlockOrder, PackedRows, RowEncoder, RowPrompts, SoftContext
-from softkv.hf.frozen import BaseState
+from softkv.hf.frozen import BaseState, FrozenBase
 from softkv.hf.hooks import DecoderHooks
 from softkv.methods.base import BaseShape, Computed, FrozenModel
 from softkv.methods.encoders import EncodedRows, LSTMEncoder
@@ -258,18 +258,14 @@ def _learned(job: Job, base: Any) -> nn.Module:
     if job.method == "prompt-tuning":
         return _Matrices(embeddings=(job.length, shape.embedding_size))
     layers = shape.layers if job.method == "p-tuning-v2" else 1
-    matrix = (layers, 1, shape.kv_heads, job.length, shape.head_dim)
-    return _Matrices(k=matrix, v=matrix)
+    matrix = (layers, 1, shape.kv_heads, job.length)
+    return _Matrices(k=(*matrix, shape.head_dim), v=(*matrix, shape.value_dim))
 
 
 def shape_of(base: Any) -> BaseShape:
-    """The sizes of a base that decide the shapes of learned tensors, from its config."""
-    config = base.config.get_text_config()
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    rows, width = base.get_input_embeddings().weight.shape
-    return BaseShape(config.num_hidden_layers, kv_heads, head_dim, config.hidden_size, width, rows)
+    """The sizes of a base that decide the shapes of learned tensors, as its attention shows them."""
+    with META, torch.no_grad():
+        return FrozenBase(base, [block.widths for block in _captured(base, _embeddings(base, 1, 1))]).shape
 
 
 class _AllSteps(nn.Module):
@@ -367,7 +363,7 @@ def _softkv(job: Job, base: Any, learned: nn.Module) -> Tensor:
     else:
         k, v = (cast(Tensor, getattr(learned, name)).to(base.dtype) for name in "kv")
         prefix = Prefix(k, v)
-    layers = dict(enumerate(prefix.layers(shape_of(base).layers)))
+    layers = dict(enumerate(prefix.layers(base.config.get_text_config().num_hidden_layers)))
     return _loss(base, tokens, labels, replace(context, layers=layers))
 
 
@@ -416,7 +412,7 @@ def _concatenating(job: Job, base: Any, learned: nn.Module) -> Tensor:
     if job.encoder is not None:
         with _encoded_into(cache, job, base, learned):
             return _loss(base, tokens, job.longest, cache=cache)
-    layers = shape_of(base).layers
+    layers = base.config.get_text_config().num_hidden_layers
     k, v = (cast(Tensor, getattr(learned, name)).repeat_interleave(job.rows, 1).to(base.dtype) for name in "kv")
     for layer, (key, value) in enumerate(Prefix(k, v).layers(layers)):
         cache.update(key, value, layer)
@@ -488,7 +484,7 @@ def _fused_encoders() -> Iterator[None]:
 def _cost(job: Job, base: Any, run: Run, name: str) -> Cost:
     shape = shape_of(base)
     values = sum(p.numel() for p in base.parameters())
-    token = 2 * shape.kv_heads * shape.head_dim * base.dtype.itemsize  # K and V of a layer
+    token = shape.kv_width * base.dtype.itemsize  # K and V of a layer
     shared = name == "softkv" and job.method != "p-tuning" and job.encoder is None
     pairs = 1 if shared and job.method == "prefix-tuning" else shape.layers
     slots = token * pairs * job.length * (1 if shared else job.rows)
@@ -511,6 +507,7 @@ def _kernels(job: Job, base: Any, packed: bool) -> int:
     """Bytes that softkv's Triton launchers allocate for themselves in one layer's backward of attention."""
     shape = shape_of(base)
     H, G, D = base.config.get_text_config().num_attention_heads, shape.kv_heads, shape.head_dim
+    widths = D, shape.value_dim
     lengths = _seen_lengths(job) if packed else (job.longest + job.length,) * job.rows
     statistics = 2 * 4 * H * sum(lengths)
     if not packed or job.method == "p-tuning" or find_spec("triton") is None:
@@ -519,21 +516,23 @@ def _kernels(job: Job, base: Any, packed: bool) -> int:
     from softkv.kernels.compile import TARGETS
     from softkv.kernels.launch import recording
 
-    if D > engine.MOST_HEAD_DIM:
+    if max(widths) > engine.MOST_HEAD_DIM:
         return statistics
 
     rows = _packed(job)
     with META:
-        q, k, v = (torch.empty(sum(lengths), heads, D, dtype=job.dtype) for heads in (H, G, G))
-        prefix = [torch.empty(1 if job.encoder is None else job.rows, G, job.length, D, dtype=job.dtype) for _ in "kv"]
+        q, out = (torch.empty(sum(lengths), H, width, dtype=job.dtype) for width in widths)
+        k, v = (torch.empty(sum(lengths), G, width, dtype=job.dtype) for width in widths)
+        prefixes = 1 if job.encoder is None else job.rows
+        prefix = [torch.empty(prefixes, G, job.length, width, dtype=job.dtype) for width in widths]
         lse, cu_seqlens = torch.empty(H, sum(lengths)), torch.empty(job.rows + 1, dtype=torch.int32)
     options: dict[str, Any] = dict.fromkeys(
         ("prefix_index", "prefix_lengths", "key_mask", "key_lengths", "sinks", "window", "softcap")
     )
-    known = [q, k, v, *prefix, lse, cu_seqlens]
+    known = [q, out, k, v, *prefix, lse, cu_seqlens]
     with META, recording(TARGETS[job.target][1]), Ledger(known) as ledger:
         gradients = engine.backward(
-            q, None, q, lse, q, k, v, *prefix, needs=(True,) * 5 + (False,), scale=1.0, is_causal=True,
+            out, None, out, lse, q, k, v, *prefix, needs=(True,) * 5 + (False,), scale=1.0, is_causal=True,
             window_covers_prefix=False, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=rows.longest,
             max_seqlen_k=rows.longest, **options,
         )  # fmt: skip

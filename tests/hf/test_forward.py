@@ -157,8 +157,8 @@ def test_other_shapes_are_refused_by_prefix_methods() -> None:
     from softkv.hf.frozen import FrozenBase
 
     model = model_of("Llama")
-    base = FrozenBase(model, [torch.zeros(1, 2, 1, 8), torch.zeros(1, 4, 1, 8)])
-    assert base.shape == BaseShape(2, 0, 0, 32, 32, VOCAB)
+    base = FrozenBase(model, [(2, 8, 8), (4, 8, 8)])
+    assert base.shape == BaseShape(2, 0, 0, 0, 32, 32, VOCAB)
     for method in ("prefix-tuning", "p-tuning v2", "p-tuning v2 encoder"):
         with pytest.raises(ValueError, match=r"layers|heads"):
             METHODS[method].build(base)

@@ -8,26 +8,11 @@ import torch
 import transformers
 
 import softkv
+from tests.hf import latent
 from tests.hf.naive import close
 from tests.hf.tiny import METHODS, TEXT, tokenizer
 
-SIZES = {
-    "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 4, "max_position_embeddings": 96, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None,
-}  # fmt: skip
-LATENT = SIZES | {
-    "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 6,
-}  # fmt: skip
-EXPERTS = {
-    "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_shared_experts": 1, "n_group": 1,
-    "topk_group": 1, "first_k_dense_replace": 1,
-}  # fmt: skip
-MODELS: dict[str, dict[str, Any]] = {
-    "DeepseekV3": LATENT | EXPERTS,
-    "MiniCPM3": LATENT,
-    "Youtu": LATENT,
-    "DiffLlama": SIZES | {"num_key_value_heads": 2},
-}
+MODELS: dict[str, dict[str, Any]] = latent.MODELS | {"DiffLlama": latent.SIZES | {"num_key_value_heads": 2}}
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -102,12 +102,19 @@ WRONG: dict[str, tuple[dict[str, Tensor | None], str]] = {
     "a layer that is missing": (CACHE | {"trainable_values.1": None}, r"not so: \['trainable_values.1'\]"),
     "layers that differ": (CACHE | {"trainable_keys.1": torch.ones(1, 2, 3, 8)}, "keys that don't fit together"),
     "keys and values that differ": (
+        {name: x if "keys" in name else torch.ones(1, 2, 3, 8) for name, x in CACHE.items()},
+        r"values \[1, G, P, Dv\] in every layer",
+    ),
+    "values of another width than the model's": (
         {name: x if "keys" in name else torch.ones(1, 2, 2, 9) for name, x in CACHE.items()},
-        "keys and values of one shape",
+        "'v' has shape .*, 9",
     ),
     "only a frozen part of a layer": (CACHE | {"trainable_keys.9999": torch.ones(1)}, "in every layer, not so"),
     "another number of axes": ({name: torch.ones(2) for name in CACHE}, "that don't fit together"),
-    "a batch of two": ({name: torch.ones(2, 2, 2, 8) for name in CACHE}, r"one shape \[1, G, P, D\]"),
+    "a batch of two": (
+        {name: torch.ones(2, 2, 2, 8) for name in CACHE},
+        r"keys \[1, G, P, D\] and values \[1, G, P, Dv\]",
+    ),
     "something else": ({"lm_head.weight": torch.ones(2)}, "neither a prefix encoder .* it holds lm_head.weight"),
     "nothing": ({}, "it holds nothing"),
     "NaN": (CACHE | {"trainable_keys.0": torch.ones(1, 2, 2, 8) * torch.nan}, "NaN or infinite"),

@@ -40,7 +40,7 @@ def test_a_backward_allocates_what_is_planned(encoder: Any, split: bool, monkeyp
     monkeypatch.setitem(offline.TARGETS, "here", (None, target_of(q)))
     config = transformers.LlamaConfig(hidden_size=H * D, num_attention_heads=H, num_key_value_heads=G)
     job = planning.Job(config, "p-tuning-v2", P, 4, LENGTHS, 1, torch.float32, encoder=encoder, target="here")
-    monkeypatch.setattr(planning, "shape_of", lambda base: SimpleNamespace(kv_heads=G, head_dim=D))
+    monkeypatch.setattr(planning, "shape_of", lambda base: SimpleNamespace(kv_heads=G, head_dim=D, value_dim=D))
     planned = planning._kernels(job, SimpleNamespace(config=config), packed=True)
     if DEVICE == "cuda":  # blocks are rounded up, and more multiprocessors split more
         assert planned <= allocated < planned + BLOCK * MOST_BLOCKS

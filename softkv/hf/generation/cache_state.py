@@ -32,7 +32,7 @@ class CacheState:
         rows: B of it.
         adapters: the adapter of each of these rows, or the one of all of them.
         mask: `[B, T + k]`, the real tokens among the columns that the cache holds, soft tokens included.
-        kv: encoder mode, the K/V `[A, G, P, D]` of each block.
+        kv: encoder mode, the K/V `[A, G, P, D or Dv]` of each block.
         order: which row of that batch each row of the cache is, or None while they are the same.
         unread: columns of its prompts that a `generate` has still to read.
         prefixes: computed prefixes of its adapters, made without gradients for these rows.
