@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor
 from softkv.hf.learned import IN_BASE, check_learned, learned_in, peft_configs, put_learned
 from softkv.hf.model import PromptedModel
 from softkv.hf.task_heads import SavedModules
+from softkv.hf.task_rows import answers_of
 from softkv.io import foreign, peft, state
 from softkv.io.config import CONFIG, FORMAT, MODULES, SHAPE, WEIGHTS, check_size, check_sum, of_header, parse
 from softkv.io.flat import FLAT, unflatten
@@ -131,7 +132,7 @@ def restore(model: PromptedModel, directory: str | os.PathLike[str]) -> None:
     for key in ("method", "config", MODULES):
         if config.get(key, []) != mine.get(key, []):
             raise ValueError(f"{directory} holds {key} {config.get(key)}, expected {mine.get(key)}")
-    _check_type(config["base"], model)
+    _check_type(config["base"], model.base)
     _check_base(config["base"], model.base_shape)
     prompt, in_base = parted(tensors)
     prompt, modules = split(prompt)
@@ -247,6 +248,8 @@ def read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if not path.is_file():
         pickles = sorted(file.name for file in directory.glob("*") if file.suffix in _PICKLES)
         hint = f"; {pickles[0]} is a pickle, which softkv never reads: convert it to safetensors" if pickles else ""
+        if inside := peft.named_inside(directory):
+            hint += f"; PEFT keeps adapters in folders by their names: {', '.join(inside)} (give one of these)"
         raise FileNotFoundError(f"{directory} holds no soft prompt: expected {WEIGHTS} and {CONFIG}{hint}")
     metadata, tensors = read_tensors(path)
     config = of_header(metadata, path)
@@ -344,6 +347,11 @@ def _check_type(saved: dict[str, Any], model: Any) -> None:
     trained_on, here = saved.get("model_type"), getattr(getattr(model, "config", None), "model_type", None)
     if here is not None and trained_on is not None and trained_on != here:
         raise ValueError(f"this soft prompt was trained on another base model: {trained_on}, not {here}")
+    if here is not None and "answers" in saved and (answers := answers_of(model)) not in (saved["answers"], "other"):
+        raise ValueError(
+            f"this soft prompt was trained on a base that answers for each {saved['answers']}, and "
+            f"{type(model).__name__} answers for each {answers}"
+        )
 
 
 def _check_base(saved: dict[str, Any], shape: BaseShape) -> None:

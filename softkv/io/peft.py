@@ -6,12 +6,14 @@ from whatever was trained (projections, prompt encoders). Beside it are modules 
 
 - PREFIX_TUNING, CARTRIDGE: a flat prefix `[P, 2·L·G·D]` (`softkv.io.flat`), keys as attention sees them. Sliding
   windows count its slots.
-- PROMPT_TUNING, P_TUNING: embeddings `[P, C]`, in front of every row.
+- PROMPT_TUNING, P_TUNING, CPT: embeddings `[P, C]`, in front of every row. Those of CPT are the context's embeddings
+  and what was added to them, within its bounds.
 """
 
 from __future__ import annotations
 
 import json
+import reprlib
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -29,7 +31,13 @@ from softkv.methods.base import Method
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 TENSOR = "prompt_embeddings"
-PREFIXES, PROMPTS = ("PREFIX_TUNING", "CARTRIDGE"), ("PROMPT_TUNING", "P_TUNING")
+PREFIXES, PROMPTS = ("PREFIX_TUNING", "CARTRIDGE"), ("PROMPT_TUNING", "P_TUNING", "CPT")
+_OTHERS = {  # kinds that are no soft prompt in front of every row, and why
+    "MULTITASK_PROMPT_TUNING": "its prompt depends on the task id of each row",
+    "ADAPTION_PROMPT": "it adds attention of its own, behind a gate, to the layer's",
+    "XLORA": "it mixes LoRA adapters by each row's own weights",
+    "POLY": "it mixes low-rank adapters by the task id of each row",
+}
 _INSIDE = "base_model."  # before the paths of modules
 _TASKS = {"next token": "CAUSAL_LM", "row": "SEQ_CLS", "token": "TOKEN_CLS", "span": "QUESTION_ANS"}
 _LARGEST_CONFIG = 1 << 22  # bytes: parsed JSON may take twenty times as much memory
@@ -38,6 +46,11 @@ _LARGEST_CONFIG = 1 << 22  # bytes: parsed JSON may take twenty times as much me
 def is_here(directory: Path) -> bool:
     """Whether a folder holds a PEFT adapter of any kind."""
     return (directory / CONFIG).is_file()
+
+
+def named_inside(directory: Path) -> list[str]:
+    """Folders of PEFT adapters inside a folder: where PEFT saves all but the adapter called "default"."""
+    return sorted(path.parent.name for path in directory.glob(f"*/{CONFIG}"))[:5]
 
 
 def read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -84,6 +97,8 @@ def translate(
             f"{where}: {TENSOR} has shape {tuple(embeddings.shape)}, expected {slots} rows (num_virtual_tokens)"
         )
     base: dict[str, Any] = {"name": config.get("base_model_name_or_path") or ""}
+    if answers := [answers for answers, task in _TASKS.items() if task == config.get("task_type")]:
+        base["answers"] = answers[0]
     method: Method
     if kind in PREFIXES:
         layers, heads, width = (_size(config, key, where) for key in ("num_layers", "num_attention_heads", "token_dim"))
@@ -228,19 +243,23 @@ def check_kind(config: dict[str, Any], where: str) -> None:
     """Raise unless a PEFT config is of a kind that softkv reads."""
     kind, task, halves = (config.get(key) for key in ("peft_type", "task_type", "num_transformer_submodules"))
     if kind not in (*PREFIXES, *PROMPTS):
-        raise ValueError(f"{where} is of a {kind!r} adapter: softkv reads {', '.join((*PREFIXES, *PROMPTS))} from PEFT")
+        why = f" ({_OTHERS[kind]})" if isinstance(kind, str) and kind in _OTHERS else ""
+        raise ValueError(
+            f"{where} is of a {reprlib.repr(kind)} adapter{why}: softkv reads {', '.join((*PREFIXES, *PROMPTS))} from "
+            "PEFT"
+        )
     if task not in (None, *_TASKS.values()) or halves not in (None, 1):
         raise ValueError(
-            f"{where} is of the task {task!r} (with {halves} transformer submodules): softkv reads the tasks "
-            f"{', '.join(_TASKS.values())}, with 1"
+            f"{where} is of the task {reprlib.repr(task)} (with {reprlib.repr(halves)} transformer submodules): softkv "
+            f"reads the tasks {', '.join(_TASKS.values())}, with 1"
         )
     name = config.get("base_model_name_or_path")
     if name is not None and not isinstance(name, str):
-        raise ValueError(f"{where}: base_model_name_or_path expects a text, got {name!r}")
+        raise ValueError(f"{where}: base_model_name_or_path expects a text, got {reprlib.repr(name)}")
 
 
 def _size(config: dict[str, Any], key: str, where: str) -> int:
     value = config.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{where}: {key} expects a whole number of at least 1, got {value!r}")
+        raise ValueError(f"{where}: {key} expects a whole number of at least 1, got {reprlib.repr(value)}")
     return value

@@ -17,9 +17,9 @@ def from_peft(peft_model: Any, *, adapter_name: str | None = None, backend: str 
     """Puts the soft prompt of a `peft.PeftModel` on its base model, with the same logits.
 
     Args:
-        peft_model: a model with a PREFIX_TUNING, CARTRIDGE, PROMPT_TUNING or P_TUNING adapter, a causal LM or one of
-            a task with its head. It is left as it
-            is, but for the base that both now share, which is frozen and whose attention is softkv's until `detach`.
+        peft_model: a model with a PREFIX_TUNING, CARTRIDGE, PROMPT_TUNING, P_TUNING or CPT adapter, a causal LM or one
+            of a task with its head. It is left as it is, but for the base that both now share, which is frozen and
+            whose attention is softkv's until `detach`.
         adapter_name: which of its adapters; None takes the active one.
         backend: of `softkv.prefix_attention`; None chooses by device.
 

@@ -1,6 +1,7 @@
 """PEFT's adapters and softkv's: the same logits and the same generated tokens, whichever of the two reads them."""
 
 import json
+import shutil
 import warnings
 from functools import cache
 from pathlib import Path
@@ -30,6 +31,15 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
         "PromptEncoderConfig",
         {"encoder_hidden_size": 12, "encoder_reparameterization_type": "LSTM", "encoder_dropout": 0.1},
     ),
+    "CPT": (
+        "CPTConfig",
+        {
+            "cpt_token_ids": list(range(3, SLOTS + 3)),
+            "cpt_mask": [1] * SLOTS,
+            "cpt_tokens_type_mask": [1 + slot % 4 for slot in range(SLOTS)],
+            "opt_projection_epsilon": 3.0,
+        },
+    ),
 }
 ROWS = [row.ids for row in rows_for("no soft tokens")]
 STEPS = WINDOW + 2
@@ -39,8 +49,13 @@ def in_peft(name: str, kind: str) -> Any:
     """A tiny model with a random PEFT adapter."""
     config, options = KINDS[kind]
     torch.manual_seed(3)
-    config = getattr(peft, config)(task_type="CAUSAL_LM", num_virtual_tokens=SLOTS, **options)
-    return peft.get_peft_model(model_of(name), config).eval()
+    length = {} if kind == "CPT" else {"num_virtual_tokens": SLOTS}
+    model = peft.get_peft_model(
+        model_of(name), getattr(peft, config)(task_type="CAUSAL_LM", **length, **options)
+    ).eval()
+    if kind == "CPT":  # as after a step: out of its bounds, where the next forward puts it back
+        torch.nn.init.normal_(model.prompt_encoder["default"].delta_embedding.weight, std=9)
+    return model
 
 
 def logits_of(model: Any, batch: dict[str, Tensor]) -> Tensor:
@@ -212,23 +227,43 @@ def pickled(directory: Path) -> None:
     (directory / "adapter_model.safetensors").rename(directory / "adapter_model.bin")
 
 
+def in_folders(directory: Path) -> None:
+    for name in ("first", "second"):
+        shutil.copytree(directory, directory / name, ignore=shutil.ignore_patterns("first"))
+    for file in directory.glob("*.*"):
+        file.unlink()
+
+
 def written(text: str) -> Any:
     return lambda directory: (directory / "adapter_config.json").write_text(text)
 
 
 UNREADABLE: dict[str, tuple[Any, str]] = {
     "another kind": (edited(peft_type="LORA"), "of a 'LORA' adapter: softkv reads PREFIX_TUNING, CARTRIDGE"),
+    "tasks in one": (edited(peft_type="MULTITASK_PROMPT_TUNING"), "its prompt depends on the task id of each row"),
+    "a mixture": (edited(peft_type="XLORA"), r"of a 'XLORA' adapter \(it mixes LoRA adapters"),
+    "a kind to come": (edited(peft_type="SOFTER_" + "X" * 10**6), "of a 'SOFTER_X+...X+' adapter: softkv reads"),
+    "a prompt beside LoRA": (
+        with_tensors(lambda tensors: tensors | {"base_model.model.q_proj.lora_A.weight": torch.zeros(2, 2)}),
+        "which belongs to none of its modules_to_save",
+    ),
+    "features": (edited(task_type="FEATURE_EXTRACTION"), "of the task 'FEATURE_EXTRACTION'"),
+    "a folder of folders": (in_folders, r"adapters in folders by their names: first, second \(give one"),
     "no kind": (edited(peft_type=None), "of a None adapter"),
     "a kind that is a list": (edited(peft_type=[]), r"of a \[\] adapter"),
     "an encoder-decoder": (edited(task_type="SEQ_2_SEQ_LM", num_transformer_submodules=2), "task 'SEQ_2_SEQ_LM'"),
-    "a classifier": (edited(task_type="SEQ_CLS"), "works on causal decoders"),
+    "a classifier": (
+        edited(task_type="SEQ_CLS"),
+        "answers for each row, and LlamaForCausalLM answers for each next token",
+    ),
+    "a tagger": (edited(task_type="TOKEN_CLS"), "answers for each token, and LlamaForCausalLM answers for each next"),
     "a pickle": (pickled, "adapter_model.bin is a pickle, which softkv never reads. Convert it"),
     "no weights": (lambda d: (d / "adapter_model.safetensors").unlink(), "found no adapter_model.safetensors"),
     "no tensors": (with_tensors(lambda tensors: {}), "expects a tensor 'prompt_embeddings', got none"),
     "other tensors": (with_tensors(lambda tensors: {"lora_A": torch.zeros(2)}), "'prompt_embeddings', got lora_A"),
     "weights of the base": (
         with_tensors(lambda tensors: tensors | {"base_model.embed_tokens.weight": torch.zeros(2)}),
-        "trained weights of the base among them: base_model.embed_tokens.weight",
+        "the weight 'embed_tokens.weight', which belongs to none of its modules_to_save",
     ),
     "a wrong width": (
         with_tensors(lambda tensors: {"prompt_embeddings": tensors["prompt_embeddings"][:, 1:].contiguous()}),
