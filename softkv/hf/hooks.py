@@ -145,7 +145,7 @@ class DecoderHooks:
             context.capture.clear()
         except (*_OBSCURE, ValueError) as error:
             if _raised_in("softkv.hf.", error):
-                raise OutOfReach(str(error)) from error
+                raise OutOfReach(str(error).partition(": use attn_implementation")[0]) from error
             if _raised_in("softkv.", error):
                 raise
             raise self._not_run(error) from error
@@ -186,11 +186,14 @@ class DecoderHooks:
         """Runs a few tokens through a decoder that keeps its own attention.
 
         Raises:
-            OutOfReach: the reason, when soft tokens can't be put into its rows either.
+            OutOfReach: when soft tokens can't be put into its rows either.
         """
         own = OwnAttention.of(self.decoder, self.base, self._few_tokens(), str(reason))
         if own is None:
-            raise reason
+            raise OutOfReach(
+                "softkv.attach expects attention that it can take the place of, or a model that takes inputs_embeds, "
+                f"keeps its past in past_key_values and sees no padding in front, got {type(self.base).__name__} ({reason})"
+            )
         self.own = own
         self.behaviour = Behaviour(packs=False, carries=False, embeds=own.embeds)
         if own.takes_positions:

@@ -232,7 +232,7 @@ def test_decoders_that_count_padding_are_refused() -> None:
     )  # fmt: skip
     base = transformers.BartForCausalLM(config)
     before = state_of(base)
-    with pytest.raises(ValueError, match="BartForCausalLM takes no position_ids"):
+    with pytest.raises(ValueError, match=r"sees no padding in front, got Bart.*takes no position_ids"):
         softkv.attach(base, METHODS["prompt-tuning before"])
     assert_same_state(state_of(base), before)
 
@@ -269,3 +269,13 @@ def test_encoders(head: str) -> None:
                     truth, other = want[name][0], without[name][0]
                 close(got, truth, 1e-4)
                 assert not torch.allclose(got, other, atol=1e-2)
+
+
+def test_models_without_attention_are_refused() -> None:
+    base = transformers.MambaForCausalLM(
+        transformers.MambaConfig(vocab_size=61, hidden_size=16, num_hidden_layers=1, state_size=4)
+    )
+    before = state_of(base)
+    with pytest.raises(ValueError, match=r"keeps its past in past_key_values .*, got MambaForCausalLM"):
+        softkv.attach(base, METHODS["prompt-tuning before"])
+    assert_same_state(state_of(base), before)
