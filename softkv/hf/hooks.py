@@ -192,7 +192,8 @@ class DecoderHooks:
         if own is None:
             raise OutOfReach(
                 "softkv.attach expects attention that it can take the place of, or a model that takes inputs_embeds, "
-                f"keeps its past in past_key_values and sees no padding in front, got {type(self.base).__name__} ({reason})"
+                "keeps its past in past_key_values and sees no padding in front, "
+                f"got {type(self.base).__name__} ({reason})"
             )
         self.own = own
         self.behaviour = Behaviour(packs=False, carries=False, embeds=own.embeds)
