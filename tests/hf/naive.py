@@ -96,7 +96,7 @@ def _masks(config: Any, T: int, P: int, window_covers: bool, dtype: torch.dtype)
     if not window_covers:
         inside = inside | (key < P)
     masks = {"full_attention": additive(causal), "sliding_attention": additive(causal & inside)}
-    return masks if config.model_type == "gemma2" else masks["sliding_attention"]
+    return masks if config.model_type in ("gemma2", "gemma4_text") else masks["sliding_attention"]
 
 
 def greedy(model: Any, soft: SoftPrompt, ids: list[int], steps: int) -> list[int]:
