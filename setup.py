@@ -41,6 +41,7 @@ setup(
         "bench": BENCHMARKS,
         "demo": ["gguf", *BENCHMARKS],
         "docs": DOCS,
+        "eval": ["lm-eval>=0.4.9"],
         "plots": PLOTS,
         "peers": ["fla-core"],
     },

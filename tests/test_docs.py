@@ -15,7 +15,12 @@ from tests.hf.tiny import model_of, tokenizer
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-PAGES = ["index.md", "classification.md", *(f"methods/{p.name}" for p in (DOCS / "methods").glob("*_*.md"))]
+PAGES = [
+    "index.md",
+    "classification.md",
+    "serving.md",
+    *(f"methods/{p.name}" for p in (DOCS / "methods").glob("*_*.md")),
+]
 
 
 @pytest.mark.parametrize("page", sorted(PAGES))
