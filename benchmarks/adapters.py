@@ -33,7 +33,7 @@ Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Case:
+class AdapterCase:
     """A batch whose row r has adapter r modulo `adapters`."""
 
     mode: str
@@ -48,23 +48,23 @@ class Case:
 
 
 MODES = ("generation", "forward")
-CASES = {f"{mode}-{count}": Case(mode, count) for mode in MODES for count in (1, 2, 4, 8, 16)}
-QUICK = {f"{mode}-{count}": Case(mode, count, rows=3, P=3, new_tokens=2) for mode in MODES for count in (1, 2)}
+CASES = {f"{mode}-{count}": AdapterCase(mode, count) for mode in MODES for count in (1, 2, 4, 8, 16)}
+QUICK = {f"{mode}-{count}": AdapterCase(mode, count, rows=3, P=3, new_tokens=2) for mode in MODES for count in (1, 2)}
 
 
-def cases(quick: bool) -> dict[str, Case]:
+def cases(quick: bool) -> dict[str, AdapterCase]:
     return QUICK if quick else CASES
 
 
 class Job(ModelJob):
     """One base with as many adapters as rows in softkv, another in PEFT with the same values, and the prompts."""
 
-    def __init__(self, case: Case, settings: ModelSettings) -> None:
+    def __init__(self, case: AdapterCase, settings: ModelSettings) -> None:
         super().__init__(settings)
         model, tokenizer = self.load()
         method = softkv.PTuningV2(length=case.P, init="vocabulary", template=TEMPLATE)
         self.ours = softkv.attach(model, method).eval()
-        names = list(dict.fromkeys(Case(case.mode, case.rows, case.rows).names))
+        names = list(dict.fromkeys(AdapterCase(case.mode, case.rows, case.rows).names))
         for name in names:
             self.ours.add_adapter(name, method)
         self.absent: dict[str, str] = {}
@@ -80,13 +80,13 @@ class Job(ModelJob):
         prompts = {"input_ids": [method.encode(tokenizer, text=text)["input_ids"] for text in texts]}
         self.batch: Batch = self.on_device(dict(tokenizer.pad(prompts, return_tensors="pt", padding_side="left")))
 
-    def providers(self, case: Case) -> dict[str, Callable[[], Tensor]]:
+    def providers(self, case: AdapterCase) -> dict[str, Callable[[], Tensor]]:
         """What answers the batch: the tokens `[rows, new_tokens]` generated, or the logits `[rows, V]` of a forward."""
         together = {"softkv": lambda: self.answer(self.ours, case, self.batch, adapter_names=case.names)}
         apart = {"one by one": self.ours} | ({} if self.absent else {"PEFT one by one": self.theirs})
         return together | {name: lambda model=model: self.one_by_one(model, case) for name, model in apart.items()}
 
-    def one_by_one(self, model: Any, case: Case) -> Tensor:
+    def one_by_one(self, model: Any, case: AdapterCase) -> Tensor:
         answers: dict[int, Tensor] = {}
         for name in dict.fromkeys(case.names):
             rows = [row for row in range(case.rows) if case.names[row] == name]
@@ -97,7 +97,7 @@ class Job(ModelJob):
         return torch.stack([answers[row] for row in range(case.rows)])
 
     @torch.no_grad()
-    def answer(self, model: Any, case: Case, batch: Batch, **options: Any) -> Tensor:
+    def answer(self, model: Any, case: AdapterCase, batch: Batch, **options: Any) -> Tensor:
         if case.mode == "generation":
             length = {"max_new_tokens": case.new_tokens, "min_new_tokens": case.new_tokens, "do_sample": False}
             return model.generate(**batch, **length, **options)[:, -case.new_tokens :]
@@ -106,7 +106,7 @@ class Job(ModelJob):
 
 
 def run(
-    chosen: dict[str, Case], seconds: float, settings: ModelSettings, command: str
+    chosen: dict[str, AdapterCase], seconds: float, settings: ModelSettings, command: str
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """(name, record) of each case."""
     job = Job(next(iter(chosen.values())), settings)
@@ -115,7 +115,7 @@ def run(
         yield name, measure(job, case, seconds) | about
 
 
-def measure(job: Job, case: Case, seconds: float) -> dict[str, Any]:
+def measure(job: Job, case: AdapterCase, seconds: float) -> dict[str, Any]:
     """Seconds of every provider whose tokens are softkv's."""
     providers = job.providers(case)
     tokens = {name: run() if case.mode == "generation" else run().argmax(-1) for name, run in providers.items()}

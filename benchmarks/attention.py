@@ -19,8 +19,8 @@ from softkv.ops.reference import reference_attention
 
 from .machine import machine, peak_rates
 from .memory import working_mib
-from .providers import OURS, PROVIDERS, Problem, Unavailable
-from .shapes import CPU, CUDA, QUICK, Case, Sweep
+from .providers import OURS, PROVIDERS, AttentionProblem, Unavailable
+from .shapes import CPU, CUDA, QUICK, AttentionCase, Sweep
 from .timing import Clock, clock_of, fastest, interleaved, summary
 
 TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2, "float16": 5e-3}  # of the largest number in a result
@@ -53,7 +53,7 @@ def sweeps(device: str, quick: bool) -> dict[str, Sweep]:
     return QUICK if quick else {"cpu": CPU, "cuda": CUDA}[device]
 
 
-def run(cases: list[Case], settings: Settings, command: str, quick: bool = False) -> Iterator[tuple[str, Any]]:
+def run(cases: list[AttentionCase], settings: Settings, command: str, quick: bool = False) -> Iterator[tuple[str, Any]]:
     """(name, record) of each case."""
     clock = clock_of(settings.device)
     about = {"machine": machine(settings.device), "command": command, "settings": asdict(settings)}
@@ -67,9 +67,9 @@ def run(cases: list[Case], settings: Settings, command: str, quick: bool = False
         yield case.name, measure(case, settings, clock) | about | {"peak": peak}
 
 
-def measure(case: Case, settings: Settings, clock: Clock) -> dict[str, Any]:
+def measure(case: AttentionCase, settings: Settings, clock: Clock) -> dict[str, Any]:
     dtype = getattr(torch, settings.dtype)
-    problem = Problem.random(case.shape, case.mode, settings.device, dtype)
+    problem = AttentionProblem.random(case.shape, case.mode, settings.device, dtype)
     direction = torch.randn_like(problem.q)
     ready, absent = prepare(problem, direction, TOLERANCE[settings.dtype], clock)
     steps = {name: one.step for name, one in ready.items()}
@@ -99,7 +99,7 @@ def measure(case: Case, settings: Settings, clock: Clock) -> dict[str, Any]:
 
 
 def prepare(
-    problem: Problem, direction: Tensor, tolerance: float, clock: Clock
+    problem: AttentionProblem, direction: Tensor, tolerance: float, clock: Clock
 ) -> tuple[dict[str, Ready], dict[str, str]]:
     """The providers that can run and are right, and why the others can't or aren't."""
     ready, absent = {}, {}
@@ -136,7 +136,7 @@ def _fastest_of(trial: dict[str, Callable[[], Any]], clock: Clock) -> str:
     return fastest(interleaved(trial, 0, at_least=_TRIAL_ROUNDS, at_most=_TRIAL_ROUNDS, hot=False, clock=clock))
 
 
-def oracle(problem: Problem, direction: Tensor, prefix: bool) -> list[Tensor]:
+def oracle(problem: AttentionProblem, direction: Tensor, prefix: bool) -> list[Tensor]:
     """What a step has to give, in float64, row by row."""
     exact = [x.detach().double().requires_grad_(x.requires_grad) for x in problem.leaves[: 5 if prefix else 3]]
     outs = []

@@ -35,7 +35,7 @@ app = typer.Typer(add_completion=False)
 
 
 @dataclass(frozen=True)
-class Run:
+class MethodRun:
     """A method with the start and the learning rate that make 40 steps worth watching."""
 
     title: str
@@ -51,7 +51,7 @@ class Run:
 
 
 RUNS = {
-    "prompt-tuning": Run(
+    "prompt-tuning": MethodRun(
         "Prompt-tuning",
         "PromptTuning",
         {"init": "text", "init_text": " Is the sentiment of this movie review positive or negative? It is"}
@@ -59,21 +59,21 @@ RUNS = {
         5e-3,
         "PROMPT_TUNING",
     ),
-    "p-tuning": Run(
+    "p-tuning": MethodRun(
         "P-tuning",
         "PTuning",
         {"template": "Review: [text]\n[P1][P2][P3][P4] Sentiment, positive or negative: [P5][P6] [Y]"},
         2e-3,
         "P_TUNING",
     ),
-    "prefix-tuning": Run(
+    "prefix-tuning": MethodRun(
         "Prefix-tuning",
         "PrefixTuning",
         {"length": 16, "template": f"{INSTRUCTION}[text]\nSentiment: [Y]"},
         3e-2,
         None,
     ),
-    "p-tuning-v2": Run(
+    "p-tuning-v2": MethodRun(
         "P-tuning v2",
         "PTuningV2",
         {"init": "text", "init_text": INSTRUCTION, "template": "[text]\nSentiment: [Y]"},

@@ -30,7 +30,7 @@ PROVIDERS = ("softkv", "PEFT", "no prefix")
 
 
 @dataclass(frozen=True)
-class Case:
+class GenerationCase:
     P: int
     rows: int = 16
     new_tokens: int = 32
@@ -40,19 +40,19 @@ class Case:
         return f"{self.rows} prompts behind P={self.P}, {self.new_tokens} new tokens"
 
 
-CPU = {f"P{P}": Case(P) for P in (64, 256, 1024, 2048)}
-CUDA = {f"P{P}": Case(P, rows=128, new_tokens=128) for P in (64, 1024, 4096, 8192)}
-QUICK = {"P5": Case(5, rows=3, new_tokens=4)}
+CPU = {f"P{P}": GenerationCase(P) for P in (64, 256, 1024, 2048)}
+CUDA = {f"P{P}": GenerationCase(P, rows=128, new_tokens=128) for P in (64, 1024, 4096, 8192)}
+QUICK = {"P5": GenerationCase(5, rows=3, new_tokens=4)}
 
 
-def cases(device: str, quick: bool) -> dict[str, Case]:
+def cases(device: str, quick: bool) -> dict[str, GenerationCase]:
     return QUICK if quick else {"cpu": CPU, "cuda": CUDA}[device]
 
 
 class Job(ModelJob):
     """One provider's `generate`; `step(i)` answers batch i and gives the new tokens."""
 
-    def __init__(self, case: Case, provider: str, settings: ModelSettings) -> None:
+    def __init__(self, case: GenerationCase, provider: str, settings: ModelSettings) -> None:
         import torch
 
         import softkv
@@ -85,7 +85,11 @@ class Job(ModelJob):
 
 
 def run(
-    chosen: dict[str, Case], rounds: int, settings: ModelSettings, command: str, progress: Callable[[int], None]
+    chosen: dict[str, GenerationCase],
+    rounds: int,
+    settings: ModelSettings,
+    command: str,
+    progress: Callable[[int], None],
 ) -> Iterator[tuple[str, Any]]:
     """(name, record) of each case."""
     fetch(settings)
@@ -94,7 +98,9 @@ def run(
         yield name, measure(case, rounds, settings, progress) | about
 
 
-def measure(case: Case, rounds: int, settings: ModelSettings, progress: Callable[[int], None]) -> dict[str, Any]:
+def measure(
+    case: GenerationCase, rounds: int, settings: ModelSettings, progress: Callable[[int], None]
+) -> dict[str, Any]:
     """Seconds, tokens and peak memory of every provider of a case."""
     makers = {provider: partial(Job, case, provider, settings) for provider in PROVIDERS}
     turns = take_turns(makers, rounds, accept=same_tokens, progress=progress)

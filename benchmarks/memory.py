@@ -14,11 +14,11 @@ from multiprocessing.connection import Connection
 
 import torch
 
-from .providers import PROVIDERS, Problem
-from .shapes import Case
+from .providers import PROVIDERS, AttentionProblem
+from .shapes import AttentionCase
 
 
-def working_mib(case: Case, provider: str, variant: str, device: str, dtype: str) -> float | None:
+def working_mib(case: AttentionCase, provider: str, variant: str, device: str, dtype: str) -> float | None:
     """MiB, or None where the system doesn't tell."""
     if device == "cuda":
         step = _step(case, provider, variant, device, dtype)
@@ -41,8 +41,8 @@ def working_mib(case: Case, provider: str, variant: str, device: str, dtype: str
         process.join()
 
 
-def _step(case: Case, provider: str, variant: str, device: str, dtype: str) -> Callable[[], object]:
-    problem = Problem.random(case.shape, case.mode, device, getattr(torch, dtype))
+def _step(case: AttentionCase, provider: str, variant: str, device: str, dtype: str) -> Callable[[], object]:
+    problem = AttentionProblem.random(case.shape, case.mode, device, getattr(torch, dtype))
     chosen = PROVIDERS[provider]
     leaves = problem.leaves if chosen.prefix else problem.leaves[:3]
     return problem.step(chosen.variants[variant](problem), torch.randn_like(problem.q), leaves)
@@ -57,7 +57,7 @@ def allocated_mib(step: Callable[[], object]) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def _resident(pipe: Connection, case: Case, provider: str, variant: str, dtype: str, threads: int) -> None:
+def _resident(pipe: Connection, case: AttentionCase, provider: str, variant: str, dtype: str, threads: int) -> None:
     torch.set_num_threads(threads)
     step = _step(case, provider, variant, "cpu", dtype)
     step()  # libraries set themselves up

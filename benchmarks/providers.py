@@ -1,7 +1,7 @@
 """Ways to compute attention with a prefix, as data: `PROVIDERS`.
 
-A variant takes a `Problem`, makes ready what lasts beyond a call (masks, caches, compiled code) and returns the call to
-be timed: out [B, H, T, D]. It raises `Unavailable` where it can't run. Of the variants the fastest is measured.
+A variant takes an `AttentionProblem`, prepares what outlives a call (masks, caches, compiled code) and returns the
+function to time: out [B, H, T, D]. It raises `Unavailable` where it can't run. The fastest variant is measured.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from softkv import prefix_attention
 from .shapes import Mode, Shape
 
 Forward = Callable[[], Any]
-Variant = Callable[["Problem"], Forward]
+Variant = Callable[["AttentionProblem"], Forward]
 
 
 class Unavailable(Exception):
@@ -29,7 +29,7 @@ class Unavailable(Exception):
 
 
 @dataclass(frozen=True)
-class Problem:
+class AttentionProblem:
     """The operands of one case, laid out in memory as transformers leaves them."""
 
     shape: Shape
@@ -42,7 +42,9 @@ class Problem:
     index: Tensor | None  # [B], where A > 1
 
     @classmethod
-    def random(cls, shape: Shape, mode: Mode, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Problem:
+    def random(
+        cls, shape: Shape, mode: Mode, device: str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> AttentionProblem:
         torch.manual_seed(0)
         B, H, G, P, D, S = shape.B, shape.H, shape.G, shape.P, shape.D, shape.keys
         options: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -114,7 +116,7 @@ class Problem:
 
 
 def softkv(backend: str) -> Variant:
-    def variant(problem: Problem) -> Forward:
+    def variant(problem: AttentionProblem) -> Forward:
         if backend in ("triton", "cudnn", "flash") and not problem.on_gpu:
             raise Unavailable("needs a GPU")
         return partial(prefix_attention, *problem.leaves, prefix_index=problem.index, backend=backend)
@@ -125,7 +127,7 @@ def softkv(backend: str) -> Variant:
 # Concatenation, then torch's own attention ----------------------------------------------------------------------------
 
 
-def sdpa_of(problem: Problem, heads: str) -> Callable[..., Tensor]:
+def sdpa_of(problem: AttentionProblem, heads: str) -> Callable[..., Tensor]:
     """SDPA with grouped heads, in one of the two ways there are."""
     if heads == "repeated heads":
         if not problem.grouped:
@@ -134,7 +136,7 @@ def sdpa_of(problem: Problem, heads: str) -> Callable[..., Tensor]:
     return partial(sdpa, enable_gqa=problem.grouped)
 
 
-def masked(problem: Problem, kind: str) -> dict[str, Any]:
+def masked(problem: AttentionProblem, kind: str) -> dict[str, Any]:
     """The mask of the concatenated keys, as SDPA takes it."""
     if problem.mode == "decoding":
         if kind != "no mask":
@@ -154,7 +156,7 @@ def masked(problem: Problem, kind: str) -> dict[str, Any]:
 
 
 def concatenate(kind: str, heads: str) -> Variant:
-    def variant(problem: Problem) -> Forward:
+    def variant(problem: AttentionProblem) -> Forward:
         attend, options = sdpa_of(problem, heads), masked(problem, kind)
         return lambda: attend(problem.q, *problem.joined(), **options)
 
@@ -164,14 +166,14 @@ def concatenate(kind: str, heads: str) -> Variant:
 def concatenated(heads: str) -> Variant:
     """On a cache in which the prefix already stands, once for each row."""
 
-    def variant(problem: Problem) -> Forward:
+    def variant(problem: AttentionProblem) -> Forward:
         return partial(sdpa_of(problem, heads), problem.q, *problem.joined())
 
     return variant
 
 
 def without_prefix(heads: str) -> Variant:
-    def variant(problem: Problem) -> Forward:
+    def variant(problem: AttentionProblem) -> Forward:
         attend = sdpa_of(problem, heads)
         return partial(attend, problem.q, problem.k, problem.v, is_causal=problem.mode != "decoding")
 
@@ -181,7 +183,7 @@ def without_prefix(heads: str) -> Variant:
 # Peers ----------------------------------------------------------------------------------------------------------------
 
 
-def flex(problem: Problem) -> Forward:
+def flex(problem: AttentionProblem) -> Forward:
     """FlexAttention over concatenated keys, compiled with a mask of its own."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -201,7 +203,7 @@ def flex(problem: Problem) -> Forward:
     return lambda: attend(problem.q, *keys(), block_mask=mask, enable_gqa=problem.grouped)
 
 
-def flash_attn(problem: Problem) -> Forward:
+def flash_attn(problem: AttentionProblem) -> Forward:
     """flash-attn over concatenated keys: its causal mask is aligned bottom-right, as is ours."""
     if not problem.on_gpu:
         raise Unavailable("needs a GPU")
@@ -217,7 +219,7 @@ def flash_attn(problem: Problem) -> Forward:
     return call
 
 
-def cascade(problem: Problem) -> Forward:
+def cascade(problem: AttentionProblem) -> Forward:
     """FlashInfer's two levels: a page of the shared prefix, and a page of each row's tokens."""
     if not problem.on_gpu:
         raise Unavailable("needs a GPU")

@@ -58,7 +58,7 @@ class Sweep:
 
 
 @dataclass(frozen=True)
-class Case:
+class AttentionCase:
     sweep: str
     mode: Mode
     shape: Shape
@@ -184,5 +184,10 @@ GIVEN = {
 }
 
 
-def cases(sweeps: dict[str, Sweep]) -> list[Case]:
-    return [Case(name, mode, shape) for name, sweep in sweeps.items() for shape in sweep.shapes for mode in sweep.modes]
+def cases(sweeps: dict[str, Sweep]) -> list[AttentionCase]:
+    return [
+        AttentionCase(name, mode, shape)
+        for name, sweep in sweeps.items()
+        for shape in sweep.shapes
+        for mode in sweep.modes
+    ]

@@ -31,7 +31,7 @@ IDEAS = {"- packing": "packing", "- head once": "head_once", "- label logits": "
 
 
 @dataclass(frozen=True)
-class Case:
+class TrainingCase:
     """A method at one size, PEFT's name of it, and the providers measured beside softkv."""
 
     title: str
@@ -49,13 +49,13 @@ class Case:
         return ["softkv", *self.ideas, *(["PEFT"] if self.peft else []), "floor"]
 
 
-def _of_length(P: int, ideas: tuple[str, ...] = ()) -> Case:
-    return Case(f"P-tuning v2, P={P}", "PTuningV2", {"length": P}, "PREFIX_TUNING", ideas, grows=True)
+def _of_length(P: int, ideas: tuple[str, ...] = ()) -> TrainingCase:
+    return TrainingCase(f"P-tuning v2, P={P}", "PTuningV2", {"length": P}, "PREFIX_TUNING", ideas, grows=True)
 
 
 CPU = {
     "v2-64": _of_length(64, ("- packing", "- label logits")),
-    "before-100": Case(
+    "before-100": TrainingCase(
         'Prompt-tuning "before", P=100',
         "PromptTuning",
         {"length": 100, "position": "before", "init": "random"},
@@ -65,12 +65,12 @@ CPU = {
     "v2-512": _of_length(512),
     "v2-2048": _of_length(2048),
     "v2-4096": _of_length(4096),
-    "prefix-64": Case("Prefix-tuning, P=64", "PrefixTuning", {"length": 64}),
-    "after-20": Case('Prompt-tuning "after", k=20', "PromptTuning", {"length": 20, "init": "random"}),
-    "p-tuning": Case(
+    "prefix-64": TrainingCase("Prefix-tuning, P=64", "PrefixTuning", {"length": 64}),
+    "after-20": TrainingCase('Prompt-tuning "after", k=20', "PromptTuning", {"length": 20, "init": "random"}),
+    "p-tuning": TrainingCase(
         "P-tuning, 8 soft tokens", "PTuning", {}, "P_TUNING", same_start=False, template={"template": P_TUNING_TEMPLATE}
     ),
-    "encoder-16": Case('P-tuning v2, encoder="lstm", n=16', "PTuningV2", {"length": 16, "encoder": "lstm"}),
+    "encoder-16": TrainingCase('P-tuning v2, encoder="lstm", n=16', "PTuningV2", {"length": 16, "encoder": "lstm"}),
 }
 CUDA = {name: replace(case, rows=128) for name, case in CPU.items()}
 QUICK = {
@@ -78,14 +78,14 @@ QUICK = {
 }
 
 
-def cases(device: str, quick: bool) -> dict[str, Case]:
+def cases(device: str, quick: bool) -> dict[str, TrainingCase]:
     return QUICK if quick else {"cpu": CPU, "cuda": CUDA}[device]
 
 
 class Job(ModelJob):
     """One provider's training step; `step(i)` trains on batch i and gives its loss and the tokens in the batch."""
 
-    def __init__(self, case: Case, provider: str, settings: ModelSettings) -> None:
+    def __init__(self, case: TrainingCase, provider: str, settings: ModelSettings) -> None:
         import torch
         from transformers import DataCollatorForSeq2Seq
 
@@ -115,7 +115,7 @@ class Job(ModelJob):
         self.rows, self.rows_a_step = movie_snippets.read("train"), case.rows
 
     @staticmethod
-    def _in_peft(case: Case, soft_model: Any) -> Any:
+    def _in_peft(case: TrainingCase, soft_model: Any) -> Any:
         import torch
 
         soft, length = soft_model.soft, soft_model.method.length
@@ -175,7 +175,7 @@ class Job(ModelJob):
 
 
 def run(
-    chosen: dict[str, Case], steps: int, settings: ModelSettings, command: str, progress: Callable[[int], None]
+    chosen: dict[str, TrainingCase], steps: int, settings: ModelSettings, command: str, progress: Callable[[int], None]
 ) -> Iterator[tuple[str, Any]]:
     """(name, record) of each case."""
     fetch(settings)
@@ -184,7 +184,7 @@ def run(
         yield name, measure(case, steps, settings, progress) | about
 
 
-def measure(case: Case, steps: int, settings: ModelSettings, progress: Callable[[int], None]) -> dict[str, Any]:
+def measure(case: TrainingCase, steps: int, settings: ModelSettings, progress: Callable[[int], None]) -> dict[str, Any]:
     """Seconds and losses a step, peak memory, of every provider of a case."""
     makers = {provider: partial(Job, case, provider, settings) for provider in case.providers}
     turns = take_turns(makers, steps, progress=progress)

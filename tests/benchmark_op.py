@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.providers import PROVIDERS, Problem
+from benchmarks.providers import PROVIDERS, AttentionProblem
 from benchmarks.shapes import Mode, Shape
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -28,7 +28,7 @@ SHAPES: dict[str, tuple[Mode, Shape]] = {
 @pytest.mark.parametrize("name", SHAPES)
 def test_op(benchmark: Any, name: str) -> None:
     mode, shape = SHAPES[name]
-    problem = Problem.random(shape, mode, DEVICE)
+    problem = AttentionProblem.random(shape, mode, DEVICE)
     backend = "softkv triton" if DEVICE == "cuda" else "softkv torch"
     step = problem.step(PROVIDERS[backend].variants[""](problem), torch.randn_like(problem.q), problem.leaves)
 

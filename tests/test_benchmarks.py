@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from benchmarks import attention, plots, providers, report, results, tables, timing
 from benchmarks.processes import take_turns
-from benchmarks.providers import PROVIDERS, Problem, Provider, Unavailable
+from benchmarks.providers import PROVIDERS, AttentionProblem, Provider, Unavailable
 from benchmarks.shapes import QUICK, Shape, cases
 from benchmarks.timing import CudaClock, HostClock, Spread, interleaved, speedup
 from softkv.cli import app
@@ -126,7 +126,7 @@ def test_cuda_clock_replays_a_captured_graph_between_events(monkeypatch: pytest.
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_useful_work_counts_visible_pairs_and_operands(shape: Shape) -> None:
-    problem = Problem.random(shape, "forward")
+    problem = AttentionProblem.random(shape, "forward")
     pairs = shape.B * shape.H * int(problem.seen().sum())
     assert shape.gflop("forward") == pytest.approx(pairs * 2 * 2 * shape.D * 1e-9)
     assert shape.gflop("forward + backward") == pytest.approx(pairs * 7 * 2 * shape.D * 1e-9)
@@ -144,7 +144,7 @@ def test_useful_work_counts_visible_pairs_and_operands(shape: Shape) -> None:
 )
 def test_every_variant_gives_what_the_oracle_gives(name: str, mode: Any) -> None:
     shape = SHAPES[name]
-    problem = Problem.random(shape, mode, dtype=torch.float64)
+    problem = AttentionProblem.random(shape, mode, dtype=torch.float64)
     direction = torch.randn_like(problem.q)
     checked = set()
     for name, provider in PROVIDERS.items():
@@ -161,10 +161,10 @@ def test_every_variant_gives_what_the_oracle_gives(name: str, mode: Any) -> None
 
 
 def test_a_provider_that_is_wrong_or_fails_is_listed_and_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def unmasked(problem: Problem) -> Callable[[], Any]:
+    def unmasked(problem: AttentionProblem) -> Callable[[], Any]:
         return lambda: providers.sdpa(problem.q, *problem.joined(), enable_gqa=True)
 
-    def broken(problem: Problem) -> Callable[[], Any]:
+    def broken(problem: AttentionProblem) -> Callable[[], Any]:
         raise OSError("no such kernel\nat line 3")
 
     few = {
@@ -173,7 +173,7 @@ def test_a_provider_that_is_wrong_or_fails_is_listed_and_not_timed(monkeypatch: 
         "broken": Provider({"": broken}),
     }
     monkeypatch.setattr(attention, "PROVIDERS", few)
-    problem = Problem.random(SHAPES["grouped heads"], "forward")
+    problem = AttentionProblem.random(SHAPES["grouped heads"], "forward")
     ready, absent = attention.prepare(problem, torch.randn_like(problem.q), 1e-4, HostClock())
     assert list(ready) == ["softkv torch"]
     assert "differs from the oracle" in absent["unmasked"]

@@ -35,11 +35,11 @@ def _op(settings: Settings, options: dict[str, Any]) -> dict[str, Any]:
 
     from softkv import prefix_attention
 
-    from ..providers import Problem
+    from ..providers import AttentionProblem
     from ..shapes import Shape
 
     shape = Shape(2, 8, 2, 64, 16, 64)
-    problem = Problem.random(shape, "forward + backward", settings.device, getattr(torch, settings.dtype))
+    problem = AttentionProblem.random(shape, "forward + backward", settings.device, getattr(torch, settings.dtype))
     direction = torch.randn_like(problem.q)
 
     def attend(*leaves: Any) -> Any:

@@ -20,12 +20,12 @@ def run(job: str, settings: Settings, seconds: float) -> dict[str, Any]:
 
     from softkv import prefix_attention
 
-    from ..providers import Problem
+    from ..providers import AttentionProblem
     from ..shapes import Shape
 
     engine, D = job.split()
     shape = Shape(8, 32, 8, 1024, 256, int(D)) if settings.on_gpu else Shape(2, 2, 1, 20, 9, int(D))
-    problem = Problem.random(shape, "forward + backward", settings.device, getattr(torch, settings.dtype))
+    problem = AttentionProblem.random(shape, "forward + backward", settings.device, getattr(torch, settings.dtype))
     direction = torch.randn_like(problem.q)
 
     def results() -> list[torch.Tensor]:

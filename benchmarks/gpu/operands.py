@@ -12,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from softkv import prefix_attention
 
-from ..providers import Problem, flex
+from ..providers import AttentionProblem, flex
 from ..shapes import Shape
 
 _TRAINING = (
@@ -46,7 +46,7 @@ def pinned(backend: str, call: Callable[[], Tensor]) -> Callable[[], Tensor]:
     return run
 
 
-def ways(problem: Problem) -> dict[str, tuple[Callable[[], Callable[[], Any]], bool]]:
+def ways(problem: AttentionProblem) -> dict[str, tuple[Callable[[], Callable[[], Any]], bool]]:
     """Name → (what makes the call, whether it attends to the prefix). Making a call may fail: it says why."""
     keys = problem.joiner()
     options: dict[str, Any] = {"enable_gqa": problem.grouped}

@@ -68,9 +68,9 @@ def _once(shape: Any, mode: Any, name: str, settings: Settings) -> None:
 def _problem(shape: Any, mode: Any, settings: Settings) -> Any:
     import torch
 
-    from ..providers import Problem
+    from ..providers import AttentionProblem
 
-    return Problem.random(shape, mode, settings.device, getattr(torch, settings.dtype))
+    return AttentionProblem.random(shape, mode, settings.device, getattr(torch, settings.dtype))
 
 
 def _measure(shape: Any, mode: Any, settings: Settings) -> dict[str, Any]:

@@ -122,12 +122,12 @@ def _with_tile(name: str, one: str, tile: Any, settings: Settings, use: Callable
     from softkv.kernels.launch import target_of
     from softkv.kernels.tiles import MEASURED, Tile, block_d
 
-    from ..providers import Problem
+    from ..providers import AttentionProblem
     from .operands import engine_options
 
     shape, dtype = shapes(settings)[name], getattr(torch, settings.dtype)
     options = engine_options(shape)
-    leaves = [x.detach() for x in Problem.random(shape, "forward", settings.device, dtype).leaves]
+    leaves = [x.detach() for x in AttentionProblem.random(shape, "forward", settings.device, dtype).leaves]
     out, lse = engine.forward(*leaves, **options)
 
     def call() -> Any:

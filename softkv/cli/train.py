@@ -214,7 +214,7 @@ def _keep(options: dict[str, Any], output: Path) -> None:
 
 
 def _run(trainer: Any, stop: Any, output: Path, *, resume: bool) -> None:
-    """Trains, saves, and says how it ended."""
+    """Trains, saves and reports the outcome."""
     from softkv.train.processes import leave_together
     from softkv.train.trainer import last_checkpoint
 

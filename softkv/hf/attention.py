@@ -68,7 +68,7 @@ def key_state(
     use_vmap: bool = False,
     **kwargs: Any,
 ) -> Tensor:
-    """Which keys exist and which are seen, in the fewest words (the dtype tells which):
+    """Which keys exist and which are seen, in the most compact form; the dtype identifies it:
 
     - int8 `[1, pattern, rows, 0]`: all exist and are seen.
     - int32 `[1, pattern, rows, 1]`: so many exist, and are seen.

@@ -1,4 +1,4 @@
-"""What a frozen decoder does with its tokens, told by running four of them: no list of architectures knows them all.
+"""Properties of a frozen decoder, measured by running a few tokens instead of listing architectures.
 
 State spaces, linear attention, convolutions and other state look at earlier tokens beside attention. Then rows must not
 be packed, and K/V alone do not stand for what is in front of a row.

@@ -1,4 +1,4 @@
-"""What a `SoftModel` is given, checked once at its door: each message says what was expected and what came."""
+"""Input checks of a `SoftModel`. Each message names the expected and the given value."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What travels with one forward pass of the frozen model, as the keyword `softkv_prefix=`.
+"""Per-forward state passed through the frozen model as the keyword `softkv_prefix=`.
 
 One object, not a tensor (beam search repeats every tensor keyword), and not an attribute of modules: gradient
 checkpointing re-runs forwards later, and two forwards may come before one backward.
@@ -70,7 +70,7 @@ class BlockOrder:
 
 @dataclass(frozen=True)
 class PackedRows:
-    """Rows put end to end in one line: row r holds tokens `cu_seqlens[r]` to `cu_seqlens[r + 1]`."""
+    """Packed rows: row r holds tokens `cu_seqlens[r]` to `cu_seqlens[r + 1]`."""
 
     cu_seqlens: Tensor  # int32 [rows + 1]
     longest: int

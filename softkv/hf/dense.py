@@ -1,5 +1,5 @@
-"""Attention under a mask or a position bias of the model's own: T×S scores, as eager attention has them. The prefix
-stays an operand of its own."""
+"""Attention with a model-specific mask or position bias: T×S scores, as in eager attention. The prefix stays a separate
+operand."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""How calls of a `SoftModel` reach the inside of the frozen decoder: keyword pre-hooks on the decoder and, in encoder
-mode, on its attention blocks."""
+"""Keyword pre-hooks through which calls of a `SoftModel` reach the frozen decoder and, in encoder mode, its attention
+blocks."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ _OBSCURE = (AttributeError, AssertionError, LookupError, NotImplementedError, Ru
 
 
 @dataclass(frozen=True)
-class Call:
-    """One `forward` or `generate` under way, as the pre-hooks see it.
+class ModelCall:
+    """One running `forward` or `generate`, as the pre-hooks see it.
 
     Attributes:
         hooks: of the SoftModel that was called. Others on the same base leave the call alone.
@@ -112,14 +112,14 @@ class DecoderHooks:
                     module._forward_pre_hooks_with_kwargs.pop(number, None)
                     module._forward_hooks_with_kwargs.pop(number, None)
 
-    def run(self, call: Call, function: Callable[..., Any], **kwargs: Any) -> Any:
+    def run(self, call: ModelCall, function: Callable[..., Any], **kwargs: Any) -> Any:
         """Runs the base, or a part of it, as this call."""
         return calls.run(call, function, **kwargs)
 
     def capture(self, decoder: nn.Module | None = None, **inputs: Tensor) -> list[BlockInputs]:
         """What reaches the attention blocks in a forward pass of the bare decoder (or of a view of it)."""
         context = SoftContext(backend=self.backend, capture=[])
-        self.run(Call(self, context), decoder or self.decoder, **inputs, use_cache=False)
+        self.run(ModelCall(self, context), decoder or self.decoder, **inputs, use_cache=False)
         assert context.capture is not None
         return context.capture
 
@@ -220,7 +220,7 @@ class DecoderHooks:
 
     @torch.no_grad()
     def _hidden(self, decoder: nn.Module, context: SoftContext, **inputs: Tensor) -> Tensor:
-        output = self.run(Call(self, context), decoder, **inputs, use_cache=False)
+        output = self.run(ModelCall(self, context), decoder, **inputs, use_cache=False)
         return output if isinstance(output, Tensor) else output[0]
 
     def _not_run(self, error: Exception) -> OutOfReach:
@@ -287,7 +287,7 @@ class DecoderHooks:
         kwargs["softkv_prefix"] = context
         return (), kwargs
 
-    def _enter_own(self, own: OwnAttention, call: Call, kwargs: dict[str, Any]) -> None:
+    def _enter_own(self, own: OwnAttention, call: ModelCall, kwargs: dict[str, Any]) -> None:
         """The positions of a decoder that keeps its own attention, where it takes any."""
         if own.takes_positions:
             kwargs["position_ids"] = self._positions(call, call.context, kwargs)
@@ -303,7 +303,7 @@ class DecoderHooks:
                 kwargs["attention_mask"] = AllReal.of((tokens.shape[0], tokens.shape[1]), tokens.device)
 
     def _without_padding(self, context: SoftContext, kwargs: dict[str, Any]) -> SoftContext:
-        """Padded prompts in one line, where that can be undone."""
+        """Packs padded prompts where the padding can be restored."""
         unpadded = Unpadded.of(kwargs)
         if unpadded is None:
             return context
@@ -311,14 +311,14 @@ class DecoderHooks:
         return replace(context, rows=unpadded.rows(), unpadded=unpadded)
 
     def _leave_decoder(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any = None) -> Any:
-        """Forward hook of the decoder: what was packed on the way in gets its padding back."""
+        """Forward hook of the decoder: restores the padding of rows that were packed on entry."""
         call = calls.under_way()
         if output is None or call is None or call.hooks is not self or self.own is not None:
             return None
         context = kwargs["softkv_prefix"]
         return None if context.unpadded is None else context.unpadded.unpack(output, kwargs.get("past_key_values"))
 
-    def _enter_generation(self, call: Call, prompts: Prompts, kwargs: dict[str, Any]) -> SoftContext:
+    def _enter_generation(self, call: ModelCall, prompts: Prompts, kwargs: dict[str, Any]) -> SoftContext:
         """A forward inside `generate`: soft embeddings where the prompt has them, and the encoder of its rows."""
         ids, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
         tokens = ids if ids is not None else kwargs["inputs_embeds"]
@@ -396,7 +396,7 @@ class DecoderHooks:
         index = order if context.index is None else context.index
         return replace(context, index=index, encoder=RowEncoder(encode, prompts, memory))
 
-    def _positions(self, call: Call, context: SoftContext, kwargs: dict[str, Any]) -> Tensor:
+    def _positions(self, call: ModelCall, context: SoftContext, kwargs: dict[str, Any]) -> Tensor:
         """Position ids of a forward: each row counts from its first real token, behind its prefix."""
         tokens = kwargs["inputs_embeds"] if kwargs.get("inputs_embeds") is not None else kwargs["input_ids"]
         B, T = tokens.shape[:2]
@@ -419,8 +419,7 @@ class DecoderHooks:
         return positions
 
     def _check_made_for(self, longest: int, slots: int | Tensor, positions: Tensor) -> None:
-        """Raise where computed positions lie past those that the model was made for: it would be trained on them, and
-        nothing else would tell."""
+        """Raise when computed positions exceed those the model supports: training would silently use them."""
         made_for = computed_positions(self.base.config.get_text_config())
         most = slots if isinstance(slots, int) else int(slots.max())
         if made_for is None or longest + most <= made_for or int(positions.max()) < made_for:

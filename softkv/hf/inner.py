@@ -1,4 +1,4 @@
-"""The inside of the frozen model as code around a `SoftModel` reaches for it, with the soft prompt in place.
+"""Modules inside the frozen model, called with the soft prompt in place.
 
 Losses that want hidden states rather than logits call `model.base_model`, `model.model` or `model.get_decoder()`
 themselves (TRL's fused head does). Called past `SoftModel.forward`, those modules would answer as the bare base does.

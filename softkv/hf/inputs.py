@@ -1,4 +1,4 @@
-"""From the batch that a `SoftModel`'s forward is given to what the base gets, and back."""
+"""Converts a `SoftModel` batch to the base's inputs, and outputs back."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 @dataclass(frozen=True)
 class Inputs:
-    """A batch on its way to the base.
+    """A batch being prepared for the base.
 
     Attributes:
         ids, embeds: `[B, T']` and `[B, T', C]`, one of them None.

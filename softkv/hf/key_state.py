@@ -1,5 +1,5 @@
-"""The tensor that a mask function of softkv makes and its attention function reads. Nothing between the two understands
-it: a model that computes with its masks is told so."""
+"""The tensor that softkv's mask function returns and its attention function reads. It is opaque to the model: computing
+with it raises."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The K/V of tokens as a model's attention sees them, which is not always what its cache holds."""
+"""The K/V of tokens as attention sees them, which may differ from what the cache holds."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Where the rows of a batch lie, where each row's prompt ends, and how soft tokens are put between the two.
+"""The position of each row and prompt end in a batch, and the insertion of soft tokens.
 
-A padded batch `[B, T]` is seen as B lines of T columns put end to end, a packed one as R lines of their own lengths, so
-one arithmetic on flat token numbers serves both.
+A padded batch `[B, T]` is treated as B concatenated rows of T tokens, a packed one as R rows of different lengths, so
+the same arithmetic on flat token indices serves both.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What is learned in a `SoftModel`, and nothing else: its soft prompts, and in the base the adapters that peft injected
-(LoRA and its like, frozen or not) and every parameter that was set to be trained.
+"""The trained state of a `SoftModel`: its soft prompts, adapters that peft injected into the base (LoRA and similar,
+frozen or not), and every parameter of the base that requires gradients.
 
-It is what state dicts hold, so any trainer's checkpoint holds it; and what is saved beside a soft prompt.
+State dicts hold exactly this, so any trainer's checkpoint does; it is also saved beside a soft prompt.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from softkv.hf.frozen import BaseState, FrozenBase, OutOfReach
 from softkv.hf.generation import processors
 from softkv.hf.generation.cache_state import CacheState, check_contiguous, past_length
 from softkv.hf.generation.prompts import Prompts, lengthened, mask_of, pad_id, placeholder_ids
-from softkv.hf.hooks import Call, DecoderHooks
+from softkv.hf.hooks import DecoderHooks, ModelCall
 from softkv.hf.inner import say_prompt_lengths
 from softkv.hf.inputs import PACKING, Inputs
 from softkv.hf.kept_logits import taken_from
@@ -46,7 +46,7 @@ _LONGEST_NAME = 255  # bytes: checkpoints keep each adapter in a folder of its n
 
 
 class PromptedModel(Surface):
-    """A frozen causal LM with a soft prompt, or several. Anything it lacks is asked of the base.
+    """A frozen model with one or more soft prompts. Other attributes come from the base.
 
     Attributes:
         base: the frozen model.
@@ -144,12 +144,11 @@ class PromptedModel(Surface):
         tokenizer: Any = None,
         modules_to_save: Sequence[str] | None = None,
     ) -> None:
-        """Adds a soft prompt beside those that are there. The active one stays active.
+        """Adds a soft prompt. The active adapter stays active.
 
         Args:
             name: a new name, of letters, digits, spaces, "_" and "-", at most 255 bytes long.
-            adapter: a method, which is built; or a prefix of one row (A = 1), which is learned on as
-                `PTuningV2`.
+            adapter: a method, which is built; or a prefix of one row (A = 1), which is trained further as `PTuningV2`.
             tokenizer: of the base, for an init from a text; None takes that of `attach`.
             modules_to_save: modules of the base that it learns copies of, by name; None: the head of a task's class.
 
@@ -213,7 +212,7 @@ class PromptedModel(Surface):
 
     @property
     def _carries(self) -> bool:
-        """Whether soft tokens in front may stand as one prefix: K/V of one shape that say all of them."""
+        """Whether a prefix can replace soft tokens in front: their K/V have one shape and carry all their state."""
         return self._hooks.behaviour.carries and self.base_shape.kv_heads > 0
 
     def _check_new_name(self, name: Any) -> None:
@@ -228,13 +227,13 @@ class PromptedModel(Surface):
             raise ValueError(f"the name of an adapter expects at most {_LONGEST_NAME} bytes, got {len(name.encode())}")
 
     def set_adapter(self, name: str) -> None:
-        """Makes an adapter the one of calls without `adapter_names`, in every thread."""
+        """Sets the adapter of calls without `adapter_names`, in every thread."""
         check_known(name, self.adapters)
         self._default_adapter = name
 
     @contextmanager
     def using(self, name: str) -> Iterator[Self]:
-        """Within this context an adapter is the active one. Other threads and tasks keep theirs.
+        """Activates an adapter within this context. Other threads and tasks keep theirs.
 
         Example:
             >>> model = softkv.attach(base, softkv.PTuningV2(length=4))
@@ -250,7 +249,7 @@ class PromptedModel(Surface):
             yield self
 
     def delete_adapter(self, name: str) -> None:
-        """Takes an adapter away.
+        """Removes an adapter.
 
         Raises:
             ValueError: when it is the active one, or there is none of that name.
@@ -266,7 +265,7 @@ class PromptedModel(Surface):
 
     @contextmanager
     def disabled(self) -> Iterator[Self]:
-        """Within this context the model answers as the bare base does. Other threads and tasks are not concerned.
+        """Disables soft prompts within this context. Other threads and tasks are unaffected.
 
         Example:
             >>> ids = torch.tensor([[1, 5, 6]])
@@ -280,8 +279,8 @@ class PromptedModel(Surface):
             yield self
 
     def detach(self) -> Any:
-        """Takes the soft prompt off and returns the base; the last one off restores the base exactly (requires_grad,
-        attention implementation, dropout, training mode of every module)."""
+        """Detaches the soft prompt and returns the base. Detaching the last one restores the base exactly:
+        requires_grad, attention implementation, dropout, training mode of every module."""
         try:
             self._take_off()
         except BaseException:  # an interrupt leaves nothing half done
@@ -317,7 +316,7 @@ class PromptedModel(Surface):
             input_ids: int64 `[B, T]`; negative ids are a template's soft tokens. Or `inputs_embeds` `[B, T, C]`.
             attention_mask: `[B, T]` padding mask (padding on either side), None for no padding or packed rows.
             position_ids: `[B, T]` without the prefix; `[1, N]` restarting ids mark packed rows (or `cu_seq_lens_q`).
-            labels: `[B, T]`, -100 where a token is not an answer; they also tell where a row's prompt ends.
+            labels: `[B, T]`, -100 where a token is not an answer; a row's prompt ends at its first label.
             prompt_lengths: `[B]` tokens of each row's prompt, where there are no labels.
             logits_to_keep: as in transformers, in columns of the batch given.
             adapter_names: the adapter of each row, packed ones too; None among them is the bare model. Without it, all
@@ -415,7 +414,7 @@ class PromptedModel(Surface):
             inputs = inputs if embeds is None else inputs.with_row_ids(self.base.config.get_text_config().pad_token_id)
         keywords = inputs.keywords(options, logits_to_keep if module is self.base else None)
         given, kept = position_ids is not None, taken_from(keywords)
-        call = Call(self._hooks, context, soft, positions_given=given, embeds=embeds, kept=kept)
+        call = ModelCall(self._hooks, context, soft, positions_given=given, embeds=embeds, kept=kept)
         output = self._hooks.run(call, module, **keywords, return_dict=True)
         if not inputs.past and output.get("past_key_values") is not None:
             state.store_on(output.past_key_values)
@@ -521,7 +520,7 @@ class PromptedModel(Surface):
         if options.get("streamer") is not None:
             options["streamer"] = prompts.streamer(options["streamer"])
         table = None if prompts.soft_at is None or soft_tokens is None else soft_tokens.table
-        call = Call(self._hooks, self._context(soft, state, heads=heads), soft, prompts, table, model=self)
+        call = ModelCall(self._hooks, self._context(soft, state, heads=heads), soft, prompts, table, model=self)
         processors.install(self.base)
         given = {"inputs": prompts.ids, "attention_mask": prompts.mask, "inputs_embeds": prompts.embeds}
         given = {name: value for name, value in given.items() if value is not None}

@@ -1,4 +1,4 @@
-"""transformers' pipelines take a `SoftModel`, but know it by no name and list all those that they know."""
+"""transformers' pipelines accept a `SoftModel` but warn that its class is not on their list."""
 
 import logging
 
@@ -12,7 +12,7 @@ class _Known(logging.Filter):
 
 
 def say_known() -> None:
-    """Leaves out what pipelines would log about `SoftModel`."""
+    """Suppresses what pipelines would log about `SoftModel`."""
     logger = logging.getLogger("transformers.pipelines.base")
     if not any(isinstance(each, _Known) for each in logger.filters):
         logger.addFilter(_Known())

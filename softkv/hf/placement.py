@@ -1,4 +1,4 @@
-"""Where a base runs, and in which form: bases that are offloaded, without values yet, or quantised."""
+"""Devices and formats of a base: offloaded, on "meta", sharded or quantised."""
 
 from __future__ import annotations
 

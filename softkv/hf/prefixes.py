@@ -1,5 +1,4 @@
-"""Rows with different soft prompts in one batch: what each row has, and what all of them give the batch together, one
-table of soft tokens and one bank of prefixes."""
+"""Rows with different soft prompts in one batch, combined into one table of soft tokens and one bank of prefixes."""
 
 from __future__ import annotations
 
@@ -179,7 +178,7 @@ class SoftRows:
         Args:
             bank: of the rows that no encoder reads.
             block: the number of the attention block.
-            hidden: `[B, M, C]`, the prompts that enter it. The first of the rows made of one prompt is read.
+            hidden: `[B, M, C]`, the prompts that enter it. Only the first of the rows that share a prompt is read.
             lengths: `[B]`.
         """
         if self.alone is not None:

@@ -1,5 +1,5 @@
-"""The short way through attention: blocks of one forward pass are called alike, so what was checked and worked out for
-the first of them holds for the others."""
+"""The fast path of attention: blocks of one forward pass make the same call, so the checks and dispatch of the first
+one hold for the others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Trainer, pipeline and users ask of a model, beside calls: all that it lacks is the base's."""
+"""The model API that trainers, pipelines and users expect; missing attributes come from the base."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from softkv.hf.placement import device_of
 
 
 class Surface(nn.Module):
-    """A model that stands for its `base`."""
+    """A module that forwards missing attributes to its `base`."""
 
     base: Any
 

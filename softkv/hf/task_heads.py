@@ -1,4 +1,4 @@
-"""Heads of tasks: modules that a task class adds to its base, drawn anew for a task, and so learned with a soft prompt.
+"""Task heads: newly initialised modules that a task class adds to its base, trained with the soft prompt.
 
 Every adapter has copies of its own (`modules_to_save`, by PEFT's name), in fp32. The base keeps its modules: while a
 call of a `SoftModel` is under way, their `forward` runs the copies of the call's adapters.
@@ -19,7 +19,8 @@ from softkv.hf.prefixes import SoftRows
 
 
 def head_of(model: Any) -> tuple[str, ...]:
-    """The paths of what a task class adds to the model below it; none in language models, whose head is no new one."""
+    """The paths of the modules that a task class adds to its base model; none in language models, whose head is
+    pretrained."""
     if model.base_model is model or model.get_output_embeddings() is not None:
         return ()
     return tuple(
@@ -120,7 +121,7 @@ class SavedModules(nn.ModuleDict):
 
 
 class Redirects:
-    """Leads calls of modules of the base to the copies of the adapters whose call is under way.
+    """Redirects modules of the base to the copies of the running call's adapters.
 
     Args:
         base: the frozen model.

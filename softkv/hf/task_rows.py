@@ -1,5 +1,5 @@
-"""What a model's answers belong to, and how labels and answers follow tokens that were moved: soft tokens put into
-rows, padding put to one side."""
+"""What a model's logits refer to, and how labels and logits follow tokens that were moved by inserted soft tokens or
+shifted padding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Packed rows for models that would run state from row to row: below each other, padded, and back in one line."""
+"""Packed rows for models whose state would leak from row to row: padded for the base, its output packed again."""
 
 from __future__ import annotations
 

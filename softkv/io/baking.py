@@ -1,7 +1,7 @@
-"""Baking: what stands before every input, as a P-tuning v2 prefix with the same logits.
+"""Baking: turns what precedes every input into a P-tuning v2 prefix with the same logits.
 
-In a causal decoder, what stands in front does not depend on what follows. So it is run once, and its K/V are kept; soft
-tokens, texts and documents are then served as any shared prefix is.
+In a causal decoder, leading tokens do not depend on what follows. They run once and their K/V are kept, so soft tokens,
+texts and documents are served like any shared prefix.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def bake(
     template: str = "[X] [Y]",
     backend: str | None = None,
 ) -> SoftModel:
-    """Turns what stands before every input into a `PTuningV2` prefix that gives the same logits.
+    """Turns what precedes every input into a `PTuningV2` prefix that gives the same logits.
 
     Args:
         model: a `SoftModel` whose soft tokens stand in front: `PromptTuning(position="before")`, or `PTuning` with a

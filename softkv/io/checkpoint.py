@@ -1,8 +1,8 @@
 """Adapters on disk: `softkv.safetensors` (what is learned) and `softkv_config.json` (what it means).
 
 The safetensors file carries the config in its header too, so that a save is one atomic step: one that is killed leaves
-the old adapter or the new one. The header is what counts; `softkv_config.json` is there to be read. A checksum of both,
-config and values, tells a damaged file from a whole one (since format 2; files of format 1 have none). What was learned
+the old adapter or the new one. The header is authoritative; `softkv_config.json` is informational. A checksum of
+config and values detects damaged files (since format 2; files of format 1 have none). What was learned
 beside the prompt, a task's head above all, is in tensors `modules_to_save.<path>.<name>` (since format 3).
 """
 

@@ -1,5 +1,4 @@
-"""What the values of an adapter mean, as its safetensors file says in the header. No torch here: `softkv inspect` has
-nothing to wait for."""
+"""An adapter's config, stored in the header of its safetensors file. Imports no torch: `softkv inspect` starts fast."""
 
 from __future__ import annotations
 

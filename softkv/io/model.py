@@ -28,19 +28,20 @@ def attach(
     head_once: bool = True,
     modules_to_save: Sequence[str] | None = None,
 ) -> SoftModel:
-    """Puts a soft prompt on a transformers causal language model and freezes the model.
+    """Attaches a soft prompt to a transformers model and freezes the model.
 
     Args:
-        model: a transformers model. Where its attention does not go through transformers' attention interface (BLOOM,
-            Falcon, MPT, GPT-J...), it keeps its own, and takes `PromptTuning` and `PTuning` only.
+        model: a causal LM, an encoder, or a model with a task head. A model whose attention does not go through
+            transformers' attention interface (BLOOM, Falcon, MPT, GPT-J...) keeps its own and takes `PromptTuning` and
+            `PTuning` only.
         method: `PromptTuning`, `PTuning`, `PrefixTuning` or `PTuningV2`.
         tokenizer: the model's tokenizer, needed for inits from a text.
         backend: of `softkv.prefix_attention`; None chooses by device.
         head_once: run soft tokens that stand before every row once for the batch. False puts them into
             every row of a forward with `use_cache=False`: the same results, slower (to measure by how much).
-        modules_to_save: modules of the model that are learned and saved with the soft prompt, by name. None: the head
-            that a task's class adds (`AutoModelForSequenceClassification`...); () none. Each adapter learns copies of
-            its own, in fp32; the model keeps its modules.
+        modules_to_save: names of modules to train and save with the soft prompt. None: the head that a task class
+            adds (`AutoModelForSequenceClassification`...); () none. Each adapter trains its own fp32 copies; the model
+            keeps its modules.
 
     Returns:
         A `SoftModel`; its only trainable parameters are the method's and those of `modules_to_save`, in fp32.
@@ -64,8 +65,7 @@ say_known()
 
 
 class SoftModel(PromptedModel):
-    """A frozen causal LM with a soft prompt, or several. Made by `softkv.attach`; anything it lacks is asked of the
-    base.
+    """A frozen model with one or more soft prompts, made by `softkv.attach`. Other attributes come from the base.
 
     Attributes:
         base: the frozen model.
@@ -81,12 +81,12 @@ class SoftModel(PromptedModel):
         tokenizer: Any = None,
         modules_to_save: Sequence[str] | None = None,
     ) -> None:
-        """Adds a soft prompt beside those that are there. The active one stays active.
+        """Adds a soft prompt. The active adapter stays active.
 
         Args:
             name: a new name, of letters, digits, spaces, "_" and "-", at most 255 bytes long.
-            adapter: a method, which is built; the folder of a saved adapter (or what else `softkv.load` finds one by);
-                or a prefix of one row (A = 1), which is learned on as `PTuningV2`.
+            adapter: a method, which is built; the folder or Hub id of a saved adapter, as in `softkv.load`; or a prefix
+                of one row (A = 1), which is trained further as `PTuningV2`.
             tokenizer: of the base, for an init from a text; None takes that of `attach`.
             modules_to_save: as in `attach`; a saved adapter brings its own.
 
@@ -139,13 +139,13 @@ def load(
     revision: str | None = None,
     token: str | None = None,
 ) -> SoftModel:
-    """Puts a saved soft prompt on a transformers model.
+    """Attaches a saved soft prompt to a transformers model.
 
     Args:
         model: the base that it was trained on.
         directory: a folder that `save_pretrained` wrote, softkv's or PEFT's, or "user/name" of one on the Hugging Face
-            Hub; or a converted file of other code (docs/interop.md).
-        encoder: the module of a P-tuning v2 adapter that was trained with a module of one's own.
+            Hub; or a file converted from other code (docs/interop.md).
+        encoder: the encoder module of a P-tuning v2 adapter that was trained with a custom one.
         backend: of `softkv.prefix_attention`; None chooses by device.
         revision, token: of a repository on the Hub.
 

@@ -1,4 +1,4 @@
-"""PEFT's checkpoints: read as softkv's, and written where PEFT can say the same. peft itself is not needed.
+"""Reads PEFT checkpoints, and writes them where PEFT can express the adapter. peft itself is not needed.
 
 `adapter_config.json` says what kind it is, `adapter_model.safetensors` holds `prompt_embeddings`: what PEFT computes
 from whatever was trained (projections, prompt encoders). Beside it are modules that were trained too, a head above all:

@@ -14,12 +14,12 @@ from softkv.io.model import SoftModel, assemble
 
 @torch.no_grad()
 def from_peft(peft_model: Any, *, adapter_name: str | None = None, backend: str | None = None) -> SoftModel:
-    """Puts the soft prompt of a `peft.PeftModel` on its base model, with the same logits.
+    """Attaches the soft prompt of a `peft.PeftModel` to its base model, with the same logits.
 
     Args:
-        peft_model: a model with a PREFIX_TUNING, CARTRIDGE, PROMPT_TUNING, P_TUNING or CPT adapter, a causal LM or one
-            of a task with its head. It is left as it is, but for the base that both now share, which is frozen and
-            whose attention is softkv's until `detach`.
+        peft_model: a model with a PREFIX_TUNING, CARTRIDGE, PROMPT_TUNING, P_TUNING or CPT adapter, a causal
+            LM or a model with a task head. It is unchanged, except that both share the base, which is frozen and uses
+            softkv's attention until `detach`.
         adapter_name: which of its adapters; None takes the active one.
         backend: of `softkv.prefix_attention`; None chooses by device.
 

@@ -1,4 +1,4 @@
-"""Safetensors files that may come from anywhere: read whole or refused with one sentence."""
+"""Untrusted safetensors files: read completely or rejected with a one-sentence error."""
 
 from __future__ import annotations
 

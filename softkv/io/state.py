@@ -1,4 +1,4 @@
-"""State dicts of a `SoftModel`, as trainers write and read them: what is learned, and what it means.
+"""State dicts of a `SoftModel`, as trainers write and read them: trained values and their config.
 
 `softkv.load` takes their `model.safetensors` (transformers' `Trainer` and whatever derives from it, accelerate's
 `save_state` and `save_model`) as it takes an adapter's own folder.

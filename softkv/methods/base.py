@@ -1,4 +1,4 @@
-"""What every soft-prompt method is: a frozen config that builds a module of learned parameters.
+"""The interface of soft-prompt methods: a frozen config that builds a module of learned parameters.
 
 Methods turn parameters into soft tokens or a `Prefix`. They know nothing of kernels or of transformers: what they may
 ask of the frozen model is `FrozenModel`.
@@ -71,7 +71,7 @@ class FrozenModel(Protocol):
 
 
 class Method(ABC):
-    """A frozen config: says what is learned and where it goes. Its fields survive JSON (`dataclasses.asdict`).
+    """A frozen config of what is learned and where it goes. Its fields survive JSON (`dataclasses.asdict`).
 
     Attributes:
         in_rows: whether all that is learned are soft tokens inside rows, which need no attention of softkv's.

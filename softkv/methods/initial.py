@@ -1,4 +1,4 @@
-"""Where learned parameters start: random, sampled from the vocabulary, or from a text."""
+"""Initial values of learned parameters: random, sampled from the vocabulary, or from a text."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ class PTuningV2(Method):
       "attention", one transformer layer: `E·(C + 1) + 4·E + E·(12·E + 9)`;
     - the MLP: `E·(E + 1) + G·(D + Dv)·(E + 1)`.
 
-    A module of one's own as encoder is copied when the method is built. Its contract: `forward(hidden, mask)` takes the
+    A custom encoder module is copied when the method is built. Its contract: `forward(hidden, mask)` takes the
     hidden states `[R, M, C]` in fp32, 0 at padding, and a mask `[R, M]`, True at the prompt's positions (a row may have
     none), and gives states `[R, M, E]`, any E. States at padding are not read; what they are made from must not reach
     the others, so that a row's result doesn't depend on its neighbours.

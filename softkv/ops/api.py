@@ -126,7 +126,7 @@ def prefix_attention_varlen(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`prefix_attention` on packed rows: all rows of a batch end to end in one line, without padding.
+    """`prefix_attention` on packed rows: all rows of a batch concatenated, without padding.
 
     Axes: N packed query tokens, M packed key tokens, B rows; the others as in `prefix_attention`.
 

@@ -1,4 +1,4 @@
-"""What the public functions accept: each argument is checked once; an error says what was expected and what came."""
+"""Argument checks of the public functions, each done once. Errors name the expected and the given value."""
 
 import itertools
 from typing import Any

@@ -1,4 +1,4 @@
-"""Which engine serves a call on a GPU that names none: rows of measured data, looked up, never tried at run time.
+"""The default engine of a GPU call: looked up in measured rows, never timed at run time.
 
 A row holds for plain calls (dense, 16 bits, as many queries as keys, no bank of lengths, mask, window, chunk or cap),
 which is what every library kernel takes; all others are Triton's. Prefix gradients are promised to be the same bits in

@@ -1,4 +1,4 @@
-"""What stands between the public functions and an engine: the call, declared once, and the two functions of an engine.
+"""The interface between the public functions and an engine: the call, declared once, and an engine's two functions.
 
 The operator's schema, what is saved for backward and the keywords that engines take all follow from `Call`.
 """

@@ -1,4 +1,4 @@
-"""Reports on disk: whole or not at all."""
+"""Atomic writes of reports."""
 
 from __future__ import annotations
 

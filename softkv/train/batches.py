@@ -14,7 +14,7 @@ from softkv.hf.layout import IGNORED
 
 
 class PackingCollator(DataCollatorWithFlattening):
-    """Puts rows end to end in one line, without padding: `input_ids`, `labels`, `position_ids` `[1, N]` and the
+    """Concatenates rows without padding: `input_ids`, `labels`, `position_ids` `[1, N]` and the
     cumulative lengths. Each row attends to the prefix and to itself.
 
     Beside its ids and labels a row may have `prompt_lengths` (an int: where its prompt ends when that is not its first
@@ -65,12 +65,12 @@ class PaddingCollator:
 
 
 class TaskCollator:
-    """Rows for a head of a task below each other, padded on the right: what a row has for each token with it, labels
-    with -100; what it has once (a class, the positions of a span) as it is.
+    """Pads rows of a task head on the right. Values per token are padded (labels with -100); values per row (a
+    class, the positions of a span) are stacked.
 
     Args:
-        pad_id: of padding tokens.
-        token_labels: whether labels are for tokens.
+        pad_id: the id of padding tokens.
+        token_labels: whether there is a label per token.
 
     Example:
         >>> rows = [{"input_ids": [1, 5], "labels": 0}, {"input_ids": [1, 6, 7], "labels": 1}]

@@ -1,4 +1,4 @@
-"""Logits only where a label is: a vocabulary is wide, and in a prompt no logit is looked at."""
+"""Computes logits only where a label is: vocabularies are large, and no loss reads a prompt's logits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of a task as examples for its head: a class for a row, a class for each word, a span that answers a question."""
+"""Converts rows of a task to examples for its head: a class per row, a class per word, or an answer span."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Training: transformers' `Trainer` with packed rows and logits only where a label is.
 
-The third idea that makes training fast, the head computed once, is `SoftModel`'s own.
+The third optimisation, the head computed once, is in `SoftModel`.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ _LOGGER = logging.getLogger(__name__)
 
 
 class Trainer(transformers.Trainer):
-    """`transformers.Trainer` for a `SoftModel`: everything of it, but
+    """`transformers.Trainer` for a `SoftModel`, with these differences:
 
     - rows are packed, unless another `data_collator` is given (`PaddingCollator`, transformers' own: the same loss);
-    - a head of a task (classes of rows or tokens, spans, masked tokens) has padded rows and the model's own loss;
+    - task heads (row or token classes, spans, masked tokens) use padded rows and the model's own loss;
     - logits are computed only where they predict a label;
     - checkpoints hold what all adapters have learned, not the base; `resume_from_checkpoint=True` takes the last one
       that is whole;

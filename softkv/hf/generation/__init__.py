@@ -1,1 +1,1 @@
-"""What `generate` needs beyond a forward pass."""
+"""Support for `generate`: cache state, packed prefill, prompts and logits processors."""

@@ -1,4 +1,4 @@
-"""Per-cache state: recorded when a cache is filled, used by later calls that continue from it.
+"""Per-cache state recorded at prefill and reused by later calls.
 
 It is an attribute of the cache, so that copies of the cache carry copies of it, and it follows the cache's own
 operations on rows: beams, reordering, selection. Cropping only takes tokens that were read later.
@@ -25,7 +25,7 @@ _ATTRIBUTE = "_softkv_state"
 
 @dataclass
 class CacheState:
-    """What a cache's rows were filled with.
+    """The state recorded when a cache was filled.
 
     Attributes:
         columns: T of the batch that filled the cache, in which masks of later forwards count.

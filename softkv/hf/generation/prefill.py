@@ -1,7 +1,7 @@
-"""Padded prompts are read packed: rows end to end without padding, then laid out again as the base expects them.
+"""Padded prompts run packed, without padding, and the base's layout is restored afterwards.
 
-Of a batch of prompts of different lengths much is padding. The decoder reads the real tokens in one line, as in
-training; afterwards its cache and its output get their padding back (zeros, that no query sees).
+A batch of prompts of different lengths is mostly padding. The decoder runs on the real tokens only, as in training;
+afterwards its cache and output get their padding back (zeros that no query sees).
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Logits processors, stopping criteria and streamers of a `generate`: they see the real tokens alone, without the
-columns of soft tokens, and run outside of it, so that a model they call answers as it does anywhere else.
+"""Logits processors, stopping criteria and streamers of a `generate`: they see real tokens only, without the
+columns of soft tokens, and run outside of the call, so that a model they call behaves as usual.
 
 transformers makes its own processors and criteria inside `generate`, from options that count columns. Two methods of
 the base make them; a base that a SoftModel generates with has its own versions of the two, which look up the `generate`

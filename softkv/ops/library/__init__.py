@@ -6,6 +6,6 @@ Backward: a library's backward, given the *merged* out and lse, computes each pa
 a part gives exact gradients; dq is their sum. A prefix shared by all rows is one key sequence for all queries of the
 batch in one line, so its gradient comes out summed over the rows.
 
-`parts` splits and puts together; `cudnn` and `flash` are the engines. What their kernels don't take is refused, never
+`parts` splits and merges; `cudnn` and `flash` are the engines. Calls that their kernels don't support raise; nothing is
 emulated.
 """

@@ -8,9 +8,9 @@ Attention is cut into pieces (`plan`): some queries, the keys they see, at most 
 The backward runs the same pieces with the merged out and lse, which makes each piece's gradient exact, and adds up. The
 prefix is one piece for all the queries that share it, so it is read once and its gradient is summed inside the kernel.
 
-One query a row over one shared prefix, as in generation, goes a shorter way (`decode`).
+One query per row over one shared prefix, as in generation, takes a shorter path (`decode`).
 
-Queries, out and lse are held token by token, [N, H, ...], N = B·T where the call is dense: a batch of queries that
+Queries, out and lse are stored token by token, [N, H, ...], N = B·T where the call is dense: a batch of queries that
 share a prefix is then a view, and so is each row.
 """
 

@@ -1,5 +1,5 @@
-"""One query a row and one prefix for all rows: what generation asks in every step, with few operations around the two
-library calls.
+"""One query per row and one prefix for all rows, as in every decoding step, with few operations around the two library
+calls.
 
 A query sees every key its row has, so there is no causal mask. The query heads that share keys stand in one block: a
 row's R = H/G for its tokens, all rows' B·R for the prefix, whose slots are thus read once.

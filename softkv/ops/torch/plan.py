@@ -1,4 +1,4 @@
-"""Which pieces a call is cut into: who sees what, without a mask wherever a slice says the same."""
+"""Splits a call into pieces, using slices instead of masks wherever they are equivalent."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -74,8 +74,8 @@ class Piece:
 
 
 @dataclass(slots=True)
-class Run:
-    """Adjacent rows of the same geometry: T queries, n keys of which lo:hi are seen, but for holes in them."""
+class RowGroup:
+    """Adjacent rows of the same geometry: T queries and n keys, of which lo:hi are visible except for holes."""
 
     first: int
     rows: int
@@ -137,26 +137,26 @@ class Geometry:
         return n, seen.int().argmax(1), end.masked_fill(number == 0, 0), number
 
     @cached_property
-    def runs(self) -> list[Run]:
+    def row_groups(self) -> list[RowGroup]:
         if not self.dense:
             return [
-                Run(b, 1, q0, q1 - q0, 0, k0, k1 - k0, 0, k1 - k0)
+                RowGroup(b, 1, q0, q1 - q0, 0, k0, k1 - k0, 0, k1 - k0)
                 for b, ((q0, q1), (k0, k1)) in enumerate(
                     zip(pairwise(self.starts), pairwise(self.key_starts), strict=True)
                 )
                 if q1 > q0
             ]
         if self.key_mask is None and self.n is None:
-            return [Run(0, self.B, 0, self.T, 0, 0, self.S, 0, self.S)]
-        runs: list[Run] = []
+            return [RowGroup(0, self.B, 0, self.T, 0, 0, self.S, 0, self.S)]
+        row_groups: list[RowGroup] = []
         for b, (n, lo, hi, number) in enumerate(zip(*(x.tolist() for x in self.extent), strict=True)):
-            last = runs[-1] if runs else None
+            last = row_groups[-1] if row_groups else None
             holes = self.key_mask[b] if self.key_mask is not None and number < hi - lo else None
             if last and holes is None and last.holes is None and (last.n, last.lo, last.hi) == (n, lo, hi):
                 last.rows += 1
             else:
-                runs.append(Run(b, 1, b * self.T, self.T, b, 0, n, lo, hi, holes))
-        return runs
+                row_groups.append(RowGroup(b, 1, b * self.T, self.T, b, 0, n, lo, hi, holes))
+        return row_groups
 
     def tokens_of(self, rows: list[int]) -> Tensor:
         """Where in the line the tokens of these rows are."""
@@ -199,7 +199,7 @@ def plan_tokens(call: Geometry) -> list[Piece]:
         piece = _masked_tokens(call)
         return [piece] if piece.s1 else []
     pieces = []
-    for run in call.runs:
+    for run in call.row_groups:
         n, offset = run.hi - run.lo, run.n - run.T - run.lo
         if call.chunk is None:
             tiles = _band(call, run.T, n, offset, causal, window)
@@ -233,7 +233,7 @@ def plan_prefix(call: Geometry) -> list[Piece]:
     index = call.options["prefix_index"]
     if call.window is not None and call.options["window_covers_prefix"]:
         farthest = max(lengths) - 1 - call.window
-        if any(run.n - run.lo + farthest >= 0 for run in call.runs):
+        if any(run.n - run.lo + farthest >= 0 for run in call.row_groups):
             return _windowed_prefix(call, call.window, lengths, None if index is None else index.tolist())
     if index is None and call.A == 1:
         return _shared(call, 0, lengths[0], 0, call.N)
@@ -309,7 +309,7 @@ def _windowed_prefix(call: Geometry, window: int, lengths: list[int], index: lis
         slot = lo - lengths[0] + torch.arange(lengths[0], device=call.device)
         return [_masked(call, slot > query - window, slice(0, 1))]
     pieces = []
-    for run in call.runs:
+    for run in call.row_groups:
         step = _ROWS_AT_ONCE if shared else 1
         for first in range(run.first, run.first + run.rows, step):
             rows = min(step, run.first + run.rows - first)
