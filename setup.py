@@ -42,6 +42,7 @@ setup(
         "demo": ["gguf", *BENCHMARKS],
         "docs": DOCS,
         "eval": ["lm-eval>=0.4.9"],
+        "notebook": ["nbclient", "ipykernel"],
         "plots": PLOTS,
         "peers": ["fla-core"],
     },
