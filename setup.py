@@ -12,6 +12,7 @@ TESTS = ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "scikit-lea
 STYLE = ["ruff", "mypy", "pre-commit"]
 DOCS = ["mkdocs-material", "mkdocstrings[python]"]
 QUANTISED = ["bitsandbytes; platform_system == 'Linux' and platform_machine == 'x86_64'"]
+NOTEBOOK = ["nbclient", "ipykernel"]
 PLOTS = ["matplotlib>=3.9"]
 BENCHMARKS = ["peft", "psutil", *PLOTS]
 
@@ -37,12 +38,12 @@ setup(
     ],
     extras_require={
         "data": ["datasets"],
-        "dev": [*TESTS, *STYLE, *BENCHMARKS, *DOCS, "gguf", "datasets", "tensorboard", "trl", *QUANTISED],
+        "dev": [*TESTS, *STYLE, *BENCHMARKS, *DOCS, "gguf", "datasets", "tensorboard", "trl", *NOTEBOOK, *QUANTISED],
         "bench": BENCHMARKS,
         "demo": ["gguf", *BENCHMARKS],
         "docs": DOCS,
         "eval": ["lm-eval>=0.4.9"],
-        "notebook": ["nbclient", "ipykernel"],
+        "notebook": NOTEBOOK,
         "plots": PLOTS,
         "peers": ["fla-core"],
     },
