@@ -25,9 +25,11 @@ from transformers.masking_utils import (
     sdpa_mask,
 )
 
+from softkv.hf import calls
 from softkv.hf.context import BlockInputs, PackedRows, SoftContext
 from softkv.hf.dense import masked_attention
 from softkv.hf.key_state import AllReal, KeyState
+from softkv.hf.keywords import HARMLESS, check_understood
 from softkv.hf.local import two_sided_attention
 from softkv.hf.repeat import remember, signature
 from softkv.ops.api import prefix_attention, prefix_attention_varlen
@@ -86,6 +88,10 @@ def key_state(
     if pattern is Pattern.CHUNKED and kv_length + kv_offset <= cast(int, local_size):
         pattern = Pattern.CAUSAL
     cut = pattern is Pattern.CHUNKED or (pattern is Pattern.LOCAL and q_length != kv_length)
+    if packed and torch.compiler.is_compiling():
+        # A tracer can't tell: a SoftModel knows its rows, and neither padded nor cached ones are packed.
+        packed = calls.under_way() is None and attention_mask is None and q_length == kv_length
+        cut = cut or packed
     if pattern is None or cut or (packed and batch_size > 1):
         return sdpa_mask(
             batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask,
@@ -135,7 +141,7 @@ def _keeps_rows_apart(mask_function: Any) -> bool:
     name = mask_function.__qualname__
     if name != _INTERSECTION:
         return name == _ROWS_APART
-    if torch.compiler.is_compiling():  # a tracer can't look into closures; position ids will tell
+    if torch.compiler.is_compiling():  # a tracer can't look into closures
         return True
     return any(map(_keeps_rows_apart, mask_function.__closure__[0].cell_contents))
 
@@ -205,7 +211,7 @@ def attention(
         raise ValueError('softkv attention never forms attention weights: use attn_implementation="eager" to see them')
     if dropout:
         raise ValueError(f"softkv attention has no dropout, got {dropout}: set the model's attention dropout to 0")
-    _check_understood(module, kwargs)
+    check_understood(module, kwargs)
     keys = _Keys.of(attention_mask, len(query))
     causal, window = keys.causal, sliding_window
     if causal is None:
@@ -230,16 +236,18 @@ def attention(
         "sinks": s_aux if s_aux is None else s_aux.to(dtype),
         "backend": context.backend,
     }
-    rows = context.rows
+    rows, allowed = context.rows, keys.allowed
     if rows is None and (keys.packed or (softkv_prefix is None and keys.may_be_packed(cu_seq_lens_q))):
         rows = _rows_of_line(query, key, position_ids, cu_seq_lens_q, max_length_q)
-        if rows is None and keys.packed and not torch.compiler.is_compiling():
+        if rows is None and torch.compiler.is_compiling():
+            apart = _apart(query, key, position_ids)
+            allowed = apart if apart is None else apart & keys.matrix(causal, window, query.shape[2], key)
+        elif rows is None and keys.packed:
             raise ValueError(
                 f"{type(module).__name__} keeps packed rows apart by a mask, but passes no position_ids to its "
                 'attention, which softkv tells them by: give padded rows, or use attn_implementation="eager"'
             )
-    if position_bias is not None or keys.allowed is not None:
-        allowed = keys.allowed
+    if position_bias is not None or allowed is not None:
         if allowed is None:
             allowed = keys.matrix(causal, window, query.shape[2], key)
         if rows is not None or (window is not None and context.layers is not None):
@@ -267,7 +275,7 @@ def attention(
         )
         with named("attention, layer", layer):
             out = _attend(attend, context, layer, len(rows.cu_seqlens) - 1, like, window)
-        if alike is not None and rows is context.rows and _HARMLESS.issuperset(kwargs):
+        if alike is not None and rows is context.rows and HARMLESS.issuperset(kwargs):
             remember(context, layer, alike, attention_mask, (query, key, value), rows, **options)
         return out.unsqueeze(0), None
 
@@ -275,27 +283,10 @@ def attention(
     attend = partial(op, query, key, value, key_mask=keys.mask, key_lengths=keys.lengths, **options)
     with named("attention, layer", layer):
         out = _attend(attend, context, layer, len(query), like, window)
-    if alike is not None and op is prefix_attention and _HARMLESS.issuperset(kwargs):
+    if alike is not None and op is prefix_attention and HARMLESS.issuperset(kwargs):
         operands = (query, key, value)
         remember(context, layer, alike, attention_mask, operands, None, keys.mask, keys.lengths, **options)
     return out.transpose(1, 2), None
-
-
-# Keywords that models hand through to attention and that change nothing in it.
-_HARMLESS = {
-    "cache_position", "deterministic", "inputs_embeds", "input_ids", "labels", "logits_to_keep", "num_items_in_batch",
-    "output_hidden_states", "output_router_logits", "past_key_values", "position_embeddings", "return_dict", "seq_idx",
-    "token_type_ids", "tokenizer", "use_cache",
-}  # fmt: skip
-
-
-def _check_understood(module: nn.Module, kwargs: dict[str, Any]) -> None:
-    unknown = sorted(name for name, value in kwargs.items() if value is not None and name not in _HARMLESS)
-    if unknown:
-        raise ValueError(
-            f"{type(module).__name__} gives its attention {', '.join(unknown)}, which softkv attention does not know: "
-            'use attn_implementation="eager"'
-        )
 
 
 def _window(module: nn.Module, given: int | None) -> int:
@@ -333,7 +324,16 @@ def _rows_of_line(
         return None
     if cu_seqlens is not None and longest is not None:
         return PackedRows(cu_seqlens.to(torch.int32), longest)
-    return packed_rows(position_ids)
+    return None if torch.compiler.is_compiling() else packed_rows(position_ids)
+
+
+def _apart(query: Tensor, key: Tensor, position_ids: Tensor | None) -> Tensor | None:
+    """bool `[1, 1, T, T]`: which tokens of a line are of one packed row: a tracer can't read how many there are."""
+    T = query.shape[2]
+    if position_ids is None or len(query) != 1 or key.shape[2] != T or position_ids.shape != (1, T) or T == 1:
+        return None
+    row = F.pad((position_ids[0].diff() != 1).cumsum(0), (1, 0))
+    return (row[:, None] == row)[None, None]
 
 
 def packed_rows(position_ids: Tensor | None) -> PackedRows | None:

@@ -119,3 +119,11 @@ def test_transformers_imports_beside_a_folder_called_kernels() -> None:
         [sys.executable, "-m", "tests.hf.imports"], cwd=root, capture_output=True, text=True, check=False
     )
     assert "imported" in done.stdout, done.stderr
+
+
+def test_keywords_of_callers_pass_and_those_of_models_do_not() -> None:
+    model, ids = model_of("Llama", "softkv"), torch.tensor([[5, 6, 7]])
+    of_callers = {"foo": 1, "ignore_index": -100, "shift_labels": ids, "return_token_accuracy": True}
+    assert torch.equal(model(ids, **of_callers).logits, model(ids).logits)
+    with pytest.raises(ValueError, match="gives its attention apply_rotary_pos_emb, which softkv attention does not"):
+        model(ids, apply_rotary_pos_emb=1)  # a name that the model's own code knows

@@ -1,5 +1,6 @@
 """Models called from inside a `generate` answer as they do outside of it."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -113,3 +114,17 @@ def test_an_error_inside_leaves_no_call_behind() -> None:
             model.generate(IDS, max_new_tokens=2, **WAYS[way](fail))
         torch.testing.assert_close(model.base(IDS).logits, bare)
         assert torch.equal(model(IDS).logits, want)
+
+
+def test_guidance_by_a_longer_prompt_reads_its_cache() -> None:
+    model, negative = attached(), torch.tensor([[11, 12, 13, 14]])
+    options: dict[str, Any] = {"negative_prompt_ids": negative, "guidance_scale": 1.7, "max_new_tokens": 3}
+    assert torch.equal(model.generate(IDS, **options), model.generate(IDS, **options, use_cache=False))
+
+
+def test_a_copied_cache_follows_its_own_rows() -> None:
+    model, cache = attached(), transformers.DynamicCache()
+    model(IDS.expand(2, -1), past_key_values=cache)
+    copied = copy.deepcopy(cache)
+    copied.batch_repeat_interleave(2)
+    assert (len(cache.layers[0].keys), len(copied.layers[0].keys)) == (2, 4)

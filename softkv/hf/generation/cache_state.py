@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import torch
@@ -60,7 +60,7 @@ class CacheState:
         """Makes this the state of a cache."""
         setattr(cache, _ATTRIBUTE, self)
         for name in _FOLLOWED:
-            setattr(cache, name, MethodType(_following(name), cache))
+            setattr(cache, name, partial(_following(name), cache))
 
     @classmethod
     def required(cls, soft: SoftRows, cache: Any) -> CacheState:

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList, UnbatchedClassifierFreeGuidanceLogitsProcessor
 
 from softkv.hf import calls
+from softkv.hf.generation.cache_state import past_length
 from softkv.hf.layout import left_padded
 
 
@@ -170,7 +171,8 @@ def _of_prompts(model: Any) -> Callable[..., Any]:
     def forward(ids: Tensor, attention_mask: Tensor, **options: Any) -> Any:
         nonlocal lengths
         lengths = attention_mask.sum(1) if lengths is None else lengths
-        return model(ids, attention_mask=attention_mask, prompt_lengths=lengths, **options)
+        ends = {} if past_length(options.get("past_key_values")) else {"prompt_lengths": lengths}
+        return model(ids, attention_mask=attention_mask, **ends, **options)
 
     return forward
 
