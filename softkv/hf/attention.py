@@ -85,6 +85,8 @@ def key_state(
     """
     _check_interface(config)
     pattern, packed = _pattern(mask_function, use_vmap, local_size, config, kwargs)
+    if torch.compiler.is_compiling() and attention_mask is not None:  # transformers packs rows without one only
+        packed = False
     if pattern is Pattern.CHUNKED and kv_length + kv_offset <= cast(int, local_size):
         pattern = Pattern.CAUSAL
     cut = pattern is Pattern.CHUNKED or (pattern is Pattern.LOCAL and q_length != kv_length)
@@ -250,10 +252,11 @@ def attention(
     if position_bias is not None or allowed is not None:
         if allowed is None:
             allowed = keys.matrix(causal, window, query.shape[2], key)
-        if rows is not None or (window is not None and context.layers is not None):
+        counted = window is not None and context.layers is not None and context.window_covers is not False
+        if rows is not None or counted:
             raise ValueError(
                 f"{type(module).__name__} has a mask or a position bias of its own, which softkv takes in padded rows "
-                "and without a window over a prefix only"
+                "and without a window that counts the slots of a prefix only"
             )
         prefix = context.of_layer(layer, len(query), **like)
         out = masked_attention(query, key, value, allowed, position_bias, prefix, **options)

@@ -299,8 +299,11 @@ class DecoderHooks:
         """Says that no token is padding: transformers would look for packed rows in the values of position ids."""
         if kwargs.get("attention_mask") is None and kwargs.get("past_key_values") is None and self.behaviour.packs:
             tokens = kwargs["inputs_embeds"] if kwargs.get("inputs_embeds") is not None else kwargs["input_ids"]
-            if not torch.compiler.is_compiling():
-                kwargs["attention_mask"] = AllReal.of((tokens.shape[0], tokens.shape[1]), tokens.device)
+            shape = (tokens.shape[0], tokens.shape[1])
+            if torch.compiler.is_compiling():  # a tracer takes a plain tensor
+                kwargs["attention_mask"] = torch.ones(shape, dtype=torch.bool, device=tokens.device)
+            else:
+                kwargs["attention_mask"] = AllReal.of(shape, tokens.device)
 
     def _without_padding(self, context: SoftContext, kwargs: dict[str, Any]) -> SoftContext:
         """Packs padded prompts where the padding can be restored."""

@@ -44,6 +44,7 @@ class Inputs:
         given: (B, T) as the batch was given.
         answers: what the base's logits answer.
         columns: `[B, T]`, where the columns given are now; None while they have not moved.
+        token_at: `[B, T]`, where the tokens given are; `columns` says where what answers for them is.
         tokens: `[B, T]`, the ids that embeddings were made of, or None.
         source: of the columns in those given (`Insertion.source`), once soft tokens were put in.
         prompt_ends: `[R]`, the flat token where each row's prompt has ended, in the forward that reads prompts.
@@ -60,6 +61,7 @@ class Inputs:
     given: tuple[int, int]
     answers: Answers = "next token"
     columns: Tensor | None = None
+    token_at: Tensor | None = None
     tokens: Tensor | None = None
     source: Tensor | None = None
     prompt_ends: Tensor | None = None
@@ -124,8 +126,9 @@ class Inputs:
             x if x is None else in_order(x, order) for x in (self.ids, self.embeds, self.mask, self.positions)
         )
         layout = RowLayout.of(self.given, mask, None, order.device)
+        at = order.argsort(1)
         return replace(
-            self, ids=ids, embeds=embeds, mask=mask, positions=positions, layout=layout, columns=order.argsort(1)
+            self, ids=ids, embeds=embeds, mask=mask, positions=positions, layout=layout, columns=at, token_at=at
         )
 
     def with_prompt_ends(self, labels: Tensor | None, prompt_lengths: Tensor | None) -> Inputs:
@@ -166,6 +169,7 @@ class Inputs:
             layout=insertion.layout,
             packed=packed,
             columns=to if self.columns is None else to.gather(1, self.columns),
+            token_at=insertion.token_at if self.token_at is None else insertion.token_at.gather(1, self.token_at),
             source=insertion.source,
             prompt_ends=ends,
         )
@@ -205,7 +209,9 @@ class Inputs:
         """
         if self.columns is not None and self.answers != "next token":
             options = self._moved.inputs(options)
-        elif self.columns is not None and logits_to_keep is not None:
+        elif self.token_at is not None:
+            options = options | Moved(self.token_at, self.layout.shape[1], self.answers).types(options)
+        if self.columns is not None and self.answers == "next token" and logits_to_keep is not None:
             logits_to_keep = keep_in(self.columns, self.layout.shape[1], logits_to_keep)
         positions = self.positions
         if self.packed is not None:

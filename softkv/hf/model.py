@@ -508,6 +508,7 @@ class PromptedModel(Surface):
             pad=pad_id(kwargs, config),
             past=past,
             placeholders=placeholder_ids(self.base.config),
+            options=kwargs,
         )
         state = None
         if past:
@@ -516,7 +517,7 @@ class PromptedModel(Surface):
             state.store_on(cache)
         elif cache is not None:
             CacheState.clear(cache)
-        options = lengthened(kwargs, config, prompts.inserted)
+        options = lengthened(kwargs, config, prompts.inserted) | prompts.types
         if options.get("streamer") is not None:
             options["streamer"] = prompts.streamer(options["streamer"])
         table = None if prompts.soft_at is None or soft_tokens is None else soft_tokens.table

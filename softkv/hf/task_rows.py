@@ -35,6 +35,9 @@ def answers_of(model: Any) -> Answers:
     return "row" if logits.dim() == 2 else "token" if logits.shape[1] == 2 else "other"
 
 
+TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")  # of each token: its segment, or whether it is an image's
+
+
 @dataclass(frozen=True)
 class Moved:
     """Tokens `[B, T]` that became columns of a batch `[B, T']`.
@@ -56,8 +59,7 @@ class Moved:
             ValueError: when it is not known where labels belong.
         """
         moved = dict(batch)
-        if batch.get("token_type_ids") is not None:
-            moved["token_type_ids"] = self._scattered(batch["token_type_ids"], 0)
+        moved |= self.types(batch)
         if self.answers == "other" and batch.get("labels") is not None:
             raise ValueError("soft tokens inside rows expect a head whose labels softkv can move with their tokens")
         if self.answers == "token" and batch.get("labels") is not None:
@@ -67,6 +69,10 @@ class Moved:
                 if batch.get(name) is not None:
                     moved[name] = self._position(batch[name])
         return moved
+
+    def types(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """What the batch says of the kinds of tokens, where the tokens are. Soft tokens and padding are of kind 0."""
+        return {name: self._scattered(batch[name], 0) for name in TOKEN_TYPES if batch.get(name) is not None}
 
     def output(self, output: Any) -> Any:
         """The output with what it gives for each token in the order of the tokens given."""

@@ -77,6 +77,21 @@ def test_compiled_forward() -> None:
         close(compiled(ids).logits, model(ids).logits)
 
 
+@pytest.mark.parametrize("method", ["p-tuning v2", "p-tuning v2 of a text"])
+def test_compiled_forward_with_windows(method: str) -> None:
+    """Rows of a batch are not taken for packed ones in a traced forward, with a padding mask and without."""
+    model = attach("Gemma2: softcap, alternating windows", method).eval()
+    ids = torch.randint(2, 60, (2, 7))
+    for mask in (None, torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7])):
+        torch.compiler.reset()
+        compiled: Any = torch.compile(model, backend="eager")
+        with torch.no_grad():
+            want = model(ids, attention_mask=mask).logits
+            got = compiled(ids, attention_mask=mask).logits
+        real = slice(None) if mask is None else mask.bool()
+        close(got[real], want[real])
+
+
 def test_threads_do_not_meet() -> None:
     """Two soft prompts on one base, and two generations of one, at the same time."""
     model, wants = attach("Llama", "prompt-tuning after").eval(), truth("Llama", "prompt-tuning after")

@@ -16,6 +16,7 @@ from torch import Tensor
 from softkv.hf.generation.processors import ProcessorView, Streamer
 from softkv.hf.layout import left_padded, scattered
 from softkv.hf.prefixes import RowTokens
+from softkv.hf.task_rows import TOKEN_TYPES
 
 
 @dataclass
@@ -29,6 +30,7 @@ class Prompts:
         soft_at: `[B, T + k]`, which soft token stands in each column (-1: none), or None when none does.
         view: what processors and criteria see in place of `ids`, or None for `ids` themselves.
         moved: whether `ids` differ from `given`.
+        types: the token types given, for the columns of `ids`.
     """
 
     given: Tensor | None
@@ -39,6 +41,7 @@ class Prompts:
     soft_at: Tensor | None
     view: ProcessorView | None
     moved: bool
+    types: dict[str, Tensor]
 
     @classmethod
     def prepare(
@@ -51,6 +54,7 @@ class Prompts:
         pad: int,
         past: int,
         placeholders: Collection[int] = (),
+        options: dict[str, Any],
     ) -> Prompts:
         """The prompts of the base.
 
@@ -59,12 +63,14 @@ class Prompts:
             soft: the soft tokens at negative ids, and those to put before or after every prompt.
             pad: the id that stands for soft tokens in what is returned.
             past: tokens that a cache holds already; they stay in their columns.
+            options: of `generate`, token types among them.
             placeholders: ids that the base replaces by images or sounds.
         """
         tokens = ids if ids is not None else embeds
         assert tokens is not None
         columns = tokens.shape[1]
         given = ids if ids is None else ids.masked_fill(ids < 0, pad)
+        types = {name: options[name] for name in TOKEN_TYPES if options.get(name) is not None}
         soft_at = None
         if soft is not None and (soft.longest or (ids is not None and bool((ids < 0).any()))):
             front, behind = (soft.blocks(tokens.device, heads=heads) for heads in (True, False))
@@ -72,6 +78,10 @@ class Prompts:
                 mask = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
             if mask is not None:
                 mask = torch.cat([(front >= 0).to(mask.dtype), mask, (behind >= 0).to(mask.dtype)], 1)
+            types = {
+                name: torch.cat([x.new_zeros(front.shape), x, x.new_zeros(behind.shape)], 1)
+                for name, x in types.items()
+            }
             if ids is not None:
                 soft_at = torch.cat([front, (-soft.in_table(ids) - 1).clamp(min=-1), behind], 1)
                 # To an assistant model a soft token looks like a token that the row holds anyway.
@@ -86,9 +96,10 @@ class Prompts:
         if moving:
             assert mask is not None
             ids, embeds, soft_at = (x if x is None else left_padded(x, mask) for x in (ids, embeds, soft_at))
+            types = {name: left_padded(x, mask) for name, x in types.items()}
             mask = left_padded(mask, mask)
         view = None if ids is None or soft_at is None else ProcessorView.of(ids, mask, soft_at, pad)
-        return cls(given, columns, ids, embeds, mask, soft_at, view, moving or soft_at is not None)
+        return cls(given, columns, ids, embeds, mask, soft_at, view, moving or soft_at is not None, types)
 
     @property
     def inserted(self) -> int:
