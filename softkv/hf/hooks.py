@@ -22,7 +22,7 @@ from softkv.hf.generation.cache_state import CacheState, past_length
 from softkv.hf.generation.prefill import Unpadded
 from softkv.hf.generation.prompts import Prompts
 from softkv.hf.key_state import AllReal
-from softkv.hf.layout import RowLayout, token_positions
+from softkv.hf.layout import RowLayout, packed_positions, token_positions
 from softkv.hf.own_attention import OwnAttention
 from softkv.hf.placement import device_of
 from softkv.hf.prefixes import SoftRows
@@ -405,12 +405,19 @@ class DecoderHooks:
         B, T = tokens.shape[:2]
         cache, positions, rows = kwargs.get("past_key_values"), kwargs.get("position_ids"), context.rows
         past = cache.get_seq_length() if cache is not None else 0
+        mask, given = padding_mask(kwargs.get("attention_mask")), call.positions_given
         if positions is None:
-            positions = token_positions(padding_mask(kwargs.get("attention_mask")), (B, T), past, tokens.device)
+            positions = token_positions(mask, (B, T), past, tokens.device)
+        elif rows is not None and self._offset:  # positions that restart only say where rows begin
+            positions, given = packed_positions(rows, T), False
+        elif not given and call.prompts is None and mask is not None and positions.shape == (1, T):
+            # A wrapper around the decoder has counted columns, padding among them.
+            counted = token_positions(mask, (B, T), past, tokens.device) + (positions[:, :1] - past)
+            positions = torch.where((positions.diff() == 1).all(), counted, positions)
         slots = context.slots_of(B if rows is None else len(rows.cu_seqlens) - 1)
         if isinstance(slots, Tensor):
             slots = slots[:, None] if rows is None else slots.repeat_interleave(rows.cu_seqlens.diff(), output_size=T)
-        positions = positions + slots if call.positions_given else positions + (self._offset + slots)
+        positions = positions + slots if given else positions + (self._offset + slots)
         if self._table is not None and not torch.compiler.is_compiling():
             # Columns bound positions without a look at the device.
             longest = past + T if rows is None else rows.longest

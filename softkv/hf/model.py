@@ -595,7 +595,8 @@ class PromptedModel(Surface):
         assert soft_tokens is not None
         dtype = self.base.dtype
         with named("head once"):
-            blocks = self._hooks.capture(inputs_embeds=soft_tokens[None].to(dtype))
+            # A copy: some models scale what they are given in place.
+            blocks = self._hooks.capture(inputs_embeds=soft_tokens[None].to(dtype, copy=True))
         like = {"device": soft_tokens.device, "dtype": dtype}
         return Prefix.from_layers(
             [block.key.to(**like) for block in blocks], [block.value.to(**like) for block in blocks]
