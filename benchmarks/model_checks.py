@@ -102,10 +102,9 @@ def _check_method(name: str, bare: Any, model: Any, method: Method) -> dict[str,
         if check == "save and load":  # it ends the soft prompt
             done["disabled"] = _outcome(partial(_disabled, bare, soft))
         done[check] = _outcome(trial)
-    if done["generate, static cache"].startswith("crash") and not _base_generates(bare, "static"):
-        done["generate, static cache"] = "base: it has no static cache"
-    if done["generate"].startswith("crash") and not _base_generates(bare, None):
-        done["generate"] = "base: it does not generate padded prompts"
+    for check, cache in (("generate", None), ("generate, static cache", "static")):
+        if done[check].startswith(("crash", "wrong")) and not _base_generates(bare, cache):
+            done[check] = "base: its own generate does not take padded prompts like this"
     soft.detach()
     done["detach"] = "ok" if _state(model) == state else "wrong: the base is not as it was"
     return done
@@ -135,14 +134,14 @@ def _behind(bare: Any, soft: SoftPrompt, ids: Tensor) -> Tensor:
     prefix = soft.prefix()
     assert prefix is not None
     with torch.no_grad():
-        filled = bare(input_ids=ids, use_cache=True).past_key_values
+        filled = bare(input_ids=ids, use_cache=True).get("past_key_values")
     cache = DynamicCache(config=bare.config)
-    # Windowed caches would drop slots; a prefix may be longer than a window.
-    layers = [number for number, layer in enumerate(filled.layers) if isinstance(getattr(layer, "keys", None), Tensor)]
+    held = [] if filled is None else filled.layers
+    layers = [number for number, layer in enumerate(held) if isinstance(getattr(layer, "keys", None), Tensor)]
     layers = [number for number in layers if filled.layers[number].keys.dim() == 4]
     P, T = prefix.length, ids.shape[1]
-    runs = _runs(bare, ids)
-    if runs != len(layers) or filled.layers[layers[0]].keys.shape[1::2] != prefix.k.shape[2::2]:
+    usual = type(filled) is DynamicCache and _runs(bare, ids) == len(layers)
+    if not usual or filled.layers[layers[0]].keys.shape[1::2] != prefix.k.shape[2::2]:
         return _concatenated(bare, prefix, ids)
     for number, (k, v) in zip(layers, prefix.layers(len(layers)), strict=True):
         cache.update(k, v[..., : filled.layers[number].values.shape[-1]], number)
@@ -227,22 +226,24 @@ Batch = tuple[dict[str, Tensor], Callable[[Tensor], list[Tensor]]]
 def _padded(rows: list[Row], side: str) -> Batch:
     width = max(len(row.ids) for row in rows)
     shape, places = (len(rows), width), []
-    ids, mask, labels = torch.zeros(shape).long(), torch.zeros(shape).long(), torch.full(shape, -100)
+    ids, mask = torch.zeros(shape).long(), torch.zeros(shape).long()
     for r, row in enumerate(rows):
         at = 0 if side == "right" else width - len(row.ids)
         places.append(slice(at, at + len(row.ids)))
         ids[r, places[r]], mask[r, places[r]] = torch.tensor(row.ids), 1
-        labels[r, at + row.prompt : at + len(row.ids)] = torch.tensor(row.ids[row.prompt :])
-    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    batch = {"input_ids": ids, "attention_mask": mask, "prompt_lengths": _prompts(rows)}
     return batch, lambda x: [x[r, place] for r, place in enumerate(places)]
+
+
+def _prompts(rows: list[Row]) -> Tensor:
+    return torch.tensor([row.prompt for row in rows])
 
 
 def _packed(rows: list[Row]) -> Batch:
     lengths = [len(row.ids) for row in rows]
-    labels = [[-100] * row.prompt + row.ids[row.prompt :] for row in rows]
     batch = {
         "input_ids": torch.tensor([[i for row in rows for i in row.ids]]),
-        "labels": torch.tensor([[i for row in labels for i in row]]),
+        "prompt_lengths": _prompts(rows),
         "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
     }
     return batch, lambda x: list(x[0].split(lengths))
@@ -313,11 +314,14 @@ def _base_generates(bare: Any, cache: str | None) -> bool:
     ids = torch.arange(5, 13).view(2, 4)
     mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
     try:
-        bare.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False, cache_implementation=cache,
-                      disable_compile=True)  # fmt: skip
+        out = bare.generate(
+            ids, attention_mask=mask, max_new_tokens=3, do_sample=False, cache_implementation=cache,
+            disable_compile=True, output_logits=True, return_dict_in_generate=True,
+        )  # fmt: skip
+        wanted = bare(input_ids=out.sequences[:1, 1:]).logits[0, 2:-1]
     except Exception:
         return False
-    return True
+    return _verdict([torch.stack(out.logits, 1)[0]], [wanted]) == "ok"
 
 
 # Verdicts -------------------------------------------------------------------------------------------------------------

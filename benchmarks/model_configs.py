@@ -77,11 +77,12 @@ _OWN: dict[str, dict[str, Any]] = {
     "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]], "max_position_embeddings": 128},
     "dots3_note_text": {"num_key_value_heads": 4}, "dots3_note": {"num_key_value_heads": 4},
     "gemma4_assistant": {"hidden_size_per_layer_input": 0}, "zaya": {"num_experts_per_tok": 1},
-    "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"]},
+    "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"], "rope_parameters": {
+        kind: {"rope_type": "default", "rope_theta": 10_000.0} for kind in ("sliding_attention", "full_attention")}},
     "lfm3": {"layer_types": ["conv", "full_attention"]},
     "kimi_linear": {"num_hidden_layers": 4, "layer_types": ["linear_attention", "full_attention"] * 2},
     "qwen4_exp_text": {"num_hidden_layers": 4, "layer_types": ["linear_attention", "full_attention"] * 2},
-    "mpt": {}, "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
+    "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
     "dots1": {"num_key_value_heads": 4},
     "codegen": {"rotary_dim": 4}, "gptj": {"rotary_dim": 4},
     "gpt_bigcode": {},
@@ -104,14 +105,22 @@ def _shrunk(kind: Any, window: int) -> Any:
     names += [name for name in kind.attribute_map if name not in names]
     chosen = {name: window if name in _WINDOWS else value for name, value in _VALUES.items() if name in names}
     chosen |= {name: VOCAB - 1 - at for at, name in enumerate(sorted(_TOKENS)) if name in names}
-    if kind.model_type == "mpt":
-        chosen = {name: value for name, value in chosen.items() if not name.endswith("pdrop")}
-    chosen |= _OWN.get(kind.model_type, {})
+    for name, value in chosen.items():
+        if isinstance(value, float) and type(getattr(fields.get(name), "default", None)) is int:
+            chosen[name] = int(value)
     if "qk_rope_head_dim" in names:  # multi-head latent attention: keys of one width a head
         chosen = {name: value for name, value in chosen.items() if name not in ("head_dim", "qk_head_dim")}
         chosen |= {"num_key_value_heads": 4} if "num_key_value_heads" in names else {}
+    chosen |= _OWN.get(kind.model_type, {})
     # A width that the architecture leaves out by default stays out, but for experts and attention's own.
-    for name in ("q_lora_rank", "sliding_window", "num_kv_shared_layers", "hidden_size_per_layer_input"):
+    for name in (
+        "q_lora_rank",
+        "sliding_window",
+        "index_n_heads",
+        "index_head_dim",
+        "num_kv_shared_layers",
+        "hidden_size_per_layer_input",
+    ):
         default = getattr(fields.get(name), "default", ...)
         if name in chosen and name not in _OWN.get(kind.model_type, {}) and (default is None or default == 0):
             chosen.pop(name)

@@ -331,7 +331,8 @@ class DecoderHooks:
         assert call.soft is not None
         width, state = prompt.shape[1], CacheState.of(cache)
         if state is None:
-            state = CacheState(prompts.columns, B, call.soft.names, prompts.mask_for(B), unread=width)
+            begun = cache is not None and cache.get_seq_length() > 0  # in a cache that the model has made itself
+            state = CacheState(prompts.columns, B, call.soft.names, prompts.mask_for(B), unread=0 if begun else width)
             if cache is not None:
                 state.store_on(cache)
         unread, state.unread = state.unread, max(state.unread - T, 0)
