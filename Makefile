@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test fuzz soak bench gpu lint pins constraints compile-matrix mutants docs clean
+.PHONY: demo test fuzz soak bench gpu lint pins constraints compile-matrix mutants models docs clean
 
 $(READY): setup.py constraints.txt
 	@test -n "$(PYTHON)" || { echo "softkv needs Python 3.10 or newer, and none was found: make PYTHON=/path/to/python" >&2; exit 1; }
@@ -65,6 +65,11 @@ compile-matrix: $(READY)
 # Breaks the kernels on purpose, one line at a time: every mutant must be caught (about 10 minutes).
 mutants: $(READY)
 	$(BIN)/python -m tests.kernels.mutate --write docs/kernel_mutants.md
+
+# Every causal language model of transformers, tiny and random, with every method: docs/models.md. Goes on where it
+# stopped (about 20 minutes).
+models: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.models
 
 # The documentation as a site, in build/site.
 docs: $(READY)

@@ -136,7 +136,7 @@ def _behind(bare: Any, soft: SoftPrompt, ids: Tensor) -> Tensor:
     with torch.no_grad():
         filled = bare(input_ids=ids, use_cache=True).get("past_key_values")
     cache = DynamicCache(config=bare.config)
-    held = [] if filled is None else filled.layers
+    held = getattr(filled, "layers", [])
     layers = [number for number, layer in enumerate(held) if isinstance(getattr(layer, "keys", None), Tensor)]
     layers = [number for number in layers if filled.layers[number].keys.dim() == 4]
     P, T = prefix.length, ids.shape[1]
