@@ -29,7 +29,7 @@ def test_model_is_right(name: str) -> None:
     assert models.kind_of(record) == "right", models.summary(record)
 
 
-@pytest.mark.parametrize("name", ["bloom", "modernbert-decoder"])
+@pytest.mark.parametrize("name", ["bloom", "modernbert-decoder", "recurrent_gemma"])
 def test_model_is_right_or_refused(name: str) -> None:
     methods: dict[str, Method] = {"P-tuning v2": model_checks.METHODS["P-tuning v2"]}
     record = model_checks.check_model(models.entries()[name], methods)

@@ -23,12 +23,14 @@ class Behaviour:
     Attributes:
         packs: whether a packed row's results do not depend on the rows in front of it.
         carries: whether the K/V of what stands in front of a row stand for it.
+        pads: whether padding in front of a row changes nothing in it.
         embeds: whether embeddings say all about tokens: some models read ids beside them.
     """
 
     packs: bool
     carries: bool
     embeds: bool = True
+    pads: bool = True
 
 
 def behaviour_of(

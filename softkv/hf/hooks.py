@@ -171,6 +171,8 @@ class DecoderHooks:
             self.order = in_view
             try:
                 self.behaviour = behaviour_of(run, row, blocks)
+                if not self.behaviour.packs:
+                    self.behaviour = replace(self.behaviour, pads=self._pads(view, ids, row))
             except _OBSCURE as error:
                 raise self._not_run(error) from error
         else:
@@ -207,6 +209,23 @@ class DecoderHooks:
         pad = getattr(self.base.config.get_text_config(), "pad_token_id", None)
         ids = [token for token in range(1, TOKENS + 2) if token != pad][:TOKENS]
         return torch.tensor([ids], device=device_of(self.base)) % self.base.get_input_embeddings().num_embeddings
+
+    def _pads(self, decoder: nn.Module, ids: Tensor, row: Tensor) -> bool:
+        """Whether a row behind padding is the same row: some states take padding for tokens."""
+        half = TOKENS // 2
+        mask, positions = F.pad(torch.ones_like(ids), (half, 0)), torch.arange(TOKENS, device=ids.device)
+        padded = {"input_ids": F.pad(ids, (half, 0), value=int(ids[0, 0])), "attention_mask": mask}
+        padded["position_ids"] = F.pad(positions, (half, 0))[None]
+        got = self._hidden(decoder, SoftContext(backend=self.backend), **padded)
+        return same(got[0, half:], row[0])
+
+    def check_pads(self) -> None:
+        """Raise where padding in front of a row would change it."""
+        if not self.behaviour.pads:
+            raise ValueError(
+                f"{type(self.base).__name__} takes padding in front of a row for tokens, in states beside its "
+                "attention: expected rows of one length, or padding behind them and use_cache=False"
+            )
 
     def _embeds(self, decoder: nn.Module, ids: Tensor, row: Tensor) -> bool:
         """Whether embeddings in place of ids give the same row."""

@@ -28,7 +28,7 @@ from softkv.hf.hooks import DecoderHooks, ModelCall
 from softkv.hf.inner import say_prompt_lengths
 from softkv.hf.inputs import PACKING, Inputs
 from softkv.hf.kept_logits import taken_from
-from softkv.hf.layout import RowLayout
+from softkv.hf.layout import RowLayout, padded_in_front
 from softkv.hf.learned import leave_frozen, miss_nothing_frozen
 from softkv.hf.placement import device_of, is_sharded
 from softkv.hf.prefixes import SoftRows, check_known
@@ -385,6 +385,8 @@ class PromptedModel(Surface):
             inputs = inputs.padded_left()
         elif not self.is_causal and inputs.is_padded_in_front:
             inputs = inputs.padded_right()
+        if not self._hooks.behaviour.pads and inputs.is_padded_in_front:
+            self._hooks.check_pads()
         if soft.reading_prompts and not inputs.past:
             if next_token:
                 self._check_prompts_end(soft, labels, prompt_lengths)
@@ -510,6 +512,8 @@ class PromptedModel(Surface):
             placeholders=placeholder_ids(self.base.config),
             options=kwargs,
         )
+        if not self._hooks.behaviour.pads and prompts.mask is not None and padded_in_front(prompts.mask):
+            self._hooks.check_pads()
         state = None
         if past:
             state = CacheState.required(soft, cache)
