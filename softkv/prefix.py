@@ -7,11 +7,21 @@ checkpoint are interchangeable.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+
+Reader = Callable[..., tuple[list[Tensor], list[Tensor]]]
+_reader: Reader | None = None
+
+
+def read_models_by(reader: Reader) -> None:
+    """Names the function that runs a model for its K and V of every layer: `softkv.hf`, which lies above, does."""
+    global _reader
+    _reader = reader
 
 
 @dataclass(frozen=True)
@@ -152,7 +162,7 @@ class Prefix:
 
     @classmethod
     def _from_inputs(cls, model: Any, standing_in: bool, **inputs: Tensor) -> Prefix:
-        from softkv.hf.keys_values import keys_and_values
-
+        if _reader is None:
+            raise RuntimeError("a prefix of a model's own K/V needs softkv.hf, which knows models: import it first")
         base = model.base if hasattr(model, "disabled") else model
-        return cls.from_layers(*keys_and_values(base, standing_in=standing_in, **inputs))
+        return cls.from_layers(*_reader(base, standing_in=standing_in, **inputs))

@@ -23,12 +23,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from softkv.hf.learned import IN_BASE, check_learned, learned_in, peft_configs, put_learned
+from softkv.hf.learned import IN_BASE, check_learned, learned_in, put_learned
 from softkv.hf.model import PromptedModel
 from softkv.hf.task_heads import SavedModules
 from softkv.hf.task_rows import answers_of
 from softkv.io import foreign, peft, state
-from softkv.io.config import CONFIG, FORMAT, MODULES, SHAPE, WEIGHTS, check_size, check_sum, of_header, parse
+from softkv.io.config import CONFIG, MODULES, SHAPE, WEIGHTS, check_size, check_sum, of_header, parse
+from softkv.io.description import configuration
 from softkv.io.flat import FLAT, unflatten
 from softkv.io.older import with_narrow_values
 from softkv.io.safe_files import check_values, checksum, read_tensors
@@ -171,30 +172,6 @@ def split(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, T
     head = f"{MODULES}."
     soft = {name: tensor for name, tensor in tensors.items() if not name.startswith(head)}
     return soft, {name.removeprefix(head): tensor for name, tensor in tensors.items() if name.startswith(head)}
-
-
-def configuration(model: PromptedModel, adapter: str, *, folded: bool) -> dict[str, Any]:
-    """What the values of an adapter of `model` mean.
-
-    Raises:
-        ValueError: when the method is none of softkv's.
-    """
-    method = cast(SoftPrompt, model.adapters[adapter]).config
-    names = [name for name, config in METHODS.items() if type(method) is config]
-    if not names:
-        raise ValueError(f"only {', '.join(METHODS)} can be saved, got {type(method).__name__}")
-    config: dict[str, Any] = {
-        "format": FORMAT,
-        "method": names[0],
-        "config": asdict(method),  # type: ignore[call-overload]
-        "folded": folded,
-        "base": {"name": model.config.name_or_path, "model_type": model.config.model_type, **asdict(model.base_shape)},
-    }
-    if beside := peft_configs(model.base):
-        config["peft"] = beside
-    if (saved := modules_of(model, adapter)) is not None:
-        config[MODULES] = list(saved.paths)
-    return config
 
 
 def whole(tensor: Tensor) -> Tensor:

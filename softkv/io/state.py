@@ -15,7 +15,9 @@ from torch import Tensor
 
 from softkv.hf.learned import EXTRA, IN_BASE
 from softkv.io.config import MODULES
+from softkv.io.description import configuration
 from softkv.io.safe_files import check_values, open_tensors
+from softkv.methods.base import SoftPrompt
 
 if TYPE_CHECKING:
     from softkv.hf.model import PromptedModel
@@ -69,9 +71,6 @@ def read(path: Path) -> tuple[str, dict[str, Tensor]]:
 
 
 def _configs(model: PromptedModel) -> dict[str, dict[str, Any]]:
-    from softkv.io.checkpoint import configuration
-    from softkv.methods.base import SoftPrompt
-
     softs = {name: soft for name, soft in model.adapters.items() if isinstance(soft, SoftPrompt)}
     return {name: configuration(model, name, folded=not soft.foldable) for name, soft in softs.items()}
 
