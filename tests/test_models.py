@@ -19,12 +19,15 @@ SAMPLE = {
     "camembert": "positions that start behind padding's",
     "fuyu": "a wrapper that counts positions",
     "ctrl": "embeddings that the model writes into",
+    "whisper": "a head that gives all logits",
 }
 
 
 @pytest.mark.parametrize("name", SAMPLE)
 def test_model_is_right(name: str) -> None:
-    methods = {kind: model_checks.METHODS[kind] for kind in ("P-tuning v2", "Prompt-tuning, before")}
+    methods = {
+        kind: model_checks.METHODS[kind] for kind in ("P-tuning v2", "Prompt-tuning, before", "Prompt-tuning, after")
+    }
     record = model_checks.check_model(models.entries()[name], methods)
     assert models.kind_of(record) == "right", models.summary(record)
 

@@ -85,7 +85,7 @@ class DecoderHooks:
         self.decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True)
         self.decoder.register_forward_hook(self._leave_decoder, with_kwargs=True)
         head = self.base.get_output_embeddings()
-        if head is not None and not kept_logits.BY_TRANSFORMERS:
+        if head is not None and not kept_logits.by_model(self.base):
             self._head = head.register_forward_pre_hook(self._enter_head)
 
     def hook_blocks(self) -> None:

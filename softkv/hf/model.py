@@ -415,7 +415,7 @@ class PromptedModel(Surface):
             embeds = inputs.embeds
             inputs = inputs if embeds is None else inputs.with_row_ids(self.base.config.get_text_config().pad_token_id)
         keywords = inputs.keywords(options, logits_to_keep if module is self.base else None)
-        given, kept = position_ids is not None, taken_from(keywords)
+        given, kept = position_ids is not None, taken_from(keywords, self.base)
         call = ModelCall(self._hooks, context, soft, positions_given=given, embeds=embeds, kept=kept)
         output = self._hooks.run(call, module, **keywords, return_dict=True)
         if not inputs.past and output.get("past_key_values") is not None:
