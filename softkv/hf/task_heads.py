@@ -120,6 +120,11 @@ class SavedModules(nn.ModuleDict):
         return output if path in self.wide or not isinstance(output, Tensor) else output.to(given)
 
 
+def modules_of(model: Any, adapter: str) -> SavedModules | None:
+    """What an adapter of a `PromptedModel` has learned beside its soft prompt."""
+    return cast(SavedModules, model.modules_to_save[adapter]) if adapter in model.modules_to_save else None
+
+
 class Redirects:
     """Redirects modules of the base to the copies of the running call's adapters.
 

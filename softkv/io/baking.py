@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from softkv.evaluation import in_evaluation
-from softkv.io.checkpoint import modules_of
+from softkv.hf.task_heads import modules_of
 from softkv.io.config import MODULES
 from softkv.io.model import SoftModel, assemble
 from softkv.methods import PromptTuning, PTuning, PTuningV2, Template

@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from softkv.hf.learned import IN_BASE, check_learned, learned_in, put_learned
 from softkv.hf.model import PromptedModel
-from softkv.hf.task_heads import SavedModules
+from softkv.hf.task_heads import modules_of
 from softkv.hf.task_rows import answers_of
 from softkv.io import foreign, peft, state
 from softkv.io.config import CONFIG, MODULES, SHAPE, WEIGHTS, check_size, check_sum, of_header, parse
@@ -160,11 +160,6 @@ def describe(model: PromptedModel, *, folded: bool = True) -> tuple[dict[str, An
         tensors |= {f"{MODULES}.{name}": whole(each) for name, each in saved.tensors().items()}
     tensors |= {IN_BASE + name: whole(each) for name, each in learned_in(model.base).items()}
     return config, {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-
-
-def modules_of(model: PromptedModel, adapter: str) -> SavedModules | None:
-    """What an adapter has learned beside its soft prompt."""
-    return cast(SavedModules, model.modules_to_save[adapter]) if adapter in model.modules_to_save else None
 
 
 def split(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
