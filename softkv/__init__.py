@@ -41,7 +41,7 @@ _LAZY = {
     "PTuningV2": "softkv.methods",
     "PackingCollator": "softkv.train.batches",
     "PaddingCollator": "softkv.train.batches",
-    "Prefix": "softkv.hf.keys_values",
+    "Prefix": "softkv.hf",
     "PrefixTuning": "softkv.methods",
     "PromptTuning": "softkv.methods",
     "SoftModel": "softkv.io.model",

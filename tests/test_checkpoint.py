@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import softkv
 from softkv.io import checkpoint
-from softkv.io.config import SHAPE
+from softkv.io.config import FORMAT, SHAPE
 from softkv.methods import PTuning
 from softkv.methods.base import BaseShape, Method
 from tests.hf.tiny import METHODS as PLAIN
@@ -129,7 +129,7 @@ def test_what_is_kept(name: str, saved: Path) -> None:
     else:
         assert keys in ({"embeddings"}, {"k", "v"})  # networks are folded away
     assert {path.name for path in (saved / f"{number} True").iterdir()} == {CONFIG, WEIGHTS}
-    assert json.loads((saved / f"{number} True" / CONFIG).read_text())["format"] == 2
+    assert json.loads((saved / f"{number} True" / CONFIG).read_text())["format"] == FORMAT
 
 
 def test_prefixes_of_a_text_keep_counting_in_windows(tmp_path: Path) -> None:
@@ -208,7 +208,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "not ours": (without_header, "was not written by softkv"),
     "only a pickle": (only_a_pickle, "adapter_model.bin is a pickle, which softkv never reads"),
     "nothing": (lambda directory: shutil.rmtree(directory), "holds no soft prompt"),
-    "a newer version": (set_to("format", 3), "has format 3, this softkv reads up to 2: upgrade softkv"),
+    "a newer version": (
+        set_to("format", FORMAT + 1),
+        f"has format {FORMAT + 1}, this softkv reads up to {FORMAT}: upgrade softkv",
+    ),
     "no version": (set_to("format", None), "holds no softkv config"),
     "version true": (set_to("format", True), "holds no softkv config"),
     "a deep config": (nested, "holds no softkv config"),

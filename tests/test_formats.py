@@ -8,6 +8,7 @@ import torch
 
 import softkv
 from softkv.io import checkpoint
+from softkv.io.config import FORMAT
 from tests.fixtures.write import FOLDER, METHODS, classifier, numbered
 from tests.hf.tiny import model_of
 
@@ -15,7 +16,7 @@ FORMATS = sorted(path.name for path in FOLDER.glob("format-*"))
 
 
 def test_there_is_a_fixture_of_every_format() -> None:
-    assert [f"format-{number}" for number in range(1, checkpoint.FORMAT + 1)] == FORMATS
+    assert [f"format-{number}" for number in range(1, FORMAT + 1)] == FORMATS
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -41,7 +42,7 @@ def test_heads_of_every_format(version: str) -> None:
 def test_an_older_adapter_is_saved_in_the_new_format(tmp_path: Path) -> None:
     loaded = softkv.load(model_of("Llama"), FOLDER / "format-1" / "p-tuning-v2")
     loaded.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "softkv_config.json").read_text())["format"] == checkpoint.FORMAT
+    assert json.loads((tmp_path / "softkv_config.json").read_text())["format"] == FORMAT
     again = softkv.load(model_of("Llama"), tmp_path)
     assert again.method == loaded.method
     assert torch.equal(again.soft.k, loaded.soft.k)
@@ -50,7 +51,7 @@ def test_an_older_adapter_is_saved_in_the_new_format(tmp_path: Path) -> None:
 def test_a_newer_adapter_says_so(tmp_path: Path) -> None:
     # Its settings may be unknown too: the version is what is said.
     config, tensors = checkpoint.read(FOLDER / "format-1" / "p-tuning-v2")
-    config |= {"format": checkpoint.FORMAT + 1, "method": "p-tuning-v3"}
+    config |= {"format": FORMAT + 1, "method": "p-tuning-v3"}
     checkpoint.save_file(tensors, tmp_path / "softkv.safetensors", metadata=checkpoint.header(config, tensors))
-    with pytest.raises(ValueError, match=rf"has format {checkpoint.FORMAT + 1}, .* upgrade softkv"):
+    with pytest.raises(ValueError, match=rf"has format {FORMAT + 1}, .* upgrade softkv"):
         softkv.load(model_of("Llama"), tmp_path)

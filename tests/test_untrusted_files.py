@@ -20,10 +20,11 @@ from torch import Tensor
 
 import softkv
 from softkv.io import checkpoint
+from softkv.io.config import FORMAT
 from tests.fixtures.write import FOLDER, METHODS
 from tests.hf.tiny import model_of
 
-CURRENT = FOLDER / f"format-{checkpoint.FORMAT}"
+CURRENT = FOLDER / f"format-{FORMAT}"
 WEIGHTS, PEFT_CONFIG, PEFT_WEIGHTS = "softkv.safetensors", "adapter_config.json", "adapter_model.safetensors"
 REFUSALS = (ValueError, FileNotFoundError)
 ROOM = 1 << 30  # bytes of address space that loading may take

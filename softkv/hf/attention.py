@@ -124,8 +124,9 @@ def _pattern(
     mask_function: Any, use_vmap: bool, local_size: int | None, config: Any, kwargs: dict[str, Any]
 ) -> tuple[Pattern | None, bool]:
     """The pattern of a mask function of transformers (None: another one), and whether it keeps packed rows apart."""
-    name = mask_function.__qualname__
-    if use_vmap or name not in _KNOWN:
+    # By identity and "==": in a compiled frame, `in` misses a name in a tuple of names.
+    known = mask_function is causal_mask_function or mask_function is bidirectional_mask_function
+    if use_vmap or not (known or mask_function.__qualname__ == _INTERSECTION):
         return None, False
     bidirectional = "allow_is_bidirectional_skip" in kwargs
     packed = _keeps_rows_apart(mask_function)
@@ -150,7 +151,6 @@ def _keeps_rows_apart(mask_function: Any) -> bool:
 
 _INTERSECTION = and_masks().__qualname__
 _ROWS_APART = packed_sequence_mask_function(torch.empty(0)).__qualname__
-_KNOWN = (causal_mask_function.__qualname__, bidirectional_mask_function.__qualname__, _INTERSECTION)
 
 
 def _check_interface(config: Any) -> None:

@@ -10,9 +10,6 @@ from torch import Tensor
 from softkv.evaluation import in_evaluation
 from softkv.hf.frozen import BaseState
 from softkv.hf.hooks import DecoderHooks
-from softkv.prefix import Prefix, read_models_by
-
-__all__ = ["Prefix", "keys_and_values"]
 
 
 @torch.no_grad()
@@ -42,6 +39,3 @@ def keys_and_values(model: Any, *, standing_in: bool, **inputs: Tensor) -> tuple
         hooks.remove()
         BaseState.release(model, hooks)
     return [block.key for block in blocks], [block.value for block in blocks]
-
-
-read_models_by(keys_and_values)

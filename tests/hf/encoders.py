@@ -102,13 +102,13 @@ def _concatenating(
     return (scores.softmax(-1) @ value).transpose(1, 2), None
 
 
-AttentionInterface.register("concatenating", _concatenating)
-AttentionMaskInterface.register("concatenating", lambda *args, **kwargs: None)
+AttentionInterface.register("concatenating_encoders", _concatenating)
+AttentionMaskInterface.register("concatenating_encoders", lambda *args, **kwargs: None)
 
 
 @contextmanager
 def _concatenated(model: Any, prefix: Prefix | None) -> Iterator[None]:
-    model.set_attn_implementation("concatenating")
+    model.set_attn_implementation("concatenating_encoders")
     if prefix is not None:
         _PREFIX.extend(prefix.layers(model.config.num_hidden_layers))
     try:

@@ -105,8 +105,6 @@ def test_refusals() -> None:
         softkv.hf.attention.attention(
             model.model.layers[0].self_attn, *torch.zeros(3, 1, 2, 4, 8), torch.zeros(1, 4, 4)
         )
-    with pytest.raises(ValueError, match="LlamaAttention gives its attention alpha, indices, which softkv"):
-        model(ids, indices=1, alpha=2)
     model = model_of("Llama", "softkv", attention_dropout=0.1).train()
     with pytest.raises(ValueError, match="has no dropout"):
         model(ids)

@@ -143,8 +143,8 @@ def test_decoding_reads_the_shared_prefix_once(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_short_decoding_reads_the_prefix_for_each_row_and_writes_no_parts() -> None:
-    rows = 8
-    tensors = operands(1, P, B=rows)
+    rows, P, S = 8, 17, 20
+    tensors = operands(1, P, B=rows, S=S)
     with counting() as launches:
         softkv.kernels.forward(*tensors, **OPTIONS)
     (alone,) = launches
