@@ -27,7 +27,7 @@ from transformers.masking_utils import (
 
 from softkv.hf import calls
 from softkv.hf.context import BlockInputs, PackedRows, SoftContext
-from softkv.hf.dense import masked_attention
+from softkv.hf.dense import in_front, masked_attention
 from softkv.hf.key_state import AllReal, KeyState
 from softkv.hf.keywords import HARMLESS, check_understood
 from softkv.hf.local import two_sided_attention
@@ -259,6 +259,13 @@ def attention(
                 "and without a window that counts the slots of a prefix only"
             )
         prefix = context.of_layer(layer, len(query), **like)
+        if prefix and context.bias is not None and position_bias is not None:
+            T, P = query.shape[2], prefix["prefix_k"].shape[2]
+            before = (key.shape[2] if keys.lengths is None else keys.lengths[0]) - T
+            of_slots = context.bias(module, T, before, P)
+            if of_slots is not None:
+                key, value, allowed, position_bias = in_front(key, value, allowed, position_bias, prefix, of_slots)
+                prefix = {}
         out = masked_attention(query, key, value, allowed, position_bias, prefix, **options)
         return out.transpose(1, 2).contiguous(), None  # some models view it
     options |= {"is_causal": causal, "window": window}

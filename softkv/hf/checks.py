@@ -31,8 +31,6 @@ def check_base(model: Any) -> None:
             f"this {type(model).__name__} is split over {model._tp_size} processes by tensor parallelism, which keeps "
             "a part of the heads in each: softkv expects whole blocks, so load it without tp_plan and shard it by FSDP2"
         )
-    if model.config.is_encoder_decoder:
-        raise ValueError(f"softkv.attach expects a causal decoder, got the encoder-decoder {type(model).__name__}")
 
 
 def check_tokens(ids: Any, embeds: Any) -> Tensor:

@@ -127,6 +127,9 @@ class SoftContext:
         turns: how often each module that runs several times has begun to, in this forward pass.
         capture: collects what reaches each attention block, in the order in which they run.
         memo: of a forward pass, calls that were checked for one block and hold for others (`softkv.hf.repeat`).
+        bias: gives the position biases of the slots, `[1, H, T, P]`, of a block, T queries, the tokens before them and
+            P; None where slots have none.
+        cross: in the decoder of an encoder-decoder, the context of its cross-attention.
     """
 
     layers: dict[int, LayerKV] | None = None
@@ -142,6 +145,8 @@ class SoftContext:
     turns: dict[nn.Module, int] = field(default_factory=dict)
     capture: list[BlockInputs] | None = None
     memo: dict[Any, Any] | None = None
+    bias: Callable[[nn.Module, int, int | Tensor, int], Tensor | None] | None = None
+    cross: SoftContext | None = None
 
     def of_layer(self, layer: int, rows: int, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
         """The prefix keywords of the attention op for one block and `rows` rows, but for `window_covers_prefix`. Blocks

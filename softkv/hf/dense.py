@@ -1,5 +1,5 @@
 """Attention with a model-specific mask or position bias: T×S scores, as in eager attention. The prefix stays a separate
-operand."""
+operand, unless its slots have position biases too."""
 
 from __future__ import annotations
 
@@ -68,3 +68,31 @@ def masked_attention(
 
 def _weighted(out: Tensor, lse: Tensor, total: Tensor) -> Tensor:
     return out * (lse - total).exp()[..., None].to(out.dtype)
+
+
+def in_front(
+    key: Tensor, value: Tensor, allowed: Tensor, bias: Tensor, prefix: dict[str, Any], of_slots: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Keys, values, what is allowed, and biases, with the slots of a prefix as tokens in front.
+
+    Args:
+        key, value, allowed, bias: as of `masked_attention`.
+        prefix: the prefix keywords; every prefix has all its slots.
+        of_slots: the biases of the slots, `[1, H, T, P]`.
+    """
+    B, P = len(key), of_slots.shape[-1]
+    k, v, index = prefix["prefix_k"], prefix["prefix_v"], prefix["prefix_index"]
+    if index is not None:
+        k, v = k[index.clamp(min=0)], v[index.clamp(min=0)]
+    sees = allowed.new_ones(()) if allowed.dtype == torch.bool else allowed.new_zeros(())
+    slots = sees.expand(B if index is not None else len(allowed), *allowed.shape[1:3], P)
+    if index is not None:
+        hidden = False if allowed.dtype == torch.bool else torch.finfo(allowed.dtype).min
+        slots = slots.masked_fill((index < 0)[:, None, None, None], hidden)
+        allowed = allowed.expand(B, -1, -1, -1)
+    return (
+        torch.cat([k.expand(B, -1, -1, -1), key], 2),
+        torch.cat([v.expand(B, -1, -1, -1), value], 2),
+        torch.cat([slots, allowed], 3),
+        torch.cat([of_slots.to(bias.dtype).expand(len(bias), -1, -1, -1), bias], 3),
+    )

@@ -49,17 +49,18 @@ class Inner:
 
 
 def inside(model: Any, value: Any) -> Any:
-    """An attribute of the base, with the soft prompt in place where it is a module that runs the decoder."""
+    """An attribute of the base, with the soft prompt in place where it is a module that runs the decoder (or the
+    encoder that an encoder-decoder has beside it)."""
     if not isinstance(value, nn.Module):
         return value
-    decoder = decoder_of(model.base)
-    return Inner(model, value) if any(module is decoder for module in value.modules()) else value
+    stacks = [decoder_of(model.base), *([model.base.get_encoder()] if model.config.is_encoder_decoder else [])]
+    return Inner(model, value) if any(module is stack for module in value.modules() for stack in stacks) else value
 
 
 def say_prompt_lengths(model: PromptedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Keyword pre-hook of a `SoftModel` whose `forward` was replaced by one that keeps the labels from what it calls:
     where prompts end is then told by `prompt_lengths`."""
-    if "forward" not in vars(model):
+    if "forward" not in vars(model) or model.answers == "target":
         return None
     batch = dict(zip(_FORWARD, args, strict=False)) | kwargs
     if batch.get("labels") is None or batch.get("prompt_lengths") is not None:

@@ -19,7 +19,7 @@ from typing_extensions import Self
 
 from softkv.hf import calls, checkpointing, checks
 from softkv.hf.attention import NAME
-from softkv.hf.context import BlockInputs, SoftContext
+from softkv.hf.context import SoftContext
 from softkv.hf.frozen import BaseState, FrozenBase, OutOfReach
 from softkv.hf.generation import processors
 from softkv.hf.generation.cache_state import CacheState, check_contiguous, past_length
@@ -38,6 +38,7 @@ from softkv.hf.task_rows import answers_of
 from softkv.hf.unpacked import Unpacked
 from softkv.methods.base import BaseShape, Method, SoftPrompt
 from softkv.methods.p_tuning_v2 import matrices_of
+from softkv.methods.where import where_of
 from softkv.prefix import Prefix
 from softkv.ranges import named
 
@@ -77,11 +78,10 @@ class PromptedModel(Surface):
         self.modules_to_save = nn.ModuleDict()
         self._default_adapter = FIRST
         self._attached = True
-        self._hooks = DecoderHooks(model, backend)
+        self._hooks: Any = self._hooks_on(model, backend)
         self._redirects = Redirects(model, self.modules_to_save, self._hooks)
         try:
-            blocks = self._reach_attention()
-            self._frozen = FrozenBase(model, [captured.widths for captured in blocks], tokenizer)
+            self._frozen = self._reach_attention(tokenizer)
             self.training = model.training
             self.register_state_dict_post_hook(leave_frozen)
             self.register_load_state_dict_post_hook(miss_nothing_frozen)
@@ -92,9 +92,22 @@ class PromptedModel(Surface):
             self.detach()
             raise
 
-    def _reach_attention(self) -> list[BlockInputs]:
-        """Puts softkv's attention into the base; what reaches its blocks. None are reached where the base keeps its own
-        attention.
+    # What an encoder-decoder does in its own way (`softkv.hf.encoder_decoder`).
+
+    def _hooks_on(self, model: Any, backend: str | None) -> Any:
+        return DecoderHooks(model, backend)
+
+    def _placed(self, adapter: Any, frozen: FrozenBase) -> tuple[Any, FrozenBase]:
+        """An adapter that says where it stands, and the base as it sees it."""
+        if where_of(adapter) is not None:
+            raise ValueError(
+                f"where={where_of(adapter)} is of encoder-decoders, {type(self.base).__name__} has one stack: leave it "
+                "out"
+            )
+        return adapter, frozen
+
+    def _reach_attention(self, tokenizer: Any) -> FrozenBase:
+        """Puts softkv's attention into the base, unless the base keeps its own; the base as methods see it then.
 
         Attributes are set: whether the base is causal, and whether columns count in it (`_windowed`).
         """
@@ -107,11 +120,11 @@ class PromptedModel(Surface):
             BaseState.keep_own_attention(self.base, reason)
             self.is_causal, self._windowed = self._hooks.keep_own_attention(reason).causal, True
             self._hooks.register()
-            return []
+            return FrozenBase(self.base, [], tokenizer)
         self._windowed = any(captured.window is not None for captured in blocks)
         self.is_causal = all(captured.causal for captured in blocks)
         state.silence_dropout([captured.block for captured in blocks])
-        return blocks
+        return FrozenBase(self.base, [captured.widths for captured in blocks], tokenizer)
 
     # Adapters --------------------------------------------------------------------------------------------------------
 
@@ -160,6 +173,7 @@ class PromptedModel(Surface):
         self._check_new_name(name)
         self._check_reached(adapter)
         frozen = self._frozen if tokenizer is None else self._frozen.with_tokenizer(tokenizer)
+        adapter, frozen = self._placed(adapter, frozen)
         if isinstance(adapter, Prefix):
             soft: SoftPrompt = matrices_of(adapter, frozen.shape)
         elif isinstance(adapter, Method):

@@ -32,6 +32,10 @@ class Surface(nn.Module):
         """The base's decoder, which gives hidden states with the soft prompt in place when it is called."""
         return inside(self, self.base.get_decoder(*args, **kwargs))
 
+    def get_encoder(self, *args: Any, **kwargs: Any) -> Any:
+        """The base's encoder, where it has one."""
+        return inside(self, self.base.get_encoder(*args, **kwargs))
+
     def get_base_model(self) -> Self:
         """This model: what others would patch or call around a wrapper carries the soft prompt here. The frozen model
         is `base`."""

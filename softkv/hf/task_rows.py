@@ -13,15 +13,16 @@ from softkv.evaluation import in_evaluation
 from softkv.hf import calls
 from softkv.hf.layout import IGNORED
 
-# What logits answer: each token, by predicting the next one or by its own label; a span of tokens; a whole row.
-Answers = Literal["next token", "token", "span", "row", "other"]
+# What logits answer: each token, by predicting the next one or by its own label; a label of what an encoder-decoder
+# writes; a span of tokens; a whole row.
+Answers = Literal["next token", "target", "token", "span", "row", "other"]
 
 
 @torch.no_grad()
 def answers_of(model: Any) -> Answers:
     """What the logits of a model answer; other: it has none, or they are of another shape."""
     if model.can_generate():
-        return "next token"
+        return "target" if model.config.is_encoder_decoder else "next token"
     ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
     try:
         output = calls.run(None, in_evaluation(model), input_ids=ids, return_dict=True)

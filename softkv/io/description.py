@@ -26,7 +26,7 @@ def configuration(model: PromptedModel, adapter: str, *, folded: bool) -> dict[s
     config: dict[str, Any] = {
         "format": FORMAT,
         "method": names[0],
-        "config": asdict(method),  # type: ignore[call-overload]
+        "config": _settings(method),
         "folded": folded,
         "base": {"name": model.config.name_or_path, "model_type": model.config.model_type, **asdict(model.base_shape)},
     }
@@ -35,3 +35,9 @@ def configuration(model: PromptedModel, adapter: str, *, folded: bool) -> dict[s
     if (saved := modules_of(model, adapter)) is not None:
         config[MODULES] = list(saved.paths)
     return config
+
+
+def _settings(method: Any) -> dict[str, Any]:
+    """The fields of a method as JSON gives them back. `where` is told where it says something."""
+    settings = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(method).items()}
+    return {name: value for name, value in settings.items() if name != "where" or value is not None}

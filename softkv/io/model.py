@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from softkv.hf.encoder_decoder.model import PromptedEncoderDecoder
 from softkv.hf.frozen import released_on_error
 from softkv.hf.learned import check_learned, inject, put_learned
 from softkv.hf.model import PromptedModel
@@ -31,9 +32,9 @@ def attach(
     """Attaches a soft prompt to a transformers model and freezes the model.
 
     Args:
-        model: a causal LM, an encoder, or a model with a task head. A model whose attention does not go through
-            transformers' attention interface (BLOOM, Falcon, MPT, GPT-J...) keeps its own and takes `PromptTuning` and
-            `PTuning` only.
+        model: a causal LM, an encoder, an encoder-decoder, or a model with a task head. A model whose attention does
+            not go through transformers' attention interface (BLOOM, Falcon, MPT, GPT-J...) keeps its own and takes
+            `PromptTuning` and `PTuning` only.
         method: `PromptTuning`, `PTuning`, `PrefixTuning` or `PTuningV2`.
         tokenizer: the model's tokenizer, needed for inits from a text.
         backend: of `softkv.prefix_attention`; None chooses by device.
@@ -47,8 +48,8 @@ def attach(
         A `SoftModel`; its only trainable parameters are the method's and those of `modules_to_save`, in fp32.
 
     Raises:
-        ValueError: when the method needs attention that softkv can't reach, the model is an encoder-decoder, or
-            its layers don't fit the method (an encoder of prompts in a bidirectional model).
+        ValueError: when the method needs attention that softkv can't reach, or the model's layers don't fit the method
+            (an encoder of prompts in a bidirectional model).
 
     Example:
         >>> model = softkv.attach(base, softkv.PTuningV2(length=4))
@@ -56,7 +57,7 @@ def attach(
         ['adapters.default.k', 'adapters.default.v']
     """
     with released_on_error(model):
-        return SoftModel(
+        return _class_for(model)(
             model, method, tokenizer=tokenizer, backend=backend, head_once=head_once, modules_to_save=modules_to_save
         )
 
@@ -130,6 +131,15 @@ class SoftModel(PromptedModel):
         return hub.push(self, repo_id, **kwargs)
 
 
+class SoftEncoderDecoder(SoftModel, PromptedEncoderDecoder):
+    """A `SoftModel` on an encoder-decoder: `forward` and `generate` are those of `PromptedEncoderDecoder`."""
+
+
+def _class_for(model: Any) -> type[SoftModel]:
+    config = getattr(model, "config", None)
+    return SoftEncoderDecoder if getattr(config, "is_encoder_decoder", False) else SoftModel
+
+
 def load(
     model: Any,
     directory: str | os.PathLike[str],
@@ -187,7 +197,7 @@ def assemble(
     try:
         with released_on_error(model):
             method = checkpoint.saved(model, config, prompt, encoder=encoder)
-            soft_model = SoftModel(model, method, backend=backend).eval()
+            soft_model = _class_for(model)(model, method, backend=backend).eval()
             check_learned(model, in_base)
             put_learned(model, in_base)
             return soft_model

@@ -20,6 +20,7 @@ from softkv.methods.matrices import (
     initial_matrices,
 )
 from softkv.methods.template import begin_ids, check_no_soft_tokens
+from softkv.methods.where import Site, checked_where
 from softkv.prefix import Prefix
 
 ENCODER_SIZE = 256
@@ -58,9 +59,12 @@ class PTuningV2(Method):
             from a file, the config needs the module again: `dataclasses.replace(config, encoder=module)`.
         encoder_size: E of "lstm" (even) and "attention" (a multiple of 4, its heads); 256 if None.
         share_encoder: one encoder for all blocks, or one for each.
-        window_covers: whether sliding windows count the slots as the positions before the first token; None: where the
-            slots start as real tokens, with `init="text"`.
+        window_covers: whether sliding windows, and the relative position biases of T5, count the slots as the positions
+            before the first token; None: where the slots start as real tokens, with `init="text"`.
         continues: rows continue a text that the prefix holds from its beginning: `encode` begins them with no BOS.
+        where: in an encoder-decoder, which attention has a prefix: "encoder" and "decoder" (self-attention), "cross"
+            (from the decoder to the encoder); None: all that softkv reaches. L counts the blocks of these. None in
+            other models.
         template: how `encode` builds a row; without soft tokens.
 
     Raises:
@@ -82,6 +86,7 @@ class PTuningV2(Method):
     share_encoder: bool = True
     window_covers: bool | None = None
     continues: bool = False
+    where: tuple[Site, ...] | None = None
     template: str = "[X] [Y]"
 
     def __post_init__(self) -> None:
@@ -92,6 +97,7 @@ class PTuningV2(Method):
         self._check_encoder()
         initial.check_choice("window_covers", self.window_covers, (None, True, False))
         initial.check_choice("continues", self.continues, (True, False))
+        object.__setattr__(self, "where", checked_where(self.where))
         if self.window_covers is not None and (self.encoder is not None or self.reparametrize):
             raise ValueError(
                 "window_covers is read for plain matrices only: leave it, the encoder or reparametrize out"

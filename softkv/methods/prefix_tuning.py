@@ -16,6 +16,7 @@ from softkv.methods.matrices import (
     initial_matrices,
 )
 from softkv.methods.template import check_no_soft_tokens
+from softkv.methods.where import Site, checked_where
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +36,8 @@ class PrefixTuning(Method):
         reparametrize: compute the matrices by an MLP from learned embeddings while training; `folded` leaves the plain
             matrices.
         reparametrize_size: width of these embeddings and of the MLP; 512 if None.
+        where: in an encoder-decoder, which attention has the prefix: "encoder" and "decoder" (self-attention), "cross"
+            (from the decoder to the encoder); None: all that softkv reaches. None in other models.
         template: how `encode` builds a row; without soft tokens.
 
     Raises:
@@ -51,6 +54,7 @@ class PrefixTuning(Method):
     init_std: float | None = None
     reparametrize: bool = False
     reparametrize_size: int | None = None
+    where: tuple[Site, ...] | None = None
     template: str = "[X] [Y]"
 
     def __post_init__(self) -> None:
@@ -58,6 +62,7 @@ class PrefixTuning(Method):
             self.init, self.init_text, self.init_std, self.length, self.reparametrize, self.reparametrize_size
         )
         check_no_soft_tokens(self.template, "PrefixTuning")
+        object.__setattr__(self, "where", checked_where(self.where))
 
     def build(self, base: FrozenModel, *, folded: bool = False) -> SoftPrompt:
         """`SoftMatrices` with `k [1, 1, G, n, D]` and `v [1, 1, G, n, Dv]`, or the MLP that computes them."""

@@ -1,0 +1,89 @@
+"""State of one call of an encoder-decoder with soft prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from softkv.hf.context import SoftContext
+from softkv.hf.prefixes import RowTokens, SoftRows
+from softkv.methods.where import Site, sections, where_of
+from softkv.prefix import Prefix
+
+if TYPE_CHECKING:
+    from softkv.hf.encoder_decoder.hooks import EncoderDecoderHooks
+
+Contexts = Mapping[Site, SoftContext]
+
+
+@dataclass(frozen=True)
+class Unchanged:
+    """The prompts of a `generate` whose columns stay as they are."""
+
+    view: None = None
+
+
+@dataclass(frozen=True)
+class EncoderDecoderCall:
+    """One running `forward` or `generate`, as the pre-hooks see it.
+
+    Attributes:
+        hooks: of the model that was called.
+        soft: the soft prompts of its rows; None in a run of the bare stacks.
+        contexts: the prefixes at each site.
+        tokens: the soft tokens in the encoder's rows, or None.
+        ids: `[B, S]`, the ids that the encoder reads in place of those that reach it, or None.
+        prompts: of a `generate`.
+        model: the SoftModel, in a `generate`.
+    """
+
+    hooks: EncoderDecoderHooks
+    soft: SoftRows | None = None
+    contexts: Contexts = field(default_factory=dict)
+    tokens: RowTokens | None = None
+    ids: Tensor | None = None
+    prompts: Unchanged | None = None
+    model: Any = None
+
+    def context(self, site: Site) -> SoftContext:
+        return self.contexts.get(site, SoftContext())
+
+
+def contexts_of(soft: SoftRows, counts: Sequence[tuple[Site, int]], like: Tensor) -> dict[Site, SoftContext]:
+    """The prefixes of a call at each site.
+
+    Args:
+        counts: the sites of the model and how many blocks each has.
+        like: on the device and of the dtype of the model.
+    """
+    prefixes: dict[Site, dict[str, Prefix]] = {site: {} for site, _ in counts}
+    for name, each in soft.softs.items():
+        prefix = each.prefix()
+        if prefix is None:
+            continue
+        prefix = prefix.to(dtype=like.dtype)
+        for site, layers in sections(counts, where_of(each.config) or ()).items():
+            prefixes[site][name] = prefix if len(prefix.k) == 1 else _part(prefix, layers)
+    return {site: soft.context(prefixes[site], blocks, like.device) for site, blocks in counts}
+
+
+def _part(prefix: Prefix, layers: slice) -> Prefix:
+    return Prefix(prefix.k[layers], prefix.v[layers], prefix.lengths, prefix.window_covers)
+
+
+def check_counted(context: SoftContext, name: str) -> None:
+    """Refuses rows whose slots a relative position bias would count differently."""
+    if isinstance(context.window_covers, Tensor) or (context.window_covers and context.lengths is not None):
+        raise ValueError(
+            f"rows of one batch expect prefixes of one length that the position biases of {name} all count or all "
+            "leave out (window_covers): give rows of such adapters in batches of their own"
+        )
+
+
+def rows_of(tokens: Any) -> int:
+    """Rows of what enters a table of positions: ids, embeddings, or their shape."""
+    return len(tokens) if isinstance(tokens, Tensor) else int(torch.Size(tokens)[0])

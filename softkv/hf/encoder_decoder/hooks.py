@@ -1,0 +1,211 @@
+"""Keyword pre-hooks through which calls of a `SoftModel` reach the encoder, the decoder and the cross-attention of a
+frozen encoder-decoder."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from softkv.hf import calls
+from softkv.hf.behaviour import Behaviour
+from softkv.hf.context import BlockOrder, SoftContext
+from softkv.hf.encoder_decoder.calls import EncoderDecoderCall, check_counted, rows_of
+from softkv.hf.encoder_decoder.positions import SlotBiases, shifted, size_of, table_of, takes_ids
+from softkv.hf.encoder_decoder.rows import encoded_mask, encoder_rows
+from softkv.hf.generation.cache_state import CacheState, past_length
+from softkv.hf.own_attention import OwnAttention
+from softkv.methods.where import SITES, Site
+
+
+class EncoderDecoderHooks:
+    """The pre-hooks of one `SoftModel` on the two stacks of its base.
+
+    Attributes:
+        base: the frozen model.
+        encoder, decoder: its stacks.
+        orders: the attention blocks at each site that softkv's attention reaches; known after `probe`.
+        reads_tokens: whether the encoder reads tokens, and not sound or images.
+        embed_scale: what the encoder multiplies the embeddings of ids by, outside of its table.
+        behaviour: what the encoder does with tokens; known after `probe`.
+        own: of a base that keeps its own attention.
+    """
+
+    def __init__(self, base: Any, backend: str | None) -> None:
+        self.base, self.backend = base, backend
+        self.encoder, self.decoder = cast(nn.Module, base.get_encoder()), cast(nn.Module, base.get_decoder())
+        self.orders: dict[Site, BlockOrder] = {}
+        self.biases: dict[Site, SlotBiases | None] = {}
+        self.reads_tokens, self.embed_scale = True, 1.0
+        self.behaviour = Behaviour(packs=False, carries=False)
+        self.own: OwnAttention | None = None
+        self._tables = {"encoder": table_of(self.encoder), "decoder": table_of(self.decoder)}
+
+    @property
+    def order(self) -> BlockOrder:
+        """The blocks of all sites."""
+        return BlockOrder([block for site in SITES if site in self.orders for block in self.orders[site].blocks])
+
+    @property
+    def counts(self) -> list[tuple[Site, int]]:
+        """The sites and how many blocks each has."""
+        return [(site, len(self.orders[site])) for site in SITES if site in self.orders]
+
+    def register(self) -> None:
+        """Hooks the stacks and their tables of positions."""
+        self.encoder.register_forward_pre_hook(self._enter_encoder, with_kwargs=True)
+        self.decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True)
+        for table, hook in zip(self._tables.values(), (self._encoder_positions, self._decoder_positions), strict=True):
+            if table is not None:
+                table.register_forward_hook(hook, with_kwargs=True)
+
+    def hook_cross(self, blocks: list[nn.Module]) -> None:
+        """Has cross-attention take a context of its own."""
+        for block in blocks:
+            block.register_forward_pre_hook(self._enter_cross, with_kwargs=True)
+
+    def remove(self) -> None:
+        """Takes every hook off, whatever came between hooking and this."""
+        for module in (*self.encoder.modules(), *self.decoder.modules()):
+            for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                for number in [number for number, hook in hooks.items() if getattr(hook, "__self__", None) is self]:
+                    del hooks[number]
+                    module._forward_pre_hooks_with_kwargs.pop(number, None)
+                    module._forward_hooks_with_kwargs.pop(number, None)
+
+    def run(self, call: EncoderDecoderCall, function: Callable[..., Any], **kwargs: Any) -> Any:
+        """Runs the base, or a part of it, as this call."""
+        return calls.run(call, function, **kwargs)
+
+    def embed(self, ids: Tensor, soft_tokens: Tensor) -> Tensor:
+        """Embeddings `[B, S, C]` of ids, with soft token -i-1 where an id i is negative."""
+        embeds = self.base.get_input_embeddings()(ids.clamp(min=0)) * self.embed_scale
+        soft = soft_tokens.to(embeds.dtype)[(-ids - 1).clamp(min=0)]
+        return torch.where((ids < 0)[:, :, None], soft, embeds)
+
+    def _under_way(self, kwargs: dict[str, Any] | None) -> EncoderDecoderCall | None:
+        """The running call, if it is of this model. (While a thread registers a hook, others may call it before torch
+        knows that it takes keywords: they are missing then.)"""
+        call = calls.under_way()
+        return None if kwargs is None or call is None or call.hooks is not self else call
+
+    def _enter_encoder(self, encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
+        """Keyword pre-hook of the encoder: soft tokens, padding behind, positions behind the prefix, and the prefix."""
+        call = self._under_way(kwargs)
+        if call is None:
+            return None
+        kwargs = _named(encoder, args, kwargs)
+        if self.reads_tokens and call.soft is not None:
+            ids = kwargs.get("input_ids") if call.ids is None else call.ids
+            ids, embeds, mask = encoder_rows(
+                ids, kwargs.get("inputs_embeds"), kwargs.get("attention_mask"), call.tokens, self.embed
+            )
+            kwargs |= {"input_ids": ids, "inputs_embeds": embeds, "attention_mask": mask}
+        self._place(call, "encoder", kwargs)
+        return (), kwargs
+
+    def _enter_decoder(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
+        """Keyword pre-hook of the decoder: positions behind the prefix, the prefixes of both kinds of attention, and
+        the mask of what the encoder has read."""
+        call = self._under_way(kwargs)
+        if call is None:
+            return None
+        kwargs = _named(decoder, args, kwargs)
+        states, cache = kwargs.get("encoder_hidden_states"), kwargs.get("past_key_values")
+        if call.soft is not None and self.reads_tokens and states is not None:
+            mask = kwargs.get("encoder_attention_mask")
+            kwargs["encoder_attention_mask"] = encoded_mask(mask, call.tokens, (states.shape[0], states.shape[1]))
+        if call.soft is not None and cache is not None and CacheState.of(cache) is None and not past_length(cache):
+            rows = len(_tokens(kwargs))
+            CacheState(
+                0, rows, call.soft.names if len(call.soft.names) == 1 else tuple(call.soft.names_of(rows))
+            ).store_on(cache)
+        self._place(call, "decoder", kwargs)
+        return (), kwargs
+
+    def _enter_cross(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
+        """Keyword pre-hook of a cross-attention block. It runs inside a checkpointed region, so it is recomputed with
+        it."""
+        context = None if kwargs is None else kwargs.get("softkv_prefix")
+        if kwargs is None or context is None or context.cross is None:
+            return None
+        return args, kwargs | {"softkv_prefix": context.cross}
+
+    def _place(self, call: EncoderDecoderCall, stack: Site, kwargs: dict[str, Any]) -> None:
+        """Gives a stack its prefixes, and positions where it takes position ids."""
+        bare = SoftContext(backend=self.backend)
+        context, cross = self._prepared(call, stack), None
+        if stack == "decoder":
+            cross = self._prepared(call, "cross")
+        if context is None and cross is None:
+            return
+        if context is not None and (isinstance(context.slots, Tensor) or context.slots):
+            self._place_tokens(call, context, stack, kwargs)
+        context = context or bare
+        kwargs["softkv_prefix"] = context if context.capture is not None else replace(context, cross=cross or bare)
+
+    def _prepared(self, call: EncoderDecoderCall, site: Site) -> SoftContext | None:
+        """The context of a site; None where softkv's attention is not reached."""
+        order, context = self.orders.get(site), call.context(site)
+        if context.layers is None or order is None:
+            return context if context.capture is not None else None
+        bias = self.biases.get(site)
+        if bias is not None:
+            check_counted(context, type(self.base).__name__)
+        memo: dict[Any, Any] | None = None if torch.compiler.is_compiling() else {}
+        return replace(
+            context, backend=self.backend, order=order, memo=memo, bias=bias if context.window_covers is True else None
+        )
+
+    def _place_tokens(
+        self, call: EncoderDecoderCall, context: SoftContext, stack: Site, kwargs: dict[str, Any]
+    ) -> None:
+        """Puts tokens behind the slots, where this is not the business of a table."""
+        module, table = (self.encoder, self.decoder)[stack == "decoder"], self._tables[stack]
+        tokens = _tokens(kwargs)
+        before = past_length(kwargs.get("past_key_values")) if stack == "decoder" else 0
+        slots = context.slots_of(len(tokens))
+        if table is None and takes_ids(module) and kwargs.get("position_ids") is None:
+            count = torch.arange(before, before + tokens.shape[1], device=tokens.device)[None]
+            kwargs["position_ids"] = count + (slots if isinstance(slots, int) else slots[:, None])
+        size = size_of(table)
+        if size is not None and not torch.compiler.is_compiling():
+            last = before + tokens.shape[1] - 1 + (slots if isinstance(slots, int) else int(slots.max()))
+            if last >= size:
+                raise ValueError(
+                    f"prefix and tokens of the {stack} need positions up to {last}, but the model's position table "
+                    f"ends at {size - 1}: use a shorter prefix or shorter rows"
+                )
+
+    def _encoder_positions(self, table: nn.Module, args: Any, kwargs: Any, output: Any = None) -> Any:
+        return self._moved(table, args, kwargs, output, "encoder")
+
+    def _decoder_positions(self, table: nn.Module, args: Any, kwargs: Any, output: Any = None) -> Any:
+        return self._moved(table, args, kwargs, output, "decoder")
+
+    def _moved(self, table: nn.Module, args: Any, kwargs: Any, output: Any, stack: Site) -> Any:
+        """Forward hook of a table of positions: those behind the prefix."""
+        call = self._under_way(None if output is None else kwargs)
+        if call is None:
+            return None
+        context = call.context(stack)
+        if isinstance(context.slots, int) and not context.slots:
+            return None
+        given = [each for each in (*args, *kwargs.values()) if each is not None]
+        return shifted(table, args, kwargs, context.slots_of(rows_of(given[0])))
+
+
+def _named(stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> dict[str, Any]:
+    return dict(zip(inspect.signature(stack.forward).parameters, args, strict=False)) | (kwargs or {})
+
+
+def _tokens(kwargs: dict[str, Any]) -> Tensor:
+    """Ids or embeddings, or what else a stack reads first."""
+    for name in ("inputs_embeds", "input_ids"):
+        if kwargs.get(name) is not None:
+            return kwargs[name]
+    return next(each for each in kwargs.values() if isinstance(each, Tensor))

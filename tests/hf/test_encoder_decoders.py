@@ -1,0 +1,115 @@
+"""Encoder-decoders: every family against its naive truth, row by row."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import softkv
+from softkv.methods.base import Method
+from tests.hf.encoder_decoders import EOS, KV, NAMES, Naive, embedded, model_of, padded, self_attention
+from tests.hf.naive import close
+
+READ = [[5, 6, 7, 8, 9, EOS], [10, 11, EOS], [12, 13, 14, 15, EOS]]
+WRITTEN = [[4, 5, EOS], [7, EOS], [20, 21, 22, EOS]]
+
+METHODS: dict[str, Method] = {
+    "v2 everywhere": softkv.PTuningV2(length=5, init_std=1.0),
+    "v2 in the decoder": softkv.PTuningV2(length=5, init_std=1.0, where=("decoder",)),
+    "v2 in the encoder": softkv.PTuningV2(length=5, init_std=1.0, where="encoder"),
+    "v2 across": softkv.PTuningV2(length=5, init_std=1.0, where=("cross",)),
+    "prefix-tuning": softkv.PrefixTuning(length=4, init_std=1.0, where=("cross", "decoder")),
+    "prompt-tuning before": softkv.PromptTuning(length=3, position="before"),
+    "prompt-tuning after": softkv.PromptTuning(length=3),
+    "p-tuning": softkv.PTuning(template="[P1] [X] [P2] [Y]", encoder_size=8),
+}
+
+
+def attached(name: str, method: Method, **options: Any) -> softkv.SoftModel:
+    torch.manual_seed(1)
+    return softkv.attach(model_of(name, dtype=torch.float64, **options), method).double()
+
+
+def rows_of(method: Method) -> list[list[int]]:
+    return [[-1, *row[:2], -2, *row[2:]] for row in READ] if isinstance(method, softkv.PTuning) else READ
+
+
+def sites_of(model: Any) -> dict[str, KV]:
+    """K and V `[G, P, D]` of each block at each site, as the method's documentation lays them out."""
+    prefix, base = model.soft.prefix(), model.base
+    if prefix is None:
+        return {}
+    encoder, decoder = (len(self_attention(stack)) for stack in (base.get_encoder(), base.get_decoder()))
+    counts = {"encoder": encoder, "decoder": decoder, "cross": decoder}
+    total = sum(counts[site] for site in model.method.where)
+    layers = iter([(k[0], v[0]) for k, v in prefix.layers(total)])
+    return {site: [next(layers) for _ in range(counts[site])] for site in ("encoder", "decoder", "cross")
+            if site in model.method.where}  # fmt: skip
+
+
+def read_of(model: Any, bare: Any, row: list[int]) -> Tensor:
+    """What the encoder reads of a row, with the method's soft tokens in it."""
+    soft = model.soft.soft_tokens()
+    embeds = embedded(bare, row, soft)
+    if model.soft.placement == "before":
+        return torch.cat([soft, embeds])
+    return torch.cat([embeds, soft]) if model.soft.placement == "after" else embeds
+
+
+def naive_logits(model: Any, name: str, rows: list[list[int]], covers: bool = False) -> list[Tensor]:
+    bare = model_of(name, dtype=torch.float64)
+    naive = Naive(bare, **sites_of(model), covers=covers)
+    return [naive(read_of(model, bare, row), begun(bare, written)) for row, written in zip(rows, WRITTEN, strict=True)]
+
+
+def begun(bare: Any, written: list[int]) -> list[int]:
+    """What the decoder reads while it writes this."""
+    shifted = getattr(bare, "prepare_decoder_input_ids_from_labels", None)  # MBart begins with a row's last token
+    if shifted is None:
+        return [bare.config.decoder_start_token_id, *written[:-1]]
+    return shifted(torch.tensor([written]))[0].tolist()
+
+
+def labels_of(written: list[list[int]]) -> Tensor:
+    width = max(map(len, written))
+    return torch.tensor([row + [-100] * (width - len(row)) for row in written])
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", METHODS)
+def test_equals_the_naive_truth(name: str, kind: str) -> None:
+    """Logits, loss and gradients; padding on either side."""
+    method = METHODS[kind]
+    rows = rows_of(method)
+    model = attached(name, method)
+    learned = [each for each in model.parameters() if each.requires_grad]
+    want = naive_logits(model, name, rows)
+    losses = [F.cross_entropy(x, torch.tensor(y), reduction="sum") for x, y in zip(want, WRITTEN, strict=True)]
+    loss = torch.stack(losses).sum() / sum(map(len, WRITTEN))
+    gradients = torch.autograd.grad(loss, learned)
+    for side in ("right", "left"):
+        ids, mask = padded(rows, side)
+        output = model(ids, attention_mask=mask, labels=labels_of(WRITTEN))
+        for got, row in zip(output.logits, want, strict=True):
+            close(got[: len(row)], row)
+        close(output.loss, loss)
+        for got, each in zip(torch.autograd.grad(output.loss, learned), gradients, strict=True):
+            close(got, each)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_generates_as_the_naive_truth(name: str) -> None:
+    for kind in ("v2 everywhere", "v2 in the decoder", "prompt-tuning before", "p-tuning"):
+        method = METHODS[kind]
+        rows = rows_of(method)
+        model, bare = attached(name, method), model_of(name, dtype=torch.float64)
+        naive = Naive(bare, **sites_of(model))
+        with torch.no_grad():
+            want = [naive.generate(read_of(model, bare, row), bare.config.decoder_start_token_id, 6) for row in rows]
+        for side in ("right", "left"):
+            ids, mask = padded(rows, side)
+            got = model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False).tolist()
+            for row, answer in zip(want, got, strict=True):
+                assert answer[: len(row)] == row, (kind, side)
