@@ -32,6 +32,7 @@ from softkv.io.config import CONFIG, MODULES, SHAPE, WEIGHTS, check_size, check_
 from softkv.io.description import configuration
 from softkv.io.flat import FLAT, unflatten
 from softkv.io.older import with_narrow_values
+from softkv.io.peft_pairs import of_decoder
 from softkv.io.safe_files import check_values, checksum, read_tensors
 from softkv.methods import METHODS, PTuningV2
 from softkv.methods.base import BaseShape, FrozenModel, Method, SoftPrompt
@@ -117,7 +118,7 @@ def saved(
 ) -> Method:
     """What builds a soft prompt that was read or made, for a model of the same base."""
     _check_type(config["base"], model)
-    return _Saved(_method(config, encoder), config, tensors)
+    return Saved(_method(config, encoder), config, tensors)
 
 
 def restore(model: PromptedModel, directory: str | os.PathLike[str]) -> None:
@@ -254,13 +255,14 @@ def put(soft: SoftPrompt, tensors: Mapping[str, Tensor]) -> None:
     soft.load_state_dict(dict(tensors))
 
 
-class _Saved(Method):
+class Saved(Method):
     """A method whose module is built with saved values, after the base was found to be the right one."""
 
     def __init__(self, method: Method, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         self.method, self.config, self.template = method, config, method.template
         self.tensors, self.modules = split(tensors)
         self.modules_to_save: list[str] = config.get(MODULES, [])
+        self.is_peft = str(config.get("format")).startswith("PEFT")
 
     def build(self, base: FrozenModel, *, folded: bool = False) -> SoftPrompt:
         _check_base(self.config["base"], base.shape)
@@ -273,6 +275,7 @@ class _Saved(Method):
                 )
             k, v = unflatten(self.tensors[FLAT], shape.layers, shape.kv_heads, shape.head_dim)
             self.tensors = {"k": k, "v": v}
+        self.tensors = of_decoder(self.method, self.tensors, base.shape.layers) if self.is_peft else self.tensors
         self.tensors = with_narrow_values(self.config, self.tensors, base.shape)
         placeholder, folded = _Placeholder(base.shape), self.config["folded"]
         encodes_rows = getattr(self.method, "encoder", None) and isinstance(self.method, PTuningV2)

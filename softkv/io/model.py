@@ -11,11 +11,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from softkv.hf.encoder_decoder.model import PromptedEncoderDecoder
-from softkv.hf.frozen import released_on_error
+from softkv.hf.frozen import FrozenBase, released_on_error
 from softkv.hf.learned import check_learned, inject, put_learned
 from softkv.hf.model import PromptedModel
 from softkv.hf.pipelines import say_known
-from softkv.io import checkpoint, hub, state
+from softkv.io import checkpoint, hub, peft, state
 from softkv.methods.base import Method
 from softkv.prefix import Prefix
 
@@ -133,6 +133,11 @@ class SoftModel(PromptedModel):
 
 class SoftEncoderDecoder(SoftModel, PromptedEncoderDecoder):
     """A `SoftModel` on an encoder-decoder: `forward` and `generate` are those of `PromptedEncoderDecoder`."""
+
+    def _placed(self, adapter: Any, frozen: FrozenBase) -> tuple[Any, FrozenBase]:
+        if isinstance(adapter, checkpoint.Saved) and adapter.is_peft and adapter.method.in_rows:
+            peft.check_scale(self)
+        return super()._placed(adapter, frozen)
 
 
 def _class_for(model: Any) -> type[SoftModel]:

@@ -5,9 +5,10 @@ from whatever was trained (projections, prompt encoders). Beside it are modules 
 `base_model.<path>.<name>`.
 
 - PREFIX_TUNING, CARTRIDGE: a flat prefix `[P, 2·L·G·D]` (`softkv.io.flat`), keys as attention sees them. Sliding
-  windows count its slots.
+  windows and relative position biases count its slots. In encoder-decoders: `softkv.io.peft_pairs`.
 - PROMPT_TUNING, P_TUNING, CPT: embeddings `[P, C]`, in front of every row. Those of CPT are the context's embeddings
-  and what was added to them, within its bounds.
+  and what was added to them, within its bounds. In encoder-decoders they stand in front of what the encoder reads; a
+  second half `[2·P, C]`, for the decoder, is not read by PEFT either.
 """
 
 from __future__ import annotations
@@ -25,9 +26,12 @@ from softkv.hf.model import PromptedModel
 from softkv.hf.task_heads import SavedModules
 from softkv.io.config import MODULES
 from softkv.io.flat import flatten, unflatten
+from softkv.io.peft_pairs import DECODER, in_pairs, of_layers
 from softkv.io.safe_files import read_tensors
 from softkv.methods import PrefixTuning, PromptTuning, PTuning, PTuningV2
 from softkv.methods.base import Method
+from softkv.methods.where import where_of
+from softkv.prefix import Prefix
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 TENSOR = "prompt_embeddings"
@@ -39,7 +43,13 @@ _OTHERS = {  # kinds that are no soft prompt in front of every row, and why
     "POLY": "it mixes low-rank adapters by the task id of each row",
 }
 _INSIDE = "base_model."  # before the paths of modules
-_TASKS = {"next token": "CAUSAL_LM", "row": "SEQ_CLS", "token": "TOKEN_CLS", "span": "QUESTION_ANS"}
+_TASKS = {
+    "next token": "CAUSAL_LM",
+    "target": "SEQ_2_SEQ_LM",
+    "row": "SEQ_CLS",
+    "token": "TOKEN_CLS",
+    "span": "QUESTION_ANS",
+}
 _LARGEST_CONFIG = 1 << 22  # bytes: parsed JSON may take twenty times as much memory
 
 
@@ -92,9 +102,11 @@ def translate(
     """
     check_kind(config, where)
     kind, slots = config["peft_type"], _size(config, "num_virtual_tokens", where)
-    if embeddings.dim() != 2 or len(embeddings) != slots:
+    two_stacks = config.get("task_type") == _TASKS["target"]
+    rows = slots * (_halves(config) if kind in PROMPTS else 1)
+    if embeddings.dim() != 2 or len(embeddings) != rows:
         raise ValueError(
-            f"{where}: {TENSOR} has shape {tuple(embeddings.shape)}, expected {slots} rows (num_virtual_tokens)"
+            f"{where}: {TENSOR} has shape {tuple(embeddings.shape)}, expected {rows} rows (num_virtual_tokens)"
         )
     base: dict[str, Any] = {"name": config.get("base_model_name_or_path") or ""}
     if answers := [answers for answers, task in _TASKS.items() if task == config.get("task_type")]:
@@ -104,14 +116,16 @@ def translate(
         layers, heads, width = (_size(config, key, where) for key in ("num_layers", "num_attention_heads", "token_dim"))
         if width % heads:
             raise ValueError(f"{where}: token_dim {width} is no multiple of num_attention_heads {heads}")
-        base |= {"layers": layers, "kv_heads": heads, "head_dim": width // heads, "value_dim": width // heads}
-        method = PTuningV2(length=slots, window_covers=True)
+        base |= {"kv_heads": heads, "head_dim": width // heads, "value_dim": width // heads}
+        base |= {} if two_stacks else {"layers": layers}
+        method = PTuningV2(length=slots, window_covers=True, where=DECODER if two_stacks else None)
         k, v = unflatten(embeddings, layers, heads, width // heads)
+        k, v = (of_layers(k), of_layers(v)) if two_stacks else (k, v)
         tensors = {"k": k, "v": v}
     else:
         base |= {"embedding_size": embeddings.shape[1]}
         method = PromptTuning(length=slots, position="before")
-        tensors = {"embeddings": embeddings}
+        tensors = {"embeddings": embeddings[:slots].contiguous()}
     settings = asdict(method)
     name = "p-tuning-v2" if kind in PREFIXES else "prompt-tuning"
     found = {"format": f"PEFT {kind}", "method": name, "config": settings, "folded": True, "base": base}
@@ -157,6 +171,7 @@ def describe(model: PromptedModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
         "task_type": _task(model),
     }
     if type(method) is PromptTuning and method.position == "before":
+        check_scale(model)
         embeddings = soft.soft_tokens()
         assert embeddings is not None
         kind = {"peft_type": "PROMPT_TUNING", "prompt_tuning_init": "RANDOM", "token_dim": shape.embedding_size}
@@ -169,7 +184,9 @@ def describe(model: PromptedModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
                 "PEFT can't express this adapter: it puts keys and values of one width into the cache, this model's "
                 f"are {shape.head_dim} and {shape.value_dim} wide, or compressed there (multi-head latent attention)"
             )
-        if shape.layers != config.num_hidden_layers:
+        if model.answers == "target":
+            _check_decoder(model, prefix)
+        elif shape.layers != config.num_hidden_layers:
             raise ValueError(
                 f"PEFT can't express this adapter: it puts a prefix into each of {config.num_hidden_layers} layers, "
                 f"this model has attention in {shape.layers}"
@@ -179,13 +196,18 @@ def describe(model: PromptedModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
                 "PEFT can't express this adapter: its slots stay visible to every token, but PEFT's leave the sliding "
                 "windows of this model (window_covers=True is what it can say)"
             )
-        embeddings = flatten(prefix, shape.layers)
+        count = shape.layers
+        if model.answers == "target":
+            prefix = in_pairs(prefix, count)
+            count = len(prefix.k)
+            common["num_transformer_submodules"] = 2
+        embeddings = flatten(prefix, count)
         kind = {
             "peft_type": "PREFIX_TUNING",
             "prefix_projection": False,
             "token_dim": shape.kv_heads * shape.head_dim,
             "num_attention_heads": shape.kv_heads,
-            "num_layers": shape.layers,
+            "num_layers": count,
         }
     else:
         raise ValueError(f"PEFT can't express this adapter: {_reason(method)}")
@@ -196,6 +218,30 @@ def describe(model: PromptedModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
         tensors |= {f"{_INSIDE}{path}": tensor for path, tensor in saved.tensors().items()}
     config = {**common, **kind, "num_virtual_tokens": len(embeddings)}
     return config, {name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def check_scale(model: Any) -> None:
+    """Raise where PEFT would embed what an encoder reads otherwise than the encoder does."""
+    if getattr(model, "embed_scale", 1.0) != 1.0:
+        raise ValueError(
+            f"PEFT's prompts for {type(model.base).__name__} don't mean the same here: it leaves out that its encoder "
+            f"multiplies the embeddings of tokens by {model.embed_scale:g}"
+        )
+
+
+def _check_decoder(model: Any, prefix: Prefix) -> None:
+    """Raise where PEFT can't express a prefix of an encoder-decoder."""
+    where = where_of(model.method)
+    if where != DECODER:
+        raise ValueError(
+            "PEFT can't express this adapter: in encoder-decoders its prefix stands in the decoder's self-attention "
+            f"only (where={DECODER}), this one's in {where}"
+        )
+    if model.counts_positions("decoder") and not prefix.window_covers:
+        raise ValueError(
+            "PEFT can't express this adapter: its slots have position biases of their own, these none "
+            "(window_covers=True is what it can say)"
+        )
 
 
 def _task(model: PromptedModel) -> str:
@@ -248,14 +294,24 @@ def check_kind(config: dict[str, Any], where: str) -> None:
             f"{where} is of a {reprlib.repr(kind)} adapter{why}: softkv reads {', '.join((*PREFIXES, *PROMPTS))} from "
             "PEFT"
         )
-    if task not in (None, *_TASKS.values()) or halves not in (None, 1):
+    if task not in (None, *_TASKS.values()) or halves not in ((None, 1, 2) if task == _TASKS["target"] else (None, 1)):
         raise ValueError(
             f"{where} is of the task {reprlib.repr(task)} (with {reprlib.repr(halves)} transformer submodules): softkv "
-            f"reads the tasks {', '.join(_TASKS.values())}, with 1"
+            f"reads the tasks {', '.join(_TASKS.values())}, with 1 (SEQ_2_SEQ_LM: 2)"
+        )
+    if task == _TASKS["target"] and (kind == "CPT" or (kind in PREFIXES and _halves(config) == 1)):
+        raise ValueError(
+            f"{where}: softkv reads {'no CPT' if kind == 'CPT' else 'prefixes with num_transformer_submodules=2 only'} "
+            "of encoder-decoders, as PEFT itself makes no sense of others"
         )
     name = config.get("base_model_name_or_path")
     if name is not None and not isinstance(name, str):
         raise ValueError(f"{where}: base_model_name_or_path expects a text, got {reprlib.repr(name)}")
+
+
+def _halves(config: dict[str, Any]) -> int:
+    """For how many stacks PEFT holds a prompt."""
+    return config.get("num_transformer_submodules") or (2 if config.get("task_type") == _TASKS["target"] else 1)
 
 
 def _size(config: dict[str, Any], key: str, where: str) -> int:

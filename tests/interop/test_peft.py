@@ -251,7 +251,15 @@ UNREADABLE: dict[str, tuple[Any, str]] = {
     "a folder of folders": (in_folders, r"adapters in folders by their names: first, second \(give one"),
     "no kind": (edited(peft_type=None), "of a None adapter"),
     "a kind that is a list": (edited(peft_type=[]), r"of a \[\] adapter"),
-    "an encoder-decoder": (edited(task_type="SEQ_2_SEQ_LM", num_transformer_submodules=2), "task 'SEQ_2_SEQ_LM'"),
+    "an encoder-decoder": (
+        edited(task_type="SEQ_2_SEQ_LM", num_transformer_submodules=2),
+        "answers for each target, and LlamaForCausalLM answers for each next token",
+    ),
+    "one stack of two": (
+        edited(task_type="SEQ_2_SEQ_LM", num_transformer_submodules=1),
+        "prefixes with num_transformer_submodules=2 only of encoder-decoders",
+    ),
+    "two stacks of one": (edited(num_transformer_submodules=2), "the task 'CAUSAL_LM' .with 2 transformer submodules"),
     "a classifier": (
         edited(task_type="SEQ_CLS"),
         "answers for each row, and LlamaForCausalLM answers for each next token",

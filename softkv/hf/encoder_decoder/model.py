@@ -23,7 +23,7 @@ from softkv.hf.model import PromptedModel
 from softkv.hf.own_attention import OwnAttention
 from softkv.hf.prefixes import RowTokens, SoftRows
 from softkv.methods.base import BaseShape, Method
-from softkv.methods.where import where_of
+from softkv.methods.where import Site, where_of
 from softkv.prefix import Prefix
 
 
@@ -70,6 +70,15 @@ class PromptedEncoderDecoder(PromptedModel):
         """The sizes of the base that decide the shapes of learned parameters, as the active adapter sees it."""
         where = where_of(self.method)
         return self._frozen.shape if where is None else self._frozen.at(where).shape
+
+    def counts_positions(self, site: Site) -> bool:
+        """Whether attention at a site has relative position biases."""
+        return self._hooks.biases.get(site) is not None
+
+    @property
+    def embed_scale(self) -> float:
+        """What the encoder multiplies the embeddings of ids by, and not those that it is given."""
+        return self._hooks.embed_scale
 
     # Adapters --------------------------------------------------------------------------------------------------------
 
