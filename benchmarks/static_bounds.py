@@ -104,7 +104,7 @@ Triton {triton}, bf16, causal over a shared prefix (`make compile-matrix`).
 def kernels() -> str:
     content = read_json(FOLDER / "compile_matrix.json")
     lines = []
-    for kernel in ("forward", "dq", "dkv", "dkv over the prefix"):
+    for kernel in ("forward", "dq", "dkv"):
         for target in ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942"):
             for dim in (64, 128, 256):
                 row = content["rows"][f"{kernel} | causal, shared prefix | {target} | {dim} | bf16"]
