@@ -45,6 +45,9 @@ class Base:
         k, v = self.kv[:, :, :, :, ids] + 0.5 * torch.arange(len(ids))[:, None]
         return Prefix(k, v, window_covers=True)
 
+    def words(self) -> Tensor:
+        return torch.arange(VOCAB)
+
     def tokenize(self, text: str, special: bool = False) -> list[int]:
         ids = [ord(letter) - ord("a") + 10 for letter in text]
         return [BOS, *ids, EOS] if special else ids

@@ -7,8 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import model_checks, models
-from softkv.methods.base import Method
+import softkv
+from benchmarks.models import entries
+from benchmarks.models.__main__ import PAGE, RESULTS
+from benchmarks.models.methods import METHODS
+from benchmarks.models.page import kind_of, page, peers, summary
 
 SAMPLE = {
     "gemma3_text": "two kinds of layers, each with positions of its own",
@@ -21,41 +24,70 @@ SAMPLE = {
     "ctrl": "embeddings that the model writes into",
     "whisper": "a head that gives all logits",
 }
+HEADS = {
+    "masked/roberta": "positions that start behind padding's",
+    "tokens/distilbert": "blocks without numbers",
+    "spans/albert": "one block, run several times",
+    "rows/llama": "the last token is pooled",
+    "rows/deberta-v2": "attention of its own",
+    "rows/mpnet": "attention of its own, and a bias of positions",
+}
+
+
+def some(*names: str) -> dict[str, Any]:
+    return {name: METHODS[name] for name in names}
 
 
 @pytest.mark.parametrize("name", SAMPLE)
 def test_model_is_right(name: str) -> None:
-    methods = {
-        kind: model_checks.METHODS[kind] for kind in ("P-tuning v2", "Prompt-tuning, before", "Prompt-tuning, after")
-    }
-    record = model_checks.check_model(models.entries()[name], methods)
-    assert models.kind_of(record) == "right", models.summary(record)
+    methods = some("P-tuning v2", "Prompt-tuning, before", "Prompt-tuning, after")
+    record = entries.check("causal", entries.entries("causal")[name], methods, peers=False)
+    assert kind_of(record) == "right", summary(record)
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_head_is_right_or_refused(name: str) -> None:
+    task, model = name.split("/")
+    methods = some("P-tuning v2", "Prompt-tuning, before")
+    record = entries.check(task, entries.entries(task)[model], methods, peers=False)
+    own = "attention of its own" in HEADS[name]
+    assert kind_of(record) == ("right where not refused" if own else "right"), summary(record)
 
 
 @pytest.mark.parametrize("name", ["bloom", "modernbert-decoder", "recurrent_gemma"])
 def test_model_is_right_or_refused(name: str) -> None:
-    methods: dict[str, Method] = {"P-tuning v2": model_checks.METHODS["P-tuning v2"]}
-    record = model_checks.check_model(models.entries()[name], methods)
-    assert models.kind_of(record) not in ("wrong", "crash", "not built"), models.summary(record)
+    record = entries.check("causal", entries.entries("causal")[name], some("P-tuning v2"), peers=False)
+    assert kind_of(record) not in ("wrong", "crash", "not built"), summary(record)
+
+
+def test_peft_beside() -> None:
+    """Prompts are right on rows of one length; the last token that is pooled may be padding."""
+    record = entries.check("rows", "LlamaForSequenceClassification", {})
+    assert peers(record) == "✔, wrong if padded, wrong if padded"
+    record = entries.check("causal", "JambaForCausalLM", {})
+    assert peers(record).startswith("error")
 
 
 def test_a_wrong_answer_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    forward = model_checks.softkv.SoftModel.forward
+    forward = softkv.SoftModel.forward
 
     def off(self: Any, *args: Any, **kwargs: Any) -> Any:
         output = forward(self, *args, **kwargs)
         output.logits = output.logits + 0.05 * torch.arange(output.logits.shape[-1]) * output.logits.std() / 97
         return output
 
-    monkeypatch.setattr(model_checks.softkv.SoftModel, "forward", off)
-    record = model_checks.check_model("LlamaForCausalLM", {"Prefix-tuning": model_checks.METHODS["Prefix-tuning"]})
-    checks = record["checks"]["Prefix-tuning"]
-    assert models.kind_of(record) == "wrong"
-    assert all(checks[name].startswith("wrong") for name in ("rows alone", "padded left", "packed")), checks
+    monkeypatch.setattr(softkv.SoftModel, "forward", off)
+    for task, name in (("causal", "LlamaForCausalLM"), ("rows", "BertForSequenceClassification")):
+        record = entries.check(task, name, some("Prefix-tuning"), peers=False)
+        checks = record["checks"]["Prefix-tuning"]
+        assert kind_of(record) == "wrong"
+        trials = ("rows alone", "padded left", *(["packed"] if task == "causal" else []))
+        assert all(checks[trial].startswith("wrong") for trial in trials), checks
 
 
 def test_the_page_is_of_the_results() -> None:
-    results = json.loads(models.RESULTS.read_text(encoding="utf-8"))["results"]
-    page = Path(models.PAGE).read_text(encoding="utf-8")
-    assert page == models.page(results)
-    assert page.count("\n| ") == len(models.entries()) + 1
+    results = json.loads(RESULTS.read_text(encoding="utf-8"))["results"]
+    text = Path(PAGE).read_text(encoding="utf-8")
+    assert text == page(results)
+    number = sum(len(entries.entries(task)) + 1 for task in entries.TASKS)
+    assert text.count("\n| ") == number + len(entries.TASKS) + 1

@@ -16,6 +16,7 @@ from softkv.hf import checkpointing
 from softkv.hf.attention import NAME
 from softkv.hf.generation import processors
 from softkv.hf.placement import device_of, free_to_pack, keep_differentiable
+from softkv.hf.vocabulary import word_ids
 from softkv.methods.base import BaseShape
 from softkv.prefix import Prefix
 
@@ -64,6 +65,9 @@ class FrozenBase:
     def prefix_of(self, ids: Tensor, *, standing_in: bool = True) -> Prefix:
         self._check_values()
         return Prefix.from_ids(self.model, ids[None].to(device_of(self.model)), standing_in=standing_in)
+
+    def words(self) -> Tensor:
+        return word_ids(self.model, self.tokenizer)
 
     def _check_values(self) -> None:
         if device_of(self.model).type == "meta":

@@ -26,6 +26,7 @@ from softkv.hf.layout import RowLayout, packed_positions, token_positions
 from softkv.hf.own_attention import OwnAttention
 from softkv.hf.placement import device_of
 from softkv.hf.prefixes import SoftRows
+from softkv.hf.vocabulary import named_ids
 
 # What a model raises that softkv's attention does not suit; softkv's own refusals are ValueErrors.
 _OBSCURE = (AttributeError, AssertionError, LookupError, NotImplementedError, RuntimeError, TypeError)
@@ -204,11 +205,10 @@ class DecoderHooks:
         return own
 
     def _few_tokens(self) -> Tensor:
-        """Ids `[1, TOKENS]`, none of them padding."""
-        # RoBERTa gives padding a position of its own, by its id.
-        pad = getattr(self.base.config.get_text_config(), "pad_token_id", None)
-        ids = [token for token in range(1, TOKENS + 2) if token != pad][:TOKENS]
-        return torch.tensor([ids], device=device_of(self.base)) % self.base.get_input_embeddings().num_embeddings
+        """Ids `[1, TOKENS]` of words: RoBERTa gives padding a position of its own, wrappers look for images by ids."""
+        rows, named = self.base.get_input_embeddings().num_embeddings, named_ids(self.base.config)
+        ids = [token for token in range(1, rows) if token not in named][:TOKENS]
+        return torch.tensor([(ids or [0]) * TOKENS], device=device_of(self.base))[:, :TOKENS]
 
     def _pads(self, decoder: nn.Module, ids: Tensor, row: Tensor) -> bool:
         """Whether a row behind padding is the same row: some states take padding for tokens."""

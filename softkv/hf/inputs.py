@@ -94,7 +94,7 @@ class Inputs:
         checks.check_mask(mask, shape[0], (shape[1], *buffer_length(cache)))
         mask = mask if mask is None else mask[:, : shape[1]]
         packed = rows_of(shape, mask, positions, options.get("cu_seq_lens_q"), options.get("max_length_q"))
-        if packed is not None and answers in ("row", "span"):
+        if packed is not None and answers in ("row", "span", "choice"):
             raise ValueError(
                 "a head that gives one answer a row expects padded rows (PaddingCollator), got packed ones"
             )
@@ -125,11 +125,13 @@ class Inputs:
         ids, embeds, mask, positions = (
             x if x is None else in_order(x, order) for x in (self.ids, self.embeds, self.mask, self.positions)
         )
-        layout = RowLayout.of(self.given, mask, None, order.device)
+        layout = RowLayout.of((order.shape[0], order.shape[1]), mask, None, order.device)
         at = order.argsort(1)
+        columns, token_at = (at if x is None else at.gather(1, x) for x in (self.columns, self.token_at))
         return replace(
-            self, ids=ids, embeds=embeds, mask=mask, positions=positions, layout=layout, columns=at, token_at=at
-        )
+            self, ids=ids, embeds=embeds, mask=mask, positions=positions, layout=layout, columns=columns,
+            token_at=token_at,
+        )  # fmt: skip
 
     def with_prompt_ends(self, labels: Tensor | None, prompt_lengths: Tensor | None) -> Inputs:
         """The rows with the ends of their prompts, by labels or lengths in the columns given."""

@@ -19,11 +19,12 @@ from typing_extensions import Self
 
 from softkv.hf import calls, checkpointing, checks
 from softkv.hf.attention import NAME
+from softkv.hf.choices import Choices
 from softkv.hf.context import SoftContext
 from softkv.hf.frozen import BaseState, FrozenBase, OutOfReach
 from softkv.hf.generation import processors
 from softkv.hf.generation.cache_state import CacheState, check_contiguous, past_length
-from softkv.hf.generation.prompts import Prompts, lengthened, mask_of, pad_id, placeholder_ids
+from softkv.hf.generation.prompts import Prompts, lengthened, mask_of, pad_id
 from softkv.hf.hooks import DecoderHooks, ModelCall
 from softkv.hf.inner import say_prompt_lengths
 from softkv.hf.inputs import PACKING, Inputs
@@ -36,6 +37,7 @@ from softkv.hf.surface import Surface
 from softkv.hf.task_heads import Redirects, SavedModules, paths_of
 from softkv.hf.task_rows import answers_of
 from softkv.hf.unpacked import Unpacked
+from softkv.hf.vocabulary import named_ids
 from softkv.methods.base import BaseShape, Method, SoftPrompt
 from softkv.methods.p_tuning_v2 import matrices_of
 from softkv.methods.where import where_of
@@ -365,6 +367,12 @@ class PromptedModel(Surface):
                 logits_to_keep=logits_to_keep if isinstance(logits_to_keep, Tensor) or logits_to_keep else None,
                 **kwargs,
             )
+        if self.answers == "choice" and module is self.base:
+            choices = Choices.of(module, input_ids, inputs_embeds)
+            batch: dict[str, Any] = {"input_ids": input_ids, "attention_mask": attention_mask}
+            batch |= {"position_ids": position_ids, "inputs_embeds": inputs_embeds, "prompt_lengths": prompt_lengths}
+            batch |= {"labels": labels, "adapter_names": adapter_names}
+            return self.forward(**choices.flat(batch | kwargs), softkv_inner=choices)
         self._check_options(kwargs)
         inputs = Inputs.read(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, kwargs, self.answers
@@ -373,7 +381,7 @@ class PromptedModel(Surface):
         if self.answers in ("next token", "token"):
             checks.check_labels(labels, inputs.given)
         if inputs.packed is not None and not self._hooks.behaviour.packs:
-            batch: dict[str, Any] = {"input_ids": input_ids, "position_ids": position_ids}
+            batch = {"input_ids": input_ids, "position_ids": position_ids}
             if self._hooks.own is not None and not self._hooks.own.takes_positions:
                 del batch["position_ids"]
             batch |= {"inputs_embeds": inputs_embeds, "labels": labels, "prompt_lengths": prompt_lengths}
@@ -412,6 +420,8 @@ class PromptedModel(Surface):
             inputs = inputs.embedded(tokens, self._hooks.embed)
         if tokens is not None and inserts:
             inputs = inputs.inserted(tokens)
+            if not self.is_causal and inputs.is_padded_in_front:  # by blocks of different lengths
+                inputs = inputs.padded_right()
         if inputs.past:
             state = CacheState.required(soft, past_key_values)
             inputs = inputs.continuing(state, tokens, windowed=self._windowed)
@@ -523,7 +533,7 @@ class PromptedModel(Surface):
             soft=soft_tokens,
             pad=pad_id(kwargs, config),
             past=past,
-            placeholders=placeholder_ids(self.base.config),
+            placeholders=named_ids(self.base.config),
             options=kwargs,
         )
         if not self._hooks.behaviour.pads and prompts.mask is not None and padded_in_front(prompts.mask):

@@ -14,8 +14,8 @@ from softkv.hf import calls
 from softkv.hf.layout import IGNORED
 
 # What logits answer: each token, by predicting the next one or by its own label; a label of what an encoder-decoder
-# writes; a span of tokens; a whole row.
-Answers = Literal["next token", "target", "token", "span", "row", "other"]
+# writes; a span of tokens; a whole row; which of several choices is right, a row each.
+Answers = Literal["next token", "target", "token", "span", "row", "choice", "other"]
 
 
 @torch.no_grad()
@@ -23,17 +23,25 @@ def answers_of(model: Any) -> Answers:
     """What the logits of a model answer; other: it has none, or they are of another shape."""
     if model.can_generate():
         return "target" if model.config.is_encoder_decoder else "next token"
-    ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
-    try:
-        output = calls.run(None, in_evaluation(model), input_ids=ids, return_dict=True)
-    except (RuntimeError, ValueError, TypeError, IndexError):  # a head that takes other inputs
-        return "other"
+    output = _probed(model, 1, 2)
+    if output is None:
+        choices = (_probed(model, 1, 3, 2) or {}).get("logits")
+        return "choice" if choices is not None and choices.shape == (1, 3) else "other"
     if "start_logits" in output and output.start_logits.shape == (1, 2):
         return "span"
     logits = output.get("logits")
     if logits is None or logits.dim() not in (2, 3) or len(logits) != 1:
         return "other"
     return "row" if logits.dim() == 2 else "token" if logits.shape[1] == 2 else "other"
+
+
+def _probed(model: Any, *shape: int) -> Any:
+    """The output for ids of a shape, None from a head that takes other inputs."""
+    ids = torch.zeros(shape, dtype=torch.long, device=model.device)
+    try:
+        return calls.run(None, in_evaluation(model), input_ids=ids, return_dict=True)
+    except (RuntimeError, ValueError, TypeError, IndexError):
+        return None
 
 
 TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")  # of each token: its segment, or whether it is an image's

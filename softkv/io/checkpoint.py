@@ -314,6 +314,9 @@ class _Placeholder:
     def prefix_of(self, ids: Tensor, *, standing_in: bool = True) -> Prefix:
         return Prefix(*empty_matrices(self.shape, self.shape.layers, len(ids)), window_covers=True)
 
+    def words(self) -> Tensor:
+        return torch.zeros(1, dtype=torch.long)
+
     def tokenize(self, text: str, special: bool = False) -> list[int]:
         return [0]
 

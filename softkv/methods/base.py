@@ -65,6 +65,10 @@ class FrozenModel(Protocol):
         """The K/V of the tokens `ids` `[P]`, run through the frozen model; an error where they are to stand for the
         tokens in context and can't."""
 
+    def words(self) -> Tensor:
+        """Ids `[n]` of the vocabulary that stand for words, in its order: no special or added tokens, no places of
+        images or sounds, no unused rows."""
+
     def tokenize(self, text: str, special: bool = False) -> list[int]:
         """Token ids of a text, with the special tokens that the tokenizer adds if `special`; an error when no
         tokenizer was given."""

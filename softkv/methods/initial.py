@@ -59,8 +59,13 @@ def text_ids(base: FrozenModel, text: str, length: int | None, *, special: bool)
 
 
 def sampled_ids(base: FrozenModel, length: int) -> Tensor:
-    """Ids `[length]` of different common tokens of the vocabulary (repeated when it holds fewer)."""
-    ids = torch.randperm(min(COMMON_TOKENS, base.shape.vocab_size))
+    """Ids `[length]` of different common words of the vocabulary (repeated when it holds fewer)."""
+    ids = base.words()[:COMMON_TOKENS]
+    if not len(ids):
+        raise ValueError(
+            'init="vocabulary" expects words in the vocabulary, got special tokens alone: use init="random"'
+        )
+    ids = ids[torch.randperm(len(ids))]
     return ids.repeat(-(-length // len(ids)))[:length]
 
 

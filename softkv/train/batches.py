@@ -66,7 +66,7 @@ class PaddingCollator:
 
 class TaskCollator:
     """Pads rows of a task head on the right. Values per token are padded (labels with -100); values per row (a
-    class, the positions of a span) are stacked.
+    class, the positions of a span) are stacked. Rows of several choices are lists of lists of tokens.
 
     Args:
         pad_id: the id of padding tokens.
@@ -83,6 +83,8 @@ class TaskCollator:
         self.pad_id, self.token_labels = pad_id, token_labels
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+        if _nested(features[0]["input_ids"]):
+            return self._of_choices(features)
         rows = [
             {"labels" if name in ("label", "label_ids") else name: x for name, x in row.items()} for row in features
         ]
@@ -101,6 +103,26 @@ class TaskCollator:
             else:
                 batch[name] = torch.stack(values)
         return batch | _of_each_row(features)
+
+    def _of_choices(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+        """`[B, choices, T]` of rows with as many choices each."""
+        counts = sorted({len(row["input_ids"]) for row in features})
+        if len(counts) != 1:
+            raise ValueError(f"the rows of a batch expect one number of choices, got {counts}")
+        of_choices = [name for name, x in features[0].items() if _nested(x)]
+        flat = [{name: row[name][n] for name in of_choices} for row in features for n in range(counts[0])]
+        batch = {name: x.unflatten(0, (-1, counts[0])) for name, x in self(flat).items()}
+        for name in features[0].keys() - {*of_choices, "adapter_names"}:
+            name_given = "labels" if name in ("label", "label_ids") else name
+            batch[name_given] = torch.stack([torch.as_tensor(row[name]) for row in features])
+        return batch | {name: x for name, x in _of_each_row(features).items() if name == "adapter_names"}
+
+
+def _nested(values: Any) -> bool:
+    """Whether values are those of choices, each of them a row of tokens."""
+    if isinstance(values, str) or not hasattr(values, "__len__") or not len(values):
+        return False
+    return torch.as_tensor(values[0]).dim() > 0
 
 
 def _of_each_row(features: list[dict[str, Any]]) -> dict[str, Any]:

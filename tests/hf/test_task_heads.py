@@ -125,6 +125,25 @@ def test_soft_tokens_in_rows_of_encoders(family: str, position: Any, head: str) 
                 close(row, wanted[r][n])
 
 
+@pytest.mark.parametrize("head", ["SequenceClassification", "TokenClassification", "QuestionAnswering"])
+@pytest.mark.parametrize("family", ["Bert", "Roberta"])
+def test_rows_with_blocks_of_several_lengths(family: str, head: str) -> None:
+    """Heads of encoders look at a row's first column, which is none of padding."""
+    truth, model = encoder(family, head), softkv.attach(encoder(family, head), softkv.PTuningV2(length=3)).eval()
+    model.add_adapter("two", softkv.PromptTuning(length=2, position="before"))
+    model.add_adapter("four", softkv.PromptTuning(length=4, position="before"))
+    model.add_adapter("behind", softkv.PromptTuning(length=3))
+    rows, names = [*ROWS, [30, 31, 32]], ["two", None, "four", "behind"]
+    for side in ("right", "left"):
+        batch = padded(rows, side)
+        together = outputs_of(model(**batch, adapter_names=names))
+        for r, (row, name) in enumerate(zip(rows, names, strict=True)):
+            ids = torch.tensor([row])
+            alone = outputs_of(truth(ids) if name is None else model(ids, adapter_names=[name]))
+            for got, want in zip(together, alone, strict=True):
+                close(of_rows(got, batch, rows)[r], want[0])
+
+
 @pytest.mark.parametrize("position", ["before", "after", None])
 @pytest.mark.parametrize("family", DECODERS)
 def test_pooled_decoders(family: str, position: Any) -> None:

@@ -139,12 +139,6 @@ def lengthened(options: dict[str, Any], config: Any, k: int) -> dict[str, Any]:
     return longer
 
 
-def placeholder_ids(config: Any) -> set[int]:
-    """The ids that a multimodal model's config gives a meaning of their own."""
-    named = {name: value for name, value in vars(config).items() if name.endswith(("_token_id", "_token_index"))}
-    return {value for value in named.values() if isinstance(value, int)}
-
-
 def pad_id(options: dict[str, Any], config: Any) -> int:
     """The id of padding: the pad token, else the (first) end token, else 0."""
     for name in ("pad_token_id", "eos_token_id"):

@@ -40,7 +40,7 @@ _WIDTHS = {
 }
 _VALUES: dict[str, Any] = {name: size for size, names in _WIDTHS.items() for name in names.split()}
 _VALUES |= {
-    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None, "patch_size": 8, "is_decoder": True,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None, "patch_size": 8,
     "attention_dropout": 0.0, "hidden_dropout": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
     "use_mamba_kernels": False, "decoder_start_token_id": 1,
 }  # fmt: skip
@@ -98,12 +98,13 @@ _OWN: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def _shrunk(kind: Any, window: int) -> Any:
+def _shrunk(kind: Any, window: int, decodes: bool) -> Any:
     """The config of an architecture, tiny, its parts too."""
     fields = {field.name: field for field in dataclasses.fields(kind)} if dataclasses.is_dataclass(kind) else {}
     names = list(fields) or list(inspect.signature(kind).parameters)
     names += [name for name in kind.attribute_map if name not in names]
-    chosen = {name: window if name in _WINDOWS else value for name, value in _VALUES.items() if name in names}
+    values = _VALUES | {"is_decoder": decodes}
+    chosen = {name: window if name in _WINDOWS else value for name, value in values.items() if name in names}
     chosen |= {name: VOCAB - 1 - at for at, name in enumerate(sorted(_TOKENS)) if name in names}
     for name, value in chosen.items():
         if isinstance(value, float) and type(getattr(fields.get(name), "default", None)) is int:
@@ -132,12 +133,16 @@ def _shrunk(kind: Any, window: int) -> Any:
     for name in parts:
         part = getattr(whole, name, None)
         if part is not None and name not in chosen:
-            chosen[name] = _shrunk(type(part), window)
+            chosen[name] = _shrunk(type(part), window, decodes)
     return kind(**chosen)
 
 
-def tiny_model(class_name: str, window: int = WINDOW) -> Any:
+def tiny_model(class_name: str, *, decodes: bool, window: int = WINDOW) -> Any:
     """A model of random weights, in evaluation mode, with transformers' eager attention.
+
+    Args:
+        decodes: whether encoders that can be decoders are.
+        window: of windowed layers.
 
     Raises:
         ValueError: when it is not tiny.
@@ -146,7 +151,7 @@ def tiny_model(class_name: str, window: int = WINDOW) -> Any:
     import transformers
 
     kind = getattr(transformers, class_name)
-    config = _shrunk(kind.config_class, window)
+    config = _shrunk(kind.config_class, window, decodes)
     with torch.device("meta"):
         size = sum(parameter.numel() for parameter in kind._from_config(config).parameters())
     if size > LARGEST:
@@ -163,6 +168,7 @@ def tiny_model(class_name: str, window: int = WINDOW) -> Any:
         for buffer in model.buffers():
             if not torch.isfinite(buffer).all():
                 buffer.zero_()
-    model.generation_config.eos_token_id = None
-    model.generation_config.pad_token_id = 0
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.eos_token_id = None
+        model.generation_config.pad_token_id = 0
     return model

@@ -1,0 +1,1 @@
+"""transformers' models, tiny and random, with every method: `python -m benchmarks.models`."""

@@ -1,0 +1,156 @@
+"""docs/models.md: a table for each task, a row for each entry, and notes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from .entries import TASKS, entries
+from .methods import METHODS
+
+COLUMNS = (*METHODS, "text")
+PEERS = ("✔", "wrong if padded", "wrong", "error")
+Checks = dict[str, str]
+
+ABOUT = """\
+# Models
+
+Every entry of transformers' mappings, as a tiny random model with every method, and PEFT's methods on the same models.
+
+{summary}
+
+✔: the answers to rows alone, padded on either side and (causal) packed, gradients, `generate` with dynamic and static
+caches, `save_pretrained` and `load`, `disabled()` and `detach()` are right: as of the bare model in fp32 with eager
+attention that has the soft tokens in its row, or the prefix in its cache or before its keys. *text*: a text as a prefix
+answers as the text in context. *refused*: softkv says so in the sentence noted, at `softkv.attach` or
+`Prefix.from_text`. *no truth*: the bare model can't be run in a way that would tell. A note beside ✔ says what the bare
+model can't do either, or what is refused beside. *PEFT*: its prefix tuning, prompt tuning and P-tuning on rows padded
+on the right, gradients and `generate`: right, wrong answers without an error (*if padded*: rows of one length are
+right), or an error. An entry of the summary counts as the worst of its methods. `make models` makes this page.
+Run: {runs}.
+"""
+
+
+def outcome(checks: Checks) -> str:
+    """The worst of a method's checks: "wrong", "crash", "refused" or "✔"; what the bare model can't do counts for
+    nothing."""
+    for kind in ("wrong", "crash", "error"):
+        if any(said.startswith(kind) for said in checks.values()):
+            return kind
+    if checks.get("attach", "ok").startswith("refused") or checks.get("text in context", "ok").startswith("refused"):
+        return "refused"
+    if any(said.startswith("base") for check, said in checks.items() if check in _TELLING):
+        return "no truth"
+    return "✔"
+
+
+_TELLING = ("truth", "effect", "text in context", "row alone")
+
+
+def summary(record: dict[str, Any]) -> str:
+    if "not built" in record:
+        return f"not built: {record['not built']}"
+    said = []
+    for name, checks in record["checks"].items():
+        notes = [f"{check} {what}" for check, what in checks.items() if what != "ok"]
+        said.append(f"{name} {outcome(checks)}" + (f" ({'; '.join(notes)})" if notes else ""))
+    return "; ".join([*said, *([f"PEFT: {peers(record)}"] if "PEFT" in record else [])])
+
+
+def peers(record: dict[str, Any]) -> str:
+    return ", ".join(_peer(checks) for checks in record.get("PEFT", {}).values())
+
+
+def _peer(checks: Checks) -> str:
+    """What PEFT makes of a model: "wrong if padded" where rows of one length are right."""
+    found = outcome(checks)
+    if found == "wrong" and not any(checks[name].startswith("wrong") for name in checks if "padded" not in name):
+        return "wrong if padded"
+    return found
+
+
+def kind_of(record: dict[str, Any] | None) -> str:
+    """One word for an entry: the worst of its methods, a text start aside where it is refused."""
+    if record is None:
+        return "not run"
+    if "not built" in record:
+        return "not built"
+    outcomes = [outcome(checks) for checks in record["checks"].values()]
+    for kind in ("wrong", "crash"):
+        if kind in outcomes:
+            return kind
+    methods = [outcome(checks) for name, checks in record["checks"].items() if name != "text"]
+    if "no truth" in methods:
+        return "no truth"
+    if set(methods) == {"✔"}:
+        return "right"
+    return "right where not refused" if "✔" in methods else "refused"
+
+
+def counts(results: dict[str, Any]) -> str:
+    """The table of README.md: how many entries of each mapping are right."""
+    heads = ["", "entries", "right", "right where not refused", "refused", "not built", "wrong"]
+    heads += ["PEFT: right", "wrong if padded", "wrong", "error"]
+    lines = [f"| {' | '.join(heads)} |", "|---" + "|---:" * (len(heads) - 1) + "|"]
+    for task, about in TASKS.items():
+        known, names = results.get(task, {}), entries(task)
+        kinds = Counter(kind_of(known.get(name)) for name in names)
+        found = [kinds[kind] for kind in ("right", "right where not refused", "refused")]
+        rest = kinds["not built"] + kinds["not run"] + kinds["no truth"]
+        theirs = Counter(_worst(record) for record in known.values() if "PEFT" in record)
+        peft = [theirs[kind] if about.peft else "—" for kind in PEERS]
+        cells = [about.title, len(names), *found, rest, kinds["wrong"] + kinds["crash"], *peft]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def _worst(record: dict[str, Any]) -> str:
+    """The worst of PEFT's methods."""
+    outcomes = [_peer(checks) for checks in record["PEFT"].values()]
+    return next((kind for kind in ("wrong", "error", "no truth", "wrong if padded") if kind in outcomes), "✔")
+
+
+def page(results: dict[str, Any]) -> str:
+    notes: dict[str, int] = {}
+
+    def note(text: str) -> str:
+        number = notes.setdefault(text, len(notes) + 1)
+        return f"[{number}](#note-{number})"
+
+    tables = [_table(task, results.get(task, {}), note) for task in TASKS]
+    made = [record["run"] for records in results.values() for record in records.values()]
+    runs = sorted({" · ".join(f"{key} {value}" for key, value in one.items()) for one in made})
+    said = [f'<a id="note-{number}"></a>{number}. {text}' for text, number in notes.items()]
+    about = ABOUT.format(summary=counts(results), runs="; ".join(runs))
+    return "\n".join([about, *tables, "## Notes\n", "\n\n".join(said), ""])
+
+
+def _table(task: str, results: dict[str, Any], note: Callable[[str], str]) -> str:
+    columns = [name for name in COLUMNS if task == "causal" or name != "text"]
+    heads = [*columns, *(["PEFT"] if TASKS[task].peft else [])]
+    lines = [f"## {TASKS[task].title}\n", f"| model type | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    for name, class_name in sorted(entries(task).items()):
+        record = results.get(name)
+        if record is None or "not built" in record:
+            why = "not run" if record is None else f"not built {note(_escaped(record['not built']))}"
+            cells = [why] + [""] * (len(heads) - 1)
+        else:
+            cells = [_cell(record["checks"].get(column, {}), note, class_name) for column in columns]
+            cells += [peers(record)] * (len(heads) - len(columns))
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(checks: Checks, note: Callable[[str], str], class_name: str) -> str:
+    kind = outcome(checks)
+    others: dict[str, list[str]] = {}  # notes by what they say
+    for check, said in checks.items():
+        if said != "ok":
+            others.setdefault(said.replace(class_name, "the model"), []).append(check)
+    marks = [note(_escaped(said if kind == "refused" else f"{', '.join(at)}: {said}")) for said, at in others.items()]
+    return " ".join([kind, *marks])
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;").replace("[", "\\[").replace("*", "\\*").replace("_", "\\_")

@@ -1,0 +1,111 @@
+"""Answers in which nothing is ours: the bare model in fp32 with transformers' eager attention, each row alone and
+without padding, soft tokens as embeddings in the row, a prefix in the cache or concatenated to the keys."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from inspect import signature
+from itertools import count
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from softkv.methods.base import SoftPrompt
+from softkv.prefix import Prefix
+
+from .rows import Row
+
+
+def alone(bare: Any, soft: SoftPrompt, row: Row) -> Tensor:
+    """Logits `[T, V]` of one row, aligned with its ids."""
+    words = bare.get_input_embeddings()(torch.tensor(row.ids).clamp(min=0))
+    tokens = soft.soft_tokens()
+    if tokens is None:
+        return behind(bare, soft, torch.tensor([row.ids]))
+    if soft.placement == "inline":
+        words = torch.stack([tokens[-i - 1] if i < 0 else words[at] for at, i in enumerate(row.ids)])
+        return bare(inputs_embeds=words[None]).logits[0]
+    at = 0 if soft.placement == "before" else row.prompt
+    logits = bare(inputs_embeds=torch.cat([words[:at], tokens, words[at:]])[None]).logits[0]
+    return logits[[t + len(tokens) if t >= at - 1 else t for t in range(len(row.ids))]]
+
+
+def behind(bare: Any, soft: SoftPrompt, ids: Tensor) -> Tensor:
+    """Logits of ids behind a cache that holds the prefix."""
+    from transformers import DynamicCache
+
+    prefix = soft.prefix()
+    assert prefix is not None
+    with torch.no_grad():
+        filled = bare(input_ids=ids, use_cache=True).get("past_key_values")
+    cache = DynamicCache(config=bare.config)
+    held = getattr(filled, "layers", [])
+    layers = [number for number, layer in enumerate(held) if isinstance(getattr(layer, "keys", None), Tensor)]
+    layers = [number for number in layers if filled.layers[number].keys.dim() == 4]
+    P, T = prefix.length, ids.shape[1]
+    usual = type(filled) is DynamicCache and runs(bare, ids) == len(layers)
+    if not usual or filled.layers[layers[0]].keys.shape[1::2] != prefix.k.shape[2::2]:
+        return concatenated(bare, prefix, ids).logits[0]
+    for number, (k, v) in zip(layers, prefix.layers(len(layers)), strict=True):
+        cache.update(k, v[..., : filled.layers[number].values.shape[-1]], number)
+    inputs = {
+        "attention_mask": torch.ones(1, P + T, dtype=torch.long),
+        "position_ids": first(bare) + P + torch.arange(T)[None],
+    }
+    inputs = {name: value for name, value in inputs.items() if name in signature(bare.forward).parameters}
+    return bare(input_ids=ids, past_key_values=cache, use_cache=True, **inputs).logits[0]
+
+
+def first(bare: Any) -> int:
+    """The position of a row's first token: RoBERTa's stands behind its padding's."""
+    tables = [module for name, module in bare.named_modules() if name.endswith("position_embeddings")]
+    padding = [table.padding_idx for table in tables if getattr(table, "padding_idx", None) is not None]
+    return padding[0] + 1 if padding else 0
+
+
+@torch.no_grad()
+def runs(bare: Any, ids: Tensor) -> int:
+    """How many times a pass runs attention."""
+    turns: list[int] = []
+
+    def attend(eager: Any, module: Any, *args: Any, **options: Any) -> Any:
+        turns.append(len(turns))
+        return eager(module, *args, **options)
+
+    with_attention(bare, attend, input_ids=ids)
+    return len(turns)
+
+
+def concatenated(bare: Any, prefix: Prefix, ids: Tensor) -> Any:
+    """The output for ids where each block's keys and values really stand behind the prefix's: of models that keep no
+    cache, or whose caches hold something else (latents, keys that blocks share)."""
+    turn = count(0)
+
+    def attend(eager: Any, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
+        at = next(turn) if prefix.k.shape[0] > 1 else 0
+        k, v = prefix.k[at], prefix.v[at][..., : value.shape[-1]]
+        mask = mask if mask is None else F.pad(mask, (k.shape[2], 0))
+        return eager(module, query, torch.cat([k, key], 2), torch.cat([v, value], 2), mask, **options)
+
+    positions = first(bare) + prefix.length + torch.arange(ids.shape[1])[None]
+    return with_attention(bare, attend, input_ids=ids, position_ids=positions)
+
+
+def with_attention(bare: Any, attend: Callable[..., Any], **inputs: Tensor) -> Any:
+    """The output of a model whose blocks call `attend` with transformers' eager attention of theirs."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import eager_mask
+
+    def with_eager(module: Any, *args: Any, **options: Any) -> Any:
+        return attend(type(module).forward.__globals__["eager_attention_forward"], module, *args, **options)
+
+    AttentionInterface.register("concatenated", with_eager)
+    AttentionMaskInterface.register("concatenated", eager_mask)
+    bare.set_attn_implementation("concatenated")
+    options: dict[str, Any] = {"use_cache": False} if "use_cache" in signature(bare.forward).parameters else {}
+    try:
+        return bare(**inputs, **options)
+    finally:
+        bare.set_attn_implementation("eager")
