@@ -66,8 +66,8 @@ compile-matrix: $(READY)
 mutants: $(READY)
 	$(BIN)/python -m tests.kernels.mutate --write docs/kernel_mutants.md
 
-# Every causal language model of transformers, tiny and random, with every method: docs/models.md. Goes on where it
-# stopped (about 20 minutes).
+# Every model of transformers' mappings, tiny and random, with every method: docs/models.md. Goes on where it
+# stopped (about 40 minutes).
 models: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.models
 
