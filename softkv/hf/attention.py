@@ -31,6 +31,7 @@ from softkv.hf.dense import in_front, masked_attention
 from softkv.hf.key_state import AllReal, KeyState
 from softkv.hf.keywords import HARMLESS, check_understood
 from softkv.hf.local import two_sided_attention
+from softkv.hf.placement import check_rows_are_whole
 from softkv.hf.repeat import remember, signature
 from softkv.ops.api import prefix_attention, prefix_attention_varlen
 from softkv.ranges import named
@@ -214,6 +215,8 @@ def attention(
     if dropout:
         raise ValueError(f"softkv attention has no dropout, got {dropout}: set the model's attention dropout to 0")
     check_understood(module, kwargs)
+    if not torch.compiler.is_compiling():
+        check_rows_are_whole()
     keys = _Keys.of(attention_mask, len(query))
     causal, window = keys.causal, sliding_window
     if causal is None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from softkv.hf.layout import RowLayout
+from softkv.hf.placement import check_not_partitioned, is_sharded
 from softkv.hf.prefixes import SoftRows
 
 _NOT_PAGED = (
@@ -26,10 +27,21 @@ def check_base(model: Any) -> None:
 
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"softkv.attach expects a transformers model, got {type(model).__name__}")
-    if (getattr(model, "_tp_size", None) or 1) > 1:
+    check_in_one_piece(model)
+    check_not_partitioned(model)
+    if model.config.is_encoder_decoder and (getattr(model, "_tp_size", None) or 1) > 1:
         raise ValueError(
-            f"this {type(model).__name__} is split over {model._tp_size} processes by tensor parallelism, which keeps "
-            "a part of the heads in each: softkv expects whole blocks, so load it without tp_plan and shard it by FSDP2"
+            f"softkv has no tensor parallelism of encoder-decoders: load this {type(model).__name__} without tp_plan "
+            "and shard it by FSDP2"
+        )
+
+
+def check_in_one_piece(model: Any) -> None:
+    """Raise for a base that FSDP has sharded: what is learned would be left out of it, and differ between processes."""
+    if is_sharded(model):
+        raise ValueError(
+            f"FSDP has sharded this {type(model).__name__} already: attach every soft prompt first, then shard the "
+            "blocks and the SoftModel (examples/fsdp2.py starts from a base without values)"
         )
 
 

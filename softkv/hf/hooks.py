@@ -26,6 +26,7 @@ from softkv.hf.layout import RowLayout, packed_positions, token_positions
 from softkv.hf.own_attention import OwnAttention
 from softkv.hf.placement import device_of
 from softkv.hf.prefixes import SoftRows
+from softkv.hf.tensor_parallel import TensorParallel, check_even
 from softkv.hf.vocabulary import named_ids
 
 # What a model raises that softkv's attention does not suit; softkv's own refusals are ValueErrors.
@@ -67,6 +68,7 @@ class DecoderHooks:
         order: its attention blocks; known after `probe`.
         behaviour: what it does with tokens; known after `probe`.
         own: of a base that keeps its own attention.
+        parallel: the processes that the base is split over; known after `probe`.
     """
 
     def __init__(self, base: Any, backend: str | None) -> None:
@@ -75,6 +77,7 @@ class DecoderHooks:
         self.order = BlockOrder()
         self.behaviour = Behaviour(packs=False, carries=False)
         self.own: OwnAttention | None = None
+        self.parallel: TensorParallel | None = None
         self._reads_blocks = False
         self._head: Any = None
         self._offset = 0
@@ -183,6 +186,7 @@ class DecoderHooks:
         if row.device.type != "meta":
             self.behaviour = replace(self.behaviour, embeds=self._embeds(view, ids, row))
         self.order = BlockOrder([each.block for each in blocks])
+        self.parallel = TensorParallel.of(self.base, blocks)
         return blocks
 
     def keep_own_attention(self, reason: OutOfReach) -> OwnAttention:
@@ -243,6 +247,7 @@ class DecoderHooks:
         return output if isinstance(output, Tensor) else output[0]
 
     def _not_run(self, error: Exception) -> OutOfReach:
+        check_even(self.base)
         return OutOfReach(
             f"softkv.attach could not run {type(self.base).__name__} with attention of softkv's on token ids alone: "
             f"{type(error).__name__}: {error}"
@@ -414,7 +419,7 @@ class DecoderHooks:
         banks = context.layers or {}
 
         def encode(layer: int, hidden: Tensor, lengths: Tensor) -> LayerKV:
-            return soft.encode(banks.get(layer), layer, hidden, lengths)
+            return soft.encode(banks.get(layer), layer, hidden, lengths, self.parallel)
 
         index = order if context.index is None else context.index
         return replace(context, index=index, encoder=RowEncoder(encode, prompts, memory))

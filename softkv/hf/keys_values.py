@@ -38,4 +38,7 @@ def keys_and_values(model: Any, *, standing_in: bool, **inputs: Tensor) -> tuple
     finally:
         hooks.remove()
         BaseState.release(model, hooks)
-    return [block.key for block in blocks], [block.value for block in blocks]
+    keys, values = [block.key for block in blocks], [block.value for block in blocks]
+    if hooks.parallel is not None:
+        keys, values = [hooks.parallel.whole(key) for key in keys], [hooks.parallel.whole(value) for value in values]
+    return keys, values

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from softkv.hf.sharded import as_held
+
 if TYPE_CHECKING:
     from softkv.hf.model import PromptedModel
 
@@ -115,7 +117,7 @@ def put_learned(base: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Copies values into what is learned in a base, after `check_learned`."""
     known = learned_in(base)
     for name, tensor in tensors.items():
-        known[name].copy_(tensor)
+        known[name].copy_(as_held(tensor, known[name]))
 
 
 def _some(names: list[str]) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, cast
 
@@ -31,7 +31,7 @@ from softkv.hf.inputs import PACKING, Inputs
 from softkv.hf.kept_logits import taken_from
 from softkv.hf.layout import RowLayout, padded_in_front
 from softkv.hf.learned import leave_frozen, miss_nothing_frozen
-from softkv.hf.placement import device_of, is_sharded
+from softkv.hf.placement import check_not_partitioned, device_of, is_sharded
 from softkv.hf.prefixes import SoftRows, check_known
 from softkv.hf.surface import Surface
 from softkv.hf.task_heads import Redirects, SavedModules, paths_of
@@ -126,7 +126,9 @@ class PromptedModel(Surface):
         self._windowed = any(captured.window is not None for captured in blocks)
         self.is_causal = all(captured.causal for captured in blocks)
         state.silence_dropout([captured.block for captured in blocks])
-        return FrozenBase(self.base, [captured.widths for captured in blocks], tokenizer)
+        parallel = self._hooks.parallel
+        widths = [each.widths if parallel is None else parallel.whole_widths(each.widths) for each in blocks]
+        return FrozenBase(self.base, widths, tokenizer)
 
     # Adapters --------------------------------------------------------------------------------------------------------
 
@@ -172,6 +174,7 @@ class PromptedModel(Surface):
             TypeError: when the adapter is none of these.
         """
         self._check_attached()
+        checks.check_in_one_piece(self.base)
         self._check_new_name(name)
         self._check_reached(adapter)
         frozen = self._frozen if tokenizer is None else self._frozen.with_tokenizer(tokenizer)
@@ -179,7 +182,9 @@ class PromptedModel(Surface):
         if isinstance(adapter, Prefix):
             soft: SoftPrompt = matrices_of(adapter, frozen.shape)
         elif isinstance(adapter, Method):
-            soft = adapter.build(frozen)
+            parallel = self._hooks.parallel
+            with nullcontext() if parallel is None else parallel.drawing_alike():
+                soft = adapter.build(frozen)
         else:
             raise TypeError(
                 f"an adapter expects a method such as PTuningV2(length=16), a prefix or a folder, got {adapter!r}"
@@ -204,7 +209,10 @@ class PromptedModel(Surface):
             self._hooks.hook_blocks()
         device = device_of(self.base)
         # A base without values yet leaves what is learned where it was made.
-        self.adapters[name] = (soft if device.type == "meta" else soft.to(device)).train(self.training)
+        soft = soft if device.type == "meta" else soft.to(device)
+        if self._hooks.parallel is not None:
+            self._hooks.parallel.share(soft)
+        self.adapters[name] = soft.train(self.training)
         if saved.paths:
             self.modules_to_save[name] = (saved if device.type == "meta" else saved.to(device)).train(self.training)
             self._redirects.add(saved.paths)
@@ -607,7 +615,7 @@ class PromptedModel(Surface):
                 before = each.placement == "before"
                 prefix = remembered.get(name)
                 if prefix is None:
-                    prefix = each.prefix() if not before else None if heads else self._head_prefix(each)
+                    prefix = self._learned_prefix(each) if not before else None if heads else self._head_prefix(each)
                     prefix = prefix if prefix is None else prefix.to(dtype=self.base.dtype)
                 if prefix is not None:
                     prefixes[name] = prefix
@@ -615,6 +623,10 @@ class PromptedModel(Surface):
                         remembered[name] = prefix
             context = soft.context(prefixes, len(self._hooks.order), self.device)
         return replace(context, backend=self.backend)
+
+    def _learned_prefix(self, soft: SoftPrompt) -> Prefix | None:
+        prefix, parallel = soft.prefix(), self._hooks.parallel
+        return prefix if prefix is None or parallel is None else parallel.own(prefix)
 
     def _head_prefix(self, soft: SoftPrompt) -> Prefix:
         """The K/V of the soft tokens that stand before every row: in a causal decoder they don't depend on the rows,
@@ -636,6 +648,7 @@ class PromptedModel(Surface):
 
     def _check_options(self, kwargs: dict[str, Any]) -> None:
         self._check_attached()
+        check_not_partitioned(self.soft)
         if self._hooks.own is None:
             checks.check_attention(self._hooks.decoder, NAME)
         if kwargs.get("output_attentions") or getattr(self.base.config, "output_attentions", False):

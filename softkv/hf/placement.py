@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 _PACKS = "support_avx512bf16_for_cpu"
@@ -29,6 +30,26 @@ def is_sharded(base: nn.Module) -> bool:
     if fsdp is None:
         return False
     return any(isinstance(each, fsdp.FSDPModule | fsdp.FullyShardedDataParallel) for each in base.modules())
+
+
+def check_not_partitioned(module: nn.Module) -> None:
+    """Raise where DeepSpeed ZeRO-3 holds parameters: it brings them together for modules that run, and what is learned
+    is read without one."""
+    if "deepspeed" in sys.modules and any(hasattr(each, "ds_id") for each in module.parameters()):
+        raise ValueError(
+            "DeepSpeed ZeRO-3 has partitioned this model, which softkv can't read: shard it by FSDP2 (fully_shard)"
+        )
+
+
+def check_rows_are_whole() -> None:
+    """Raise within torch's `context_parallel`, which splits rows over processes and has torch's own attention, and no
+    other, bring them together."""
+    module = getattr(F.scaled_dot_product_attention, "__module__", None) or ""
+    if module.startswith("torch.distributed"):
+        raise ValueError(
+            "context_parallel splits rows over processes, and softkv attention would see the part of one process only: "
+            "leave it out (tensor parallelism, FSDP2 and gradient checkpointing make room for long rows)"
+        )
 
 
 def keep_differentiable(base: nn.Module) -> list[nn.Module]:

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from softkv.hf.context import LayerKV, SoftContext
+from softkv.hf.tensor_parallel import TensorParallel
 from softkv.methods.base import SoftPrompt
 from softkv.prefix import Prefix
 
@@ -171,7 +172,9 @@ class SoftRows:
             slots[0] if len(set(slots)) == 1 else torch.tensor(slots, device=device),
         )
 
-    def encode(self, bank: LayerKV | None, block: int, hidden: Tensor, lengths: Tensor) -> LayerKV:
+    def encode(
+        self, bank: LayerKV | None, block: int, hidden: Tensor, lengths: Tensor, parallel: TensorParallel | None
+    ) -> LayerKV:
         """K `[A, G, P, D]` and V `[A, G, P, Dv]` of one attention block: its bank, and behind it what encoders make of
         their rows.
 
@@ -180,13 +183,19 @@ class SoftRows:
             block: the number of the attention block.
             hidden: `[B, M, C]`, the prompts that enter it. Only the first of the rows that share a prompt is read.
             lengths: `[B]`.
+            parallel: the processes that the base is split over.
         """
+
+        def encoded(soft: SoftPrompt, hidden: Tensor, lengths: Tensor) -> LayerKV:
+            kv = soft.row_prefix(block, hidden, lengths)
+            return kv if parallel is None else parallel.own_of_layer(kv)
+
         if self.alone is not None:
-            return self.alone.row_prefix(block, hidden, lengths)
+            return encoded(self.alone, hidden, lengths)
         parts, repeats = [] if bank is None else [bank], len(hidden) // len(self.names)
         for name, rows in self.encoded.items():
             at = torch.tensor(rows, device=hidden.device) * repeats
-            parts.append(self.softs[name].row_prefix(block, hidden[at], lengths[at]))
+            parts.append(encoded(self.softs[name], hidden[at], lengths[at]))
         keys, values = zip(*parts, strict=True)
         return _end_to_end(keys), _end_to_end(values)
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from softkv.hf import calls
 from softkv.hf.hooks import DecoderHooks
 from softkv.hf.prefixes import SoftRows
+from softkv.hf.sharded import load_whole
 
 
 def head_of(model: Any) -> tuple[str, ...]:
@@ -107,7 +108,7 @@ class SavedModules(nn.ModuleDict):
     def put(self, tensors: Mapping[str, Tensor]) -> None:
         """Copies saved values into the modules, all or none."""
         self.check(tensors)
-        self.load_state_dict({name: tensors[name.replace("/", ".")] for name in self.state_dict()})
+        load_whole(self, {name: tensors[name.replace("/", ".")] for name in self.state_dict()})
 
     def run(self, path: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """The output of the module for the base's states, which may be of another dtype."""

@@ -21,10 +21,10 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from softkv.hf.learned import IN_BASE, check_learned, learned_in, put_learned
 from softkv.hf.model import PromptedModel
+from softkv.hf.sharded import is_sharded_tensor, load_whole, whole
 from softkv.hf.task_heads import modules_of
 from softkv.hf.task_rows import answers_of
 from softkv.io import foreign, peft, state
@@ -170,11 +170,6 @@ def split(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, T
     return soft, {name.removeprefix(head): tensor for name, tensor in tensors.items() if name.startswith(head)}
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor that may be sharded over processes, all of which must call."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 def gathered(soft: SoftPrompt) -> SoftPrompt:
     """A soft prompt whose parameters may be sharded, with whole ones.
 
@@ -183,7 +178,7 @@ def gathered(soft: SoftPrompt) -> SoftPrompt:
     """
     if any(getattr(each, "_fsdp_flattened", False) for each in soft.parameters()):
         raise ValueError("FSDP1 shards this soft prompt, which softkv can't gather: use FSDP2 (fully_shard)")
-    if not any(isinstance(each, DTensor) for each in soft.parameters()):
+    if not any(is_sharded_tensor(each) for each in soft.parameters()):
         return soft
     other = copy.deepcopy(soft)
     for module in other.modules():
@@ -252,7 +247,7 @@ def put(soft: SoftPrompt, tensors: Mapping[str, Tensor]) -> None:
         ValueError: when names or shapes don't fit.
     """
     _check_shapes(soft.state_dict(), tensors)
-    soft.load_state_dict(dict(tensors))
+    load_whole(soft, tensors)
 
 
 class Saved(Method):

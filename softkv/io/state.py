@@ -23,12 +23,14 @@ if TYPE_CHECKING:
     from softkv.hf.model import PromptedModel
 
 FILE = "model.safetensors"
+_SIZE = 4096  # distributed checkpoints load into tensors of the same size, whatever the folder of the base is called
 
 
 def described(model: PromptedModel) -> Tensor:
     """What a state dict of this model means: uint8, the bytes of a JSON text."""
-    text = json.dumps({"active": model.active_adapter, "adapters": _configs(model)}, sort_keys=True)
-    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+    text = json.dumps({"active": model.active_adapter, "adapters": _configs(model)}, sort_keys=True).encode()
+    padded = text.ljust(-(-len(text) // _SIZE) * _SIZE)
+    return torch.frombuffer(bytearray(padded), dtype=torch.uint8)
 
 
 def check_described(model: PromptedModel, state: Tensor) -> None:

@@ -1,25 +1,33 @@
 """Training of a base that is sharded over processes, as a program under torchrun:
 
 python -m tests.trainers.sharded_runs FOLDER
+
+FOLDER holds the base, and the state of each method's run in one process, which every run here resumes.
 """
 
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import transformers
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 import softkv
 from softkv.train.processes import leave_together
-from tests.training_runs import METHODS, attach, rows
+from tests.trainers import split_runs
+from tests.training_runs import METHODS, attach, hurry, rows
 
 STEPS = 3
+TENSOR_PARALLEL = "tensor parallel"
 
 
 def fsdp2(soft_model: softkv.SoftModel, **options: Any) -> softkv.SoftModel:
@@ -39,21 +47,35 @@ def fsdp1(soft_model: softkv.SoftModel) -> torch.nn.Module:
 BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 STRATEGIES: dict[str, Callable[[softkv.SoftModel], torch.nn.Module]] = {
     "FSDP2": fsdp2,
-    "FSDP2, mixed precision": lambda soft_model: fsdp2(soft_model, mp_policy=BF16),
-    "FSDP2, offloaded": lambda soft_model: fsdp2(soft_model, offload_policy=CPUOffloadPolicy(pin_memory=False)),
     "FSDP2, checkpointed": lambda soft_model: (soft_model.gradient_checkpointing_enable(), fsdp2(soft_model))[1],
+    "FSDP2, offloaded, mixed precision": lambda soft_model: fsdp2(
+        soft_model, mp_policy=BF16, offload_policy=CPUOffloadPolicy(pin_memory=False)
+    ),
     "DDP": torch.nn.parallel.DistributedDataParallel,
+    TENSOR_PARALLEL: lambda soft_model: soft_model,
+    f"{TENSOR_PARALLEL}, checkpointed": lambda soft_model: (soft_model.gradient_checkpointing_enable(), soft_model)[1],
 }
-RUNS = [("FSDP2", method) for method in METHODS]
-RUNS += [(strategy, "p-tuning v2") for strategy in STRATEGIES if strategy != "FSDP2"]
+RUNS = [(strategy, method) for strategy in ("FSDP2", TENSOR_PARALLEL) for method in METHODS]
+RUNS += [(strategy, "p-tuning v2") for strategy in STRATEGIES if (strategy, "p-tuning v2") not in RUNS]
 RUNS += [("FSDP2, checkpointed", "prompt-tuning before"), ("FSDP2, checkpointed", "p-tuning v2 encoder")]
 
 
-def train(soft_model: softkv.SoftModel, model: Any, examples: list[Any], ranks: int, rank: int = 0) -> list[float]:
+def optimizer_of(soft_model: softkv.SoftModel) -> torch.optim.Optimizer:
+    """With a state of its own, so that a run resumes as it was only where that is kept too."""
+    return torch.optim.SGD([each for each in soft_model.parameters() if each.requires_grad], lr=0.2, momentum=0.5)
+
+
+def train(
+    soft_model: softkv.SoftModel,
+    model: Any,
+    optimizer: torch.optim.Optimizer,
+    examples: list[Any],
+    ranks: int,
+    rank: int = 0,
+) -> list[float]:
     """Plain steps on this process's share of the rows; the losses of all rows."""
     pack = softkv.PackingCollator()
     count = sum(label != -100 for row in examples for label in row["labels"])
-    optimizer = torch.optim.SGD([each for each in soft_model.parameters() if each.requires_grad], lr=0.5)
     losses = []
     for _ in range(STEPS):
         batch = pack(examples[rank::ranks])
@@ -69,18 +91,45 @@ def train(soft_model: softkv.SoftModel, model: Any, examples: list[Any], ranks: 
     return losses
 
 
+def attach_split(method: str, base: str) -> softkv.SoftModel:
+    """On a base that is split over the processes, whose random numbers differ."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, tp_plan="auto", dtype=torch.float32)
+    torch.manual_seed(1 + dist.get_rank())
+    return softkv.attach(model, METHODS[method])
+
+
+def save(soft_model: softkv.SoftModel, optimizer: torch.optim.Optimizer, folder: str) -> None:
+    model, state = get_state_dict(soft_model, optimizer)
+    checkpoint.save({"model": model, "optimizer": state}, checkpoint_id=folder)
+
+
+def resume(soft_model: softkv.SoftModel, optimizer: torch.optim.Optimizer, folder: str) -> None:
+    model, state = get_state_dict(soft_model, optimizer)
+    checkpoint.load({"model": model, "optimizer": state}, checkpoint_id=folder)
+    set_state_dict(soft_model, optimizer, model_state_dict=model, optim_state_dict=state)
+
+
 def main(folder: str) -> None:
+    warnings.simplefilter("ignore")
+    hurry()
     dist.init_process_group("gloo")
     results = {}
     for strategy, method in RUNS:
-        soft_model = attach(method)
+        splits = TENSOR_PARALLEL in strategy  # heads, and not rows
+        soft_model = attach_split(method, os.path.join(folder, "base")) if splits else attach(method)
         examples = rows(soft_model.method, 6)
-        model = STRATEGIES[strategy](soft_model)
-        found = train(soft_model, model, examples, 2, dist.get_rank())
-        results[f"{strategy}: {method}"] = found
-        soft_model.save_pretrained(os.path.join(folder, strategy, method), is_main_process=dist.get_rank() == 0)
+        model, place = STRATEGIES[strategy](soft_model), os.path.join(folder, strategy, method)
+        optimizer = optimizer_of(soft_model)
+        share = (1, 0) if splits else (2, dist.get_rank())
+        found = train(soft_model, model, optimizer, examples, *share)
+        soft_model.save_pretrained(place, is_main_process=dist.get_rank() == 0)
+        save(soft_model, optimizer, os.path.join(place, "state"))
+        resume(soft_model, optimizer, os.path.join(folder, "one process", method, "state"))
+        results[f"{strategy}: {method}"] = found + train(soft_model, model, optimizer, examples, *share)
+    split = {name: case(folder) for name, case in split_runs.CASES.items()}
     if dist.get_rank() == 0:
         Path(folder, "losses.json").write_text(json.dumps(results))
+        Path(folder, "split.json").write_text(json.dumps(split))
     leave_together()
 
 

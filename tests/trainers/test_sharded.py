@@ -1,9 +1,12 @@
 """A base sharded over two processes learns as one process does, and saves the same adapter."""
 
+import gc
 import json
 import os
 import subprocess
 import sys
+import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +18,9 @@ from accelerate import init_empty_weights
 import softkv
 from softkv.io import checkpoint
 from tests.hf.tiny import config_of, model_of, tokenizer
-from tests.trainers.sharded_runs import RUNS, train
-from tests.training_runs import attach, rows
+from tests.trainers import split_runs
+from tests.trainers.sharded_runs import RUNS, STEPS, optimizer_of, resume, save, train
+from tests.training_runs import METHODS, attach, rows
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,26 +33,48 @@ def torchrun(*command: str) -> str:
     return done.stdout
 
 
+def one_process(method: str, folder: Path) -> list[float]:
+    """Twice as many steps of one process, which leaves its state after the first half of them."""
+    soft_model = attach(method)
+    optimizer, examples = optimizer_of(soft_model), rows(soft_model.method, 6)
+    losses = train(soft_model, soft_model, optimizer, examples, 1)
+    soft_model.save_pretrained(folder)
+    save(soft_model, optimizer, str(folder / "state"))
+    return losses + train(soft_model, soft_model, optimizer, examples, 1)
+
+
 @pytest.fixture(scope="module")
-def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sharded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    gc.freeze()  # torch's checkpoints look for garbage among all modules
     folder = tmp_path_factory.mktemp("sharded")
+    model_of("Llama").save_pretrained(folder / "base")
+    expected = {method: one_process(method, folder / "one process" / method) for method in METHODS}
+    (folder / "expected.json").write_text(json.dumps(expected))
     torchrun("-m", "tests.trainers.sharded_runs", str(folder))
-    return folder
+    yield folder
+    gc.unfreeze()
 
 
 @pytest.mark.parametrize(("strategy", "method"), RUNS, ids=[": ".join(run) for run in RUNS])
 def test_two_processes_learn_as_one(strategy: str, method: str, sharded: Path) -> None:
-    soft_model = attach(method)
-    losses = train(soft_model, soft_model, rows(soft_model.method, 6), 1)
+    expected = json.loads((sharded / "expected.json").read_text())[method]
     close: dict[str, Any] = {"atol": 2e-5, "rtol": 1e-4}
     if "mixed" in strategy:
         close = {"atol": 0.05, "rtol": 0.02}
     found = json.loads((sharded / "losses.json").read_text())[f"{strategy}: {method}"]
-    torch.testing.assert_close(found, losses, **close)
+    torch.testing.assert_close(found, expected, **close)  # the second half resumes a run of one process
     _, saved = checkpoint.read(sharded / strategy / method)
-    for name, value in soft_model.soft.folded().state_dict().items():
+    _, values = checkpoint.read(sharded / "one process" / method)
+    assert saved.keys() == values.keys()
+    for name, value in values.items():
         torch.testing.assert_close(saved[name], value, **(close | {"atol": max(2e-4, close["atol"])}))
     softkv.load(model_of("Llama"), sharded / strategy / method)
+
+    soft_model = attach(method)  # one process resumes a run of two
+    optimizer = optimizer_of(soft_model)
+    resume(soft_model, optimizer, str(sharded / strategy / method / "state"))
+    resumed = train(soft_model, soft_model, optimizer, rows(soft_model.method, 6), 1)
+    torch.testing.assert_close(resumed, expected[STEPS:], **close)
 
 
 def test_the_example(tmp_path: Path) -> None:
@@ -87,11 +113,35 @@ def test_what_a_base_without_values_can_not_start() -> None:
         softkv.attach(base, softkv.PTuningV2(length=3, init="vocabulary"))
 
 
+def test_tensor_parallel_models(sharded: Path) -> None:
+    found = json.loads((sharded / "split.json").read_text())
+    assert found.keys() == split_runs.CASES.keys()
+    assert all(found.values()), found
+
+
+def test_context_parallel(monkeypatch: pytest.MonkeyPatch) -> None:
+    soft_model, ids = attach("p-tuning v2"), torch.tensor([[1, 20, 21, 22]])
+
+    def replaced(*operands: Any, **options: Any) -> None: ...
+
+    replaced.__module__ = "torch.distributed.tensor.experimental._context_parallel._attention"  # as torch does
+    monkeypatch.setattr("torch.nn.functional.scaled_dot_product_attention", replaced)
+    with pytest.raises(ValueError, match="context_parallel splits rows over processes"):
+        soft_model(ids)
+
+
+def test_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "deepspeed", types.ModuleType("deepspeed"))
+    soft_model = attach("p-tuning v2")
+    soft_model.soft.k.ds_id = 0  # as ZeRO-3 marks them
+    with pytest.raises(ValueError, match="DeepSpeed ZeRO-3 has partitioned this model"):
+        soft_model(torch.tensor([[1, 20, 21, 22]]))
+    next(soft_model.detach().parameters()).ds_id = 1
+    with pytest.raises(ValueError, match="DeepSpeed ZeRO-3 has partitioned this model"):
+        softkv.attach(soft_model.base, softkv.PTuningV2(length=3))
+
+
 def test_what_is_not_supported(tmp_path: Path) -> None:
-    base = model_of("Llama")
-    base._tp_size = 2
-    with pytest.raises(ValueError, match="split over 2 processes by tensor parallelism"):
-        softkv.attach(base, softkv.PTuningV2(length=3))
     soft_model = attach("p-tuning v2")
     soft_model.soft.k._fsdp_flattened = True  # as FSDP1 marks them
     with pytest.raises(ValueError, match="FSDP1 shards this soft prompt"):

@@ -35,6 +35,8 @@ class EncoderDecoderHooks:
         own: of a base that keeps its own attention.
     """
 
+    parallel = None  # `check_base` refuses those that are split over processes
+
     def __init__(self, base: Any, backend: str | None) -> None:
         self.base, self.backend = base, backend
         self.encoder, self.decoder = cast(nn.Module, base.get_encoder()), cast(nn.Module, base.get_decoder())
