@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
+
+from softkv.methods.base import SoftPrompt
 
 
 def is_sharded_tensor(tensor: Any) -> bool:
@@ -33,3 +36,20 @@ def load_whole(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """`load_state_dict` of whole tensors into a module whose parameters may be sharded."""
     held = module.state_dict()
     module.load_state_dict({name: as_held(tensor, held.get(name)) for name, tensor in tensors.items()})
+
+
+def gathered(soft: SoftPrompt) -> SoftPrompt:
+    """A soft prompt whose parameters may be sharded, with whole ones.
+
+    Raises:
+        ValueError: when FSDP1 holds them, whose shards don't know what they are of.
+    """
+    if any(getattr(each, "_fsdp_flattened", False) for each in soft.parameters()):
+        raise ValueError("FSDP1 shards this soft prompt, which softkv can't gather: use FSDP2 (fully_shard)")
+    if not any(is_sharded_tensor(each) for each in soft.parameters()):
+        return soft
+    other = copy.deepcopy(soft)
+    for module in other.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(whole(parameter.detach())))
+    return other

@@ -8,7 +8,6 @@ beside the prompt, a task's head above all, is in tensors `modules_to_save.<path
 
 from __future__ import annotations
 
-import copy
 import json
 import os
 import time
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 
 from softkv.hf.learned import IN_BASE, check_learned, learned_in, put_learned
 from softkv.hf.model import PromptedModel
-from softkv.hf.sharded import is_sharded_tensor, load_whole, whole
+from softkv.hf.sharded import gathered, load_whole, whole
 from softkv.hf.task_heads import modules_of
 from softkv.hf.task_rows import answers_of
 from softkv.io import foreign, peft, state
@@ -72,7 +71,7 @@ def save(
     if format not in ("softkv", "peft"):
         raise ValueError(f"save_pretrained expects format 'softkv' or 'peft', got {format!r}")
     if format == "peft":
-        _save_for_peft(model, Path(directory), folded)
+        _save_for_peft(model, Path(directory), folded, is_main_process)
         return
     config, tensors = describe(model, folded=folded)
     if not is_main_process:
@@ -92,7 +91,7 @@ def header(config: dict[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, s
     return {"softkv_config": text, "softkv_sha256": checksum(text, tensors)}
 
 
-def _save_for_peft(model: PromptedModel, directory: Path, folded: bool) -> None:
+def _save_for_peft(model: PromptedModel, directory: Path, folded: bool, is_main_process: bool) -> None:
     if not folded:
         raise ValueError("PEFT can't express folded=False: its files hold what networks compute, not the networks")
     if learned_in(model.base):
@@ -100,6 +99,8 @@ def _save_for_peft(model: PromptedModel, directory: Path, folded: bool) -> None:
             "PEFT can't express a soft prompt beside what else is learned in the base (LoRA): format='softkv'"
         )
     config, tensors = peft.describe(model)
+    if not is_main_process:
+        return
     check_values(tensors, "the soft prompt")
     directory.mkdir(parents=True, exist_ok=True)
     if (directory / peft.CONFIG).exists() and not peft.reads_alike(directory, config):
@@ -168,23 +169,6 @@ def split(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, T
     head = f"{MODULES}."
     soft = {name: tensor for name, tensor in tensors.items() if not name.startswith(head)}
     return soft, {name.removeprefix(head): tensor for name, tensor in tensors.items() if name.startswith(head)}
-
-
-def gathered(soft: SoftPrompt) -> SoftPrompt:
-    """A soft prompt whose parameters may be sharded, with whole ones.
-
-    Raises:
-        ValueError: when FSDP1 holds them, whose shards don't know what they are of.
-    """
-    if any(getattr(each, "_fsdp_flattened", False) for each in soft.parameters()):
-        raise ValueError("FSDP1 shards this soft prompt, which softkv can't gather: use FSDP2 (fully_shard)")
-    if not any(is_sharded_tensor(each) for each in soft.parameters()):
-        return soft
-    other = copy.deepcopy(soft)
-    for module in other.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            setattr(module, name, nn.Parameter(whole(parameter.detach())))
-    return other
 
 
 def parted(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

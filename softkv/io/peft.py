@@ -23,6 +23,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from softkv.hf.model import PromptedModel
+from softkv.hf.sharded import gathered
 from softkv.hf.task_heads import SavedModules
 from softkv.io.config import MODULES
 from softkv.io.flat import flatten, unflatten
@@ -163,7 +164,7 @@ def describe(model: PromptedModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
     Raises:
         ValueError: when PEFT can't express it.
     """
-    method, shape, soft = model.method, model.base_shape, model.soft.folded()
+    method, shape, soft = model.method, model.base_shape, gathered(model.soft).folded()
     common: dict[str, Any] = {
         "base_model_name_or_path": model.config.name_or_path or None,
         "inference_mode": True,
