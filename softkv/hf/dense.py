@@ -71,28 +71,43 @@ def _weighted(out: Tensor, lse: Tensor, total: Tensor) -> Tensor:
 
 
 def in_front(
-    key: Tensor, value: Tensor, allowed: Tensor, bias: Tensor, prefix: dict[str, Any], of_slots: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    key: Tensor,
+    value: Tensor,
+    allowed: Tensor,
+    bias: Tensor | None,
+    prefix: dict[str, Any],
+    *,
+    of_slots: Tensor | None = None,
+    seen: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Keys, values, what is allowed, and biases, with the slots of a prefix as tokens in front.
 
     Args:
         key, value, allowed, bias: as of `masked_attention`.
-        prefix: the prefix keywords; every prefix has all its slots.
-        of_slots: the biases of the slots, `[1, H, T, P]`.
+        prefix: the prefix keywords.
+        of_slots: the biases of the slots, `[1, H, T, P]`, where tokens have some.
+        seen: which slots each query sees, `[B or 1, T, P]`; None: all that exist.
     """
-    B, P = len(key), of_slots.shape[-1]
-    k, v, index = prefix["prefix_k"], prefix["prefix_v"], prefix["prefix_index"]
+    B, T = len(key), allowed.shape[2] if seen is None else seen.shape[1]
+    k, v, index, lengths = (prefix[f"prefix_{name}"] for name in ("k", "v", "index", "lengths"))
+    slots = torch.ones(len(k), 1, 1, k.shape[2], dtype=torch.bool, device=key.device)
+    if lengths is not None:
+        slots = slots & (torch.arange(k.shape[2], device=key.device) < lengths[:, None, None, None])
     if index is not None:
-        k, v = k[index.clamp(min=0)], v[index.clamp(min=0)]
-    sees = allowed.new_ones(()) if allowed.dtype == torch.bool else allowed.new_zeros(())
-    slots = sees.expand(B if index is not None else len(allowed), *allowed.shape[1:3], P)
-    if index is not None:
-        hidden = False if allowed.dtype == torch.bool else torch.finfo(allowed.dtype).min
-        slots = slots.masked_fill((index < 0)[:, None, None, None], hidden)
-        allowed = allowed.expand(B, -1, -1, -1)
+        k, v, slots = (x[index.clamp(min=0)] for x in (k, v, slots))
+        slots = slots & (index >= 0)[:, None, None, None]
+    if seen is not None:
+        slots = slots & seen[:, None]
+    if allowed.dtype != torch.bool:
+        slots = torch.zeros_like(slots, dtype=allowed.dtype).masked_fill(~slots, torch.finfo(allowed.dtype).min)
+    rows = max(len(slots), len(allowed))
+    slots, allowed = (x.expand(rows, allowed.shape[1], T, -1) for x in (slots, allowed))
+    if bias is not None:
+        assert of_slots is not None
+        bias = torch.cat([of_slots.to(bias.dtype).expand(len(bias), -1, -1, -1), bias], 3)
     return (
         torch.cat([k.expand(B, -1, -1, -1), key], 2),
         torch.cat([v.expand(B, -1, -1, -1), value], 2),
         torch.cat([slots, allowed], 3),
-        torch.cat([of_slots.to(bias.dtype).expand(len(bias), -1, -1, -1), bias], 3),
+        bias,
     )

@@ -95,3 +95,36 @@ def test_windows_show_learned_slots_beside_an_image_mask() -> None:
             attention_mask=masks,
         ).last_hidden_state
         close(model(**one).logits, bare.lm_head(hidden))
+
+
+TEXT = [1, 20, 21, 22, 23]  # longer than the window
+
+
+def test_a_text_in_front_of_images() -> None:
+    """Windows count the slots of a text, beside a mask of images: as the text in context."""
+    truth = gemma3()
+    model = softkv.attach(gemma3(), softkv.PTuningV2(length=6)).eval()
+    model.add_adapter("text", softkv.Prefix.from_ids(model, torch.tensor([TEXT])))
+    model.add_adapter("short", softkv.Prefix.from_ids(model, torch.tensor([TEXT[:2]])))
+    rows, pad = [ROW, SHORT, SHORT], [0] * (len(ROW) - len(SHORT))
+    texts: list[list[int]] = [TEXT, TEXT[:2], []]
+    images = IMAGES[[0, 1, 1]]
+    with torch.no_grad():
+        wants = [
+            truth(**batch([text + row], image[None])).logits[0, len(text) :]
+            for text, row, image in zip(texts, rows, images, strict=True)
+        ]
+        for left in (True, False):
+            together = batch(
+                [pad[: len(ROW) - len(row)] + row if left else row + pad[: len(ROW) - len(row)] for row in rows], images
+            )
+            got = model(**together, adapter_names=["text", "short", None]).logits
+            for r, (row, want) in enumerate(zip(rows, wants, strict=True)):
+                close(got[r, -len(row) :] if left else got[r, : len(row)], want)
+        with model.using("text"):
+            alone = batch([ROW], images[:1])
+            close(model(**alone).logits[0], wants[0])
+            new = model.generate(**alone, max_new_tokens=4, do_sample=False)[0, len(ROW) :]
+            longer = batch([TEXT + ROW], images[:1])
+            want = truth.generate(**longer, max_new_tokens=4, do_sample=False)[0, len(TEXT + ROW) :]
+            assert torch.equal(new, want)
