@@ -1,11 +1,15 @@
 """The op against its oracle: outputs and every gradient, on every named case and on drawn ones."""
 
+from collections import Counter
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from softkv.ops.api import prefix_attention, prefix_attention_varlen
+from softkv.ops.torch import small
 from tests.attention_cases import CASES, CHUNKS_AND_WIDTHS, Case, dense, index, mask, packed
 
 ALL_CASES = CASES | CHUNKS_AND_WIDTHS
@@ -26,6 +30,40 @@ def assert_matches(got: dict, want: dict, tolerance: float) -> None:
 def test_matches_the_oracle(name: str, dtype: torch.dtype, tolerance: float, with_lse: bool) -> None:
     case = ALL_CASES[name]()
     assert_matches(case.to(dtype).run(with_lse=with_lse), case.run("reference", with_lse=with_lse), tolerance)
+
+
+SMALL = {
+    "one prefix": dense(P=3, A=1),
+    "tokens see what follows": dense(P=3, A=1, is_causal=False),
+    "more keys than queries": dense(T=3, S=8, P=2, A=1),
+    "more queries than keys": dense(T=8, S=3, P=2, A=1),
+    "one query": dense(T=1, S=7, P=2, A=1),
+    "one row": dense(B=1, P=3, A=1),
+    "no keys": dense(T=3, S=0, P=3, A=1),
+    "packed": packed([3, 0, 5, 1], P=2, A=1),
+    "packed, tokens see what follows": packed([3, 4], P=2, A=1, is_causal=False),
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_small_calls_are_the_same_in_one_piece_and_in_several(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case, used = SMALL[name], Counter[str]()
+    if case.packed:  # of one and the same lengths, which are then one tensor
+        case.options["cu_seqlens_k"] = case.options["cu_seqlens_q"]
+    for pass_ in ("forward", "backward"):
+        function = getattr(small, pass_)
+
+        def counted(*args: Any, pass_: str = pass_, function: Any = function) -> Any:
+            used[pass_] += 1
+            return function(*args)
+
+        monkeypatch.setattr(small, pass_, counted)
+    want = case.run("reference", with_lse=False)
+    assert_matches(case.run(with_lse=False), want, 1e-11)
+    assert used == {"forward": 2, "backward": 1}  # of which one forward finds directions
+    monkeypatch.setattr(small, "MOST", -1)
+    assert_matches(case.run(with_lse=False), want, 1e-11)
+    assert used == {"forward": 2, "backward": 1}
 
 
 @pytest.mark.parametrize("name", ALL_CASES)

@@ -38,7 +38,7 @@ def test_attach_imports_nothing_that_a_model_did_not() -> None:
     assert "softkv.hf.model" in steps["attach"]
     ours = [name for name in steps["attach"] if name.startswith("softkv")]
     others = [name for name in steps["attach"] + steps["forward"] if not name.startswith("softkv")]
-    assert len(ours) < 90
+    assert len(ours) < 100
     assert len(others) < 10, others
     heavy = {"accelerate", "datasets", "matplotlib", "numba", "pandas", "peft", "scipy", "sklearn", "triton"}
     assert not packages(others) & heavy

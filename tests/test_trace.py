@@ -29,16 +29,22 @@ def test_a_training_step_names_its_parts() -> None:
     named = {line.name: line.calls for line in trace.lines(found)[0]}
     assert named == {
         "prefix": 1,
-        "head once": 1,
         "loss": 1,
         "attention, layer 0": 2,  # of the head, and of the rows
         "attention, layer 1": 2,
         "backward of attention, layer 0": 2,
-        "backward of attention, layer 1": 1,  # of the head's last block, only K and V are used
+        "backward of attention, layer 1": 2,
     }
 
 
 def test_generation_names_its_parts() -> None:
+    model = tiny(softkv.PromptTuning(length=3, position="before", init="random"))
+    found = trace.generate(model, trace.rows(model, 2, 6, 1), new_tokens=4)
+    named = {line.name: line.calls for line in trace.lines(found)[0]}
+    assert named == {"prefix": 1, "head once": 1, "attention, layer 0": 5, "attention, layer 1": 5}
+
+
+def test_generation_with_a_learned_prefix_names_its_parts() -> None:
     model = tiny(softkv.PTuningV2(length=3))
     found = trace.generate(model, trace.rows(model, 2, 6, 1), new_tokens=4)
     named = {line.name: line.calls for line in trace.lines(found)[0]}

@@ -8,9 +8,8 @@ from typing import Any
 
 def is_on(model: Any) -> bool:
     """Whether some module recomputes its activations in backward."""
-    if hasattr(model, "is_activation_checkpointing"):
-        return bool(model.is_activation_checkpointing)
-    return bool(model.is_gradient_checkpointing)
+    found = getattr(model, "is_activation_checkpointing", None)  # each look at it walks through the modules
+    return bool(model.is_gradient_checkpointing if found is None else found)
 
 
 def enable(model: Any, kwargs: dict[str, Any] | None = None, **options: Any) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from softkv.hf.generation.prefill import Unpadded
+    from softkv.hf.heads import HeadLine
 
 LayerKV = tuple[Tensor, Tensor]
 
@@ -122,11 +123,15 @@ class SoftContext:
         slots: P of each row: one number, or `[B]`.
         rows: the packed rows of a batch of one line, or None.
         unpadded: the padding left out of them, to be put back.
+        heads: `[A, P, C]`, soft tokens in front of rows, which are to run in the same pass: their K and V in each block
+            follow those of `layers` in the bank.
+        line: the line of heads and rows that this pass runs, once it is made.
         encoder: makes K, V per row inside each attention block (encoder-mode P-tuning v2).
         order: numbers the attention blocks; None where none needs a number.
         turns: how often each module that runs several times has begun to, in this forward pass.
         capture: collects what reaches each attention block, in the order in which they run.
         memo: of a forward pass, calls that were checked for one block and hold for others (`softkv.hf.repeat`).
+        lasting: of a cache, such calls of its decoding steps.
         bias: gives the position biases of the slots, `[1, H, T, P]`, of a block, T queries, the tokens before them and
             P; None where slots have none.
         cross: in the decoder of an encoder-decoder, the context of its cross-attention.
@@ -139,12 +144,15 @@ class SoftContext:
     slots: int | Tensor = 0
     rows: PackedRows | None = None
     unpadded: Unpadded | None = None
+    heads: Tensor | None = None
+    line: HeadLine | None = None
     encoder: RowEncoder | None = None
     backend: str | None = None
     order: BlockOrder | None = None
     turns: dict[nn.Module, int] = field(default_factory=dict)
     capture: list[BlockInputs] | None = None
     memo: dict[Any, Any] | None = None
+    lasting: dict[Any, Any] | None = None
     bias: Callable[[nn.Module, int, int | Tensor, int], Tensor | None] | None = None
     cross: SoftContext | None = None
 

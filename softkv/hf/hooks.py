@@ -14,20 +14,22 @@ from torch import Tensor, nn
 
 from softkv.evaluation import in_evaluation
 from softkv.hf import calls, kept_logits
-from softkv.hf.attention import padding_mask
 from softkv.hf.behaviour import TOKENS, Behaviour, behaviour_of, same, tolerance
 from softkv.hf.context import BlockInputs, BlockOrder, LayerKV, RowEncoder, RowPrompts, SoftContext
 from softkv.hf.frozen import OutOfReach, decoder_of
 from softkv.hf.generation.cache_state import CacheState, past_length
 from softkv.hf.generation.prefill import Unpadded
 from softkv.hf.generation.prompts import Prompts
+from softkv.hf.heads import HeadLine
 from softkv.hf.key_state import AllReal
 from softkv.hf.layout import RowLayout, packed_positions, token_positions
+from softkv.hf.masks import padding_mask
 from softkv.hf.own_attention import OwnAttention
 from softkv.hf.placement import device_of
-from softkv.hf.prefixes import SoftRows
+from softkv.hf.prefixes import SoftRows, behind
 from softkv.hf.tensor_parallel import TensorParallel, check_even
 from softkv.hf.vocabulary import named_ids
+from softkv.ranges import named
 
 # What a model raises that softkv's attention does not suit; softkv's own refusals are ValueErrors.
 _OBSCURE = (AttributeError, AssertionError, LookupError, NotImplementedError, RuntimeError, TypeError)
@@ -302,11 +304,14 @@ class DecoderHooks:
             return (), kwargs
         if context.capture is None:
             kwargs["position_ids"] = self._positions(call, context, kwargs)
-            if call.prompts is not None and context.encoder is None and self.behaviour.packs:
+            if context.heads is not None:
+                context = self._with_heads(context, kwargs)
+            elif call.prompts is not None and context.encoder is None and self.behaviour.packs:
                 context = self._without_padding(context, kwargs)
             memo: dict[Any, Any] | None = None if torch.compiler.is_compiling() else {}
-            context = replace(context, order=self.order, turns={}, memo=memo)
-        if not call.positions_given or context.rows is not None:
+            lasting = None if memo is None else _of_steps(context, kwargs)
+            context = replace(context, order=self.order, turns={}, memo=memo, lasting=lasting)
+        if not call.positions_given or context.rows is not None or context.line is not None:
             self._tell_real(kwargs)
         kwargs["softkv_prefix"] = context
         return (), kwargs
@@ -329,6 +334,23 @@ class DecoderHooks:
             else:
                 kwargs["attention_mask"] = AllReal.of(shape, tokens.device)
 
+    def _with_heads(self, context: SoftContext, kwargs: dict[str, Any]) -> SoftContext:
+        """Heads in one line with the rows; in a pass of their own where some argument of the rows can't follow."""
+        assert context.heads is not None
+        line = HeadLine.of(context, kwargs)
+        if line is not None:
+            line.lead(context.heads, kwargs, self.base.get_input_embeddings(), self._offset)
+            return replace(context, heads=None, line=line)
+        with named("head once"):  # of a copy: some models scale what they are given in place
+            blocks = self.capture(inputs_embeds=context.heads.to(self.base.dtype, copy=True))
+        layers = {}
+        for number, block in enumerate(blocks):
+            kv = block.key, block.value
+            if context.layers is not None:
+                kv = behind(context.layers[number], kv)
+            layers[number] = kv
+        return replace(context, heads=None, layers=layers)
+
     def _without_padding(self, context: SoftContext, kwargs: dict[str, Any]) -> SoftContext:
         """Packs padded prompts where the padding can be restored."""
         unpadded = Unpadded.of(kwargs)
@@ -343,6 +365,8 @@ class DecoderHooks:
         if output is None or call is None or call.hooks is not self or self.own is not None:
             return None
         context = kwargs["softkv_prefix"]
+        if context.line is not None:
+            return context.line.leave(output)
         return None if context.unpadded is None else context.unpadded.unpack(output, kwargs.get("past_key_values"))
 
     def _enter_generation(self, call: ModelCall, prompts: Prompts, kwargs: dict[str, Any]) -> SoftContext:
@@ -472,6 +496,13 @@ class DecoderHooks:
                 f"prefix and tokens need positions up to {last}, but the model's learned position table ends at "
                 f"{self._table - 1}: use a shorter prefix or shorter rows"
             )
+
+
+def _of_steps(context: SoftContext, kwargs: dict[str, Any]) -> dict[Any, Any] | None:
+    """Where calls of attention are kept for further steps of a cache whose rows have one prefix, or each its own."""
+    state = CacheState.of(kwargs.get("past_key_values"))
+    alike = context.index is None and context.lengths is None and isinstance(context.window_covers, bool)
+    return state.steps if state is not None and alike and context.encoder is None else None
 
 
 def computed_positions(config: Any) -> int | None:

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from softkv.hf.attention import packed_rows
 from softkv.hf.context import PackedRows, RowPrompts
+from softkv.hf.packing import packed_rows
 
 IGNORED = -100  # the label of a token that is not an answer
 

@@ -404,8 +404,7 @@ class PromptedModel(Surface):
             kwargs.setdefault("use_cache", False)  # a cache would only copy every K and V
         keeps_cache = self._keeps_cache(past_key_values, kwargs.get("use_cache"))
         soft = self._soft_rows(adapter_names, inputs.layout.rows, past_key_values)
-        in_rows = not self.head_once or (torch.is_grad_enabled() and is_sharded(self.base))
-        heads = not self._carries or (in_rows and not inputs.past and kwargs.get("use_cache") is False)
+        heads = not self._carries or (soft.leads and self._head_in_rows(inputs, kwargs))
         tokens = soft.tokens(inputs.layout.rows, heads=heads)
 
         own = self._hooks.own
@@ -436,7 +435,8 @@ class PromptedModel(Surface):
         else:
             state = CacheState(inputs.given[1], inputs.given[0], soft.names, inputs.mask)
 
-        context = replace(self._context(soft, state, heads=heads), rows=inputs.packed)
+        beside = not heads and not keeps_cache and not inputs.past and self._runs_heads_beside(soft)
+        context = replace(self._context(soft, state, heads=heads, beside=beside), rows=inputs.packed)
         if soft.encodes:
             prompts = None if inputs.prompt_ends is None else inputs.layout.prompts(inputs.prompt_ends)
             context = self._hooks.encoding(context, soft, prompts, state.kv if keeps_cache else None, state.order)
@@ -455,6 +455,18 @@ class PromptedModel(Surface):
         output = inputs.in_columns_given(output)
         return output.to_tuple() if return_dict is False else output
 
+    def _head_in_rows(self, inputs: Inputs, options: dict[str, Any]) -> bool:
+        """Whether soft tokens in front run in each row all the same."""
+        if inputs.past or options.get("use_cache") is not False:
+            return False
+        return not self.head_once or (torch.is_grad_enabled() and is_sharded(self.base))
+
+    def _runs_heads_beside(self, soft: SoftRows) -> bool:
+        """Whether soft tokens in front may run in one pass with the rows, where no cache is kept."""
+        if not soft.leads or soft.encodes or torch.compiler.is_compiling():
+            return False
+        return self._hooks.behaviour.packs and (soft.alone is not None or not self.modules_to_save)
+
     def _check_prompts_end(self, soft: SoftRows, labels: Any, prompt_lengths: Any) -> None:
         if self.training and labels is None and prompt_lengths is None:
             raise ValueError(
@@ -470,11 +482,9 @@ class PromptedModel(Surface):
 
     def _keeps_cache(self, cache: Any, use_cache: bool | None) -> bool:
         """Whether the base will keep a cache in this forward."""
-        if self.training and checkpointing.is_on(self.base):
+        if use_cache is False or (self.training and checkpointing.is_on(self.base)):
             return False
-        if use_cache is not None:
-            return use_cache
-        return cache is not None or getattr(self.base.config.get_text_config(), "use_cache", False)
+        return use_cache or cache is not None or getattr(self.base.config.get_text_config(), "use_cache", False)
 
     # Generation ------------------------------------------------------------------------------------------------------
 
@@ -600,28 +610,33 @@ class PromptedModel(Surface):
                 raise ValueError(f"the cache was filled with the adapters {read}, got others: {list(names)}")
         return filled_with or SoftRows.of(names or (self.active_adapter,), self.adapters)
 
-    def _context(self, soft: SoftRows, state: CacheState | None, *, heads: bool) -> SoftContext:
+    def _context(self, soft: SoftRows, state: CacheState | None, *, heads: bool, beside: bool = False) -> SoftContext:
         """The prefixes of a forward pass: learned, or the K/V of soft tokens that stand before the input (unless these
         are put into the rows as `heads`).
 
         Args:
             state: of the cache that is filled or continued. It keeps what was computed for its rows, which calls that
                 continue them without gradients use again.
+            beside: whether soft tokens before the input run in one pass with it.
         """
         remembered = {} if state is None or torch.is_grad_enabled() else state.prefixes
-        prefixes = {}
+        prefixes, leading = {}, {}
         with named("prefix"):
             for name, each in soft.softs.items():
                 before = each.placement == "before"
+                if before and (heads or beside):
+                    if beside:
+                        leading[name] = cast(Tensor, each.soft_tokens())
+                    continue
                 prefix = remembered.get(name)
                 if prefix is None:
-                    prefix = self._learned_prefix(each) if not before else None if heads else self._head_prefix(each)
+                    prefix = self._head_prefix(each) if before else self._learned_prefix(each)
                     prefix = prefix if prefix is None else prefix.to(dtype=self.base.dtype)
                 if prefix is not None:
                     prefixes[name] = prefix
                     if not isinstance(prefix.k, nn.Parameter):  # learned matrices cost nothing to read again
                         remembered[name] = prefix
-            context = soft.context(prefixes, len(self._hooks.order), self.device)
+            context = soft.context(prefixes, len(self._hooks.order), self.device, leading)
         return replace(context, backend=self.backend)
 
     def _learned_prefix(self, soft: SoftPrompt) -> Prefix | None:
@@ -629,8 +644,7 @@ class PromptedModel(Surface):
         return prefix if prefix is None or parallel is None else parallel.own(prefix)
 
     def _head_prefix(self, soft: SoftPrompt) -> Prefix:
-        """The K/V of the soft tokens that stand before every row: in a causal decoder they don't depend on the rows,
-        so they are run once, at batch 1, with gradients."""
+        """K/V of the soft tokens that stand before every row, run once, at batch 1: caches are filled behind them."""
         soft_tokens = soft.soft_tokens()
         assert soft_tokens is not None
         dtype = self.base.dtype

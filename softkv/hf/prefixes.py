@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import TypeVar, cast
 
 import torch
@@ -59,6 +60,11 @@ class SoftRows:
     def inline(self) -> bool:
         """Whether rows hold all soft tokens by their ids."""
         return all(soft.placement == "inline" for soft in self.softs.values())
+
+    @property
+    def leads(self) -> bool:
+        """Whether soft tokens stand before some rows."""
+        return any(soft.placement == "before" for soft in self.softs.values())
 
     @property
     def encodes(self) -> bool:
@@ -119,13 +125,20 @@ class SoftRows:
             if soft.encodes_rows
         }
 
-    def context(self, prefixes: Mapping[str, Prefix], layers: int, device: torch.device) -> SoftContext:
+    def context(
+        self,
+        prefixes: Mapping[str, Prefix],
+        layers: int,
+        device: torch.device,
+        heads: Mapping[str, Tensor] = MappingProxyType({}),
+    ) -> SoftContext:
         """The bank of prefixes that the rows read; rows that an encoder reads will find theirs behind these.
 
         Args:
             prefixes: of those soft prompts that have one.
             layers: the number of attention blocks.
             device: of the model.
+            heads: `[P, C]`, of those that stand in front of rows and have none: the pass itself will make it.
 
         Raises:
             ValueError: for a soft prompt that holds several prefixes, among others.
@@ -133,6 +146,9 @@ class SoftRows:
         if self.alone is not None:
             if self.encodes:
                 return SoftContext(slots=_slots(self.alone))
+            if heads:
+                (head,) = heads.values()
+                return SoftContext(window_covers=True, slots=len(head), heads=head[None])
             if not prefixes:
                 return SoftContext()
             (prefix,) = prefixes.values()
@@ -150,6 +166,10 @@ class SoftRows:
             number[name] = len(lengths)
             lengths.append(prefix.length)
             covers.append(prefix.window_covers)
+        for name, head in heads.items():
+            number[name] = len(lengths)
+            lengths.append(len(head))
+            covers.append(True)
         index = [-1 if name is None else number.get(name, -1) for name in self.names]
         for name, rows in self.encoded.items():
             for row in rows:
@@ -170,6 +190,7 @@ class SoftRows:
             None if in_order else torch.tensor(index, device=device),
             covers[0] if alike else torch.tensor(covers, device=device),
             slots[0] if len(set(slots)) == 1 else torch.tensor(slots, device=device),
+            heads=of_one_length(heads.values()) if heads else None,
         )
 
     def encode(
@@ -266,6 +287,21 @@ def check_known(name: str, adapters: nn.ModuleDict) -> None:
     """Raise unless there is an adapter of this name."""
     if name not in adapters:
         raise ValueError(f"this model has no adapter {name!r}: expected one of {', '.join(map(repr, adapters))}")
+
+
+def of_one_length(heads: Iterable[Tensor]) -> Tensor:
+    """`[A, P, C]` of heads `[P, C]`: shorter ones go on with their last token, which nobody reads."""
+    given = list(heads)
+    if len(given) == 1:
+        return given[0][None]
+    at = torch.arange(max(map(len, given)), device=given[0].device)
+    return torch.stack([head[at.clamp(max=len(head) - 1)] for head in given])
+
+
+def behind(bank: LayerKV, heads: LayerKV) -> LayerKV:
+    """The K and V of a block, of learned prefixes and of heads behind them."""
+    k, v = (_end_to_end((x.to(head.device, head.dtype), head)) for x, head in zip(bank, heads, strict=True))
+    return k, v
 
 
 def _end_to_end(of: Sequence[Tensor]) -> Tensor:

@@ -3,6 +3,7 @@ one hold for the others."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from softkv.hf.context import PackedRows, SoftContext
+from softkv.hf.masks import is_constant
 from softkv.ops.api import engine_for
 from softkv.ops.checks import checked_reach, checked_scale, checked_softcap
 from softkv.ops.engine import Call
@@ -20,15 +22,44 @@ Signature = tuple[Any, ...]
 
 
 def signature(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *options: Any
-) -> Signature:
-    """What the way of a block through attention depends on, but for values of tensors that no check reads."""
-    device = query.device.type
-    autocasts = device != "meta" and torch.is_autocast_enabled(device)
+    context: SoftContext,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    options: tuple[Any, ...],
+    others: dict[str, Any],
+) -> Signature | None:
+    """What the way of a block through attention depends on, but for the prefix and for values of tensors that no check
+    reads. None where each block is looked at.
+
+    Args:
+        options: numbers and flags that the module gives.
+        others: further keywords.
+    """
+    if others.get("s_aux") is not None or others.get("position_bias") is not None or others.get("output_attentions"):
+        return None
+    device = query.device
+    shape, of_keys, of_values = query.shape, key.shape, value.shape
+    if shape[2] == 1:  # decoding: one more key each time
+        of_keys, of_values = (of_keys[0], of_keys[1], of_keys[3]), of_values[3]  # type: ignore[assignment]
     return (
-        type(module), id(getattr(module, "config", None)), getattr(module, "is_causal", True), query.shape, key.shape,
-        value.shape, query.dtype, key.dtype, value.dtype, id(mask), query.device, autocasts, *options,
+        type(module), id(getattr(module, "config", None)), getattr(module, "is_causal", True), shape, of_keys,
+        of_values, query.dtype, key.dtype, value.dtype, id(mask), device, _autocasts(device.type), context.backend,
+        *options, *others,
     )  # fmt: skip
+
+
+def _autocasts(device: str) -> bool:
+    return device != "meta" and torch.is_autocast_enabled(device)  # torch knows no autocast there, and raises
+
+
+def checked_calls(context: SoftContext, mask: Tensor | None) -> dict[Any, Any]:
+    """The calls that were checked: in this forward pass, or in earlier steps too where nothing but the number of keys
+    sets the steps apart."""
+    assert context.memo is not None
+    return context.memo if context.lasting is None or not is_constant(mask) else context.lasting
 
 
 @dataclass(frozen=True)
@@ -42,6 +73,7 @@ class CheckedCall:
         engine: that runs it.
         rows: the packed rows of a batch of one line, or None.
         mask: kept, so that no other one gets its `id`.
+        step: the engine's own shorter way, of a call of one query a row without gradients, or None.
     """
 
     call: dict[str, Any]
@@ -50,6 +82,7 @@ class CheckedCall:
     engine: str
     rows: PackedRows | None
     mask: Tensor | None
+    step: Callable[..., Tensor] | None
 
     def serves(self, context: SoftContext, layer: int) -> bool:
         """Whether the prefix of a block is like that of the first one."""
@@ -57,6 +90,10 @@ class CheckedCall:
 
     def __call__(self, context: SoftContext, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention of another block: query `[B, H, T, D]` → `[B, T, H, Dv]`."""
+        plain = not (torch.is_grad_enabled() or is_in_torch_dispatch_mode()) and type(query) is Tensor
+        if plain and self.step is not None and context.layers is not None:
+            operands = (query, key, value, *context.layers[layer])
+            return self.step(*(_ready(x, self.dtype) for x in operands)).transpose(1, 2)
         if self.rows is not None:
             query, key, value = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
         dtype = self.dtype
@@ -65,10 +102,10 @@ class CheckedCall:
         if context.layers is not None:
             k, v = context.layers[layer]
             call["prefix_k"], call["prefix_v"] = _ready(k, dtype), _ready(v, dtype)
-        if torch.is_grad_enabled() or is_in_torch_dispatch_mode() or type(query) is not Tensor:
-            out, _ = attention(cast(Call, call), self.engine)
-        else:  # the operator has nothing to add
+        if plain:  # the operator has nothing to add
             out, _ = load_engine(self.engine).forward(**call)
+        else:
+            out, _ = attention(cast(Call, call), self.engine)
         return out.unsqueeze(0) if self.rows is not None else out.transpose(1, 2)
 
 
@@ -128,4 +165,7 @@ def remember(
     )  # fmt: skip
     engine = engine_for(context.backend, call)
     of_others = {**call, **dict.fromkeys(("q", "k", "v", "prefix_k", "prefix_v"))}
-    context.memo[alike] = CheckedCall(of_others, query.dtype, _form(context, layer), engine, rows, mask)
+    stepping = rows is None and query.shape[2] == 1 and key_mask is None and key_lengths is None and window is None
+    step = getattr(load_engine(engine), "step", None) if stepping else None
+    checked = CheckedCall(of_others, query.dtype, _form(context, layer), engine, rows, mask, step and step(call))
+    (checked_calls(context, mask) if stepping else context.memo)[alike] = checked

@@ -63,7 +63,7 @@ def _forward(call: Call, engine: str) -> tuple[Tensor, Tensor]:
 def _backward(
     grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, needs: Needs, call: Call, engine: str
 ) -> Gradients:
-    """The gradients asked for, laid out as their operands; None elsewhere."""
+    """The gradients asked for, 0 where the engine read nothing; None elsewhere."""
     grads: Sequence[Tensor | None] = [None] * len(needs)
     if call["q"].numel():
         call_read, needs_read = _without_empty_prefix(call), needs
@@ -71,9 +71,8 @@ def _backward(
             needs_read = needs._replace(prefix_k=False, prefix_v=False)
         if True in needs_read:
             grads = load_engine(engine).backward(grad_out, grad_lse, out, lse, needs=needs_read, **call_read)
-    return cast(
-        Gradients, tuple(_like(x, g) if n else None for x, g, n in zip(_leaves(call), grads, needs, strict=True))
-    )
+    found = zip(_leaves(call), grads, needs, strict=True)
+    return cast(Gradients, tuple((torch.zeros_like(x) if g is None else g) if n else None for x, g, n in found))
 
 
 def _operands(call: Call) -> list[Any]:
@@ -92,10 +91,8 @@ def _without_empty_prefix(call: Call) -> Call:
     return {**call, "prefix_k": None, "prefix_v": None, "prefix_index": None, "prefix_lengths": None}
 
 
-def _like(operand: Tensor, grad: Tensor | None) -> Tensor:
-    """A gradient laid out as the fake operator says; zero where the engine read nothing."""
-    if grad is None:
-        return torch.zeros_like(operand)
+def _like(operand: Tensor, grad: Tensor) -> Tensor:
+    """A gradient laid out as the fake operator says."""
     if grad.stride() == operand.stride():
         return grad
     out = torch.empty_like(operand)
@@ -188,8 +185,9 @@ def _attention_backward(
     grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *arguments: Any
 ) -> tuple[Tensor, ...]:
     *operands, engine, needs = arguments
-    grads = _backward(grad_out, grad_lse, out, lse, Needs(*needs), _call(operands), engine)
-    return tuple(out.new_empty(0) if g is None else g for g in grads)
+    call = _call(operands)
+    grads = _backward(grad_out, grad_lse, out, lse, Needs(*needs), call, engine)
+    return tuple(out.new_empty(0) if g is None else _like(x, g) for x, g in zip(_leaves(call), grads, strict=True))
 
 
 def _attention_backward_fake(*arguments: Any) -> tuple[Tensor, ...]:

@@ -29,10 +29,12 @@ import transformers
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from softkv.hf.attention import NAME, Pattern
+from softkv.hf.attention import NAME
 from softkv.hf.context import BlockInputs, BlockOrder, PackedRows, RowEncoder, RowPrompts, SoftContext
 from softkv.hf.frozen import BaseState, FrozenBase
+from softkv.hf.heads import HeadLine
 from softkv.hf.hooks import DecoderHooks
+from softkv.hf.masks import Pattern
 from softkv.methods.base import BaseShape, Computed, FrozenModel
 from softkv.methods.encoders import EncodedRows, LSTMEncoder
 from softkv.methods.p_tuning import PTuning
@@ -359,21 +361,17 @@ def _softkv(job: Job, base: Any, learned: nn.Module) -> Tensor:
         prompts = RowPrompts(torch.empty(job.rows, longest, dtype=torch.long), torch.empty(job.rows, dtype=torch.long))
         return _loss(base, tokens, labels, replace(context, encoder=RowEncoder(_encode(learned), prompts, None)))
     if job.method == "prompt-tuning":
-        prefix = _head_once(base, _soft_tokens(learned, base))
-    else:
-        k, v = (cast(Tensor, getattr(learned, name)).to(base.dtype) for name in "kv")
-        prefix = Prefix(k, v)
+        head = _soft_tokens(learned, base)[None]
+        line = HeadLine((1, job.length), (1, tokens.shape[1]), None, SoftContext())
+        return _loss(base, torch.cat([head, tokens], 1), labels, replace(context, line=line))
+    k, v = (cast(Tensor, getattr(learned, name)).to(base.dtype) for name in "kv")
+    prefix = Prefix(k, v)
     layers = dict(enumerate(prefix.layers(base.config.get_text_config().num_hidden_layers)))
     return _loss(base, tokens, labels, replace(context, layers=layers))
 
 
 def _encode(learned: nn.Module) -> Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]:
     return cast(EncodedRows, learned).row_prefix
-
-
-def _head_once(base: Any, soft_tokens: Tensor) -> Prefix:
-    blocks = _captured(base, soft_tokens[None])
-    return Prefix.from_layers([block.key for block in blocks], [block.value for block in blocks])
 
 
 def _blocks(base: Any) -> dict[int, nn.Module]:

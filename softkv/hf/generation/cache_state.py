@@ -35,6 +35,7 @@ class CacheState:
         kv: encoder mode, the K/V `[A, G, P, D or Dv]` of each block.
         order: which row of that batch each row of the cache is, or None while they are the same.
         unread: columns of its prompts that a `generate` has still to read.
+        steps: calls of attention in decoding steps that were checked (`softkv.hf.repeat`).
         prefixes: computed prefixes of its adapters, made without gradients for these rows.
     """
 
@@ -46,6 +47,7 @@ class CacheState:
     order: Tensor | None = None
     unread: int = 0
     prefixes: dict[str, Prefix] = field(default_factory=dict)
+    steps: dict[Any, Any] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CacheState:
         """Copies of a cache share what none of them changes."""

@@ -8,14 +8,16 @@ Attention is cut into pieces (`plan`): some queries, the keys they see, at most 
 The backward runs the same pieces with the merged out and lse, which makes each piece's gradient exact, and adds up. The
 prefix is one piece for all the queries that share it, so it is read once and its gradient is summed inside the kernel.
 
-One query per row over one shared prefix, as in generation, takes a shorter path (`decode`).
+One query per row over one shared prefix, as in generation, takes a shorter path (`decode`), and so do calls that are
+so small that copies cost less than operations (`small`).
 
 Queries, out and lse are stored token by token, [N, H, ...], N = B·T where the call is dense: a batch of queries that
 share a prefix is then a view, and so is each row.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +26,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from softkv.ops.engine import Call, Gradients, Needs
-from softkv.ops.torch import decode, piece
+from softkv.ops.torch import decode, piece, small
 from softkv.ops.torch.plan import Geometry, Piece, plan_prefix, plan_tokens
 
 _SMALLEST_SCALE = 1e-30  # times a score, still more than nothing in float32
@@ -41,6 +43,8 @@ def forward(**call: Unpack[Call]) -> tuple[Tensor, Tensor]:
 
 
 def _forward(call: Call) -> tuple[Tensor, Tensor]:
+    if small.serves(call) and _fused(call):
+        return small.forward(call)
     q, prefix_k, prefix_v, scale = call["q"], call["prefix_k"], call["prefix_v"], call["scale"]
     if prefix_k is not None and prefix_v is not None and decode.serves(call):
         return decode.forward(q, call["k"], call["v"], prefix_k, prefix_v, call["key_mask"], scale)
@@ -60,6 +64,14 @@ def _forward(call: Call) -> tuple[Tensor, Tensor]:
     return geometry.unline(out[..., :width], q), geometry.unline_lse(lse)
 
 
+def step(call: Call) -> Callable[..., Tensor] | None:
+    """What gives out [B, H, 1, D] alone, of q, k, v, prefix_k, prefix_v, in further calls like this one of a decoding
+    step: without gradients, alike but for the number of keys. None for calls of other kinds."""
+    if not decode.serves(call) or _hides(call) or not _fused(call) or torch.is_autocast_enabled("cpu"):
+        return None
+    return partial(decode.out_alone, scale=call["scale"])
+
+
 def backward(
     grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *, needs: Needs, **call: Unpack[Call]
 ) -> Gradients:
@@ -76,6 +88,9 @@ def _own_precision(q: Tensor) -> AbstractContextManager[Any]:
 def _backward(
     grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, needs: Needs, call: Call
 ) -> Gradients:
+    of_prefix_alone = not (needs.q or needs.k or needs.v)  # in pieces: no backward over the tokens
+    if grad_lse is None and not of_prefix_alone and small.serves(call) and _fused(call):
+        return small.backward(grad_out, out, lse, needs, call)
     scale, softcap, sinks, q = call["scale"], call["softcap"], call["sinks"], call["q"]
     if _hides(call) and not all(x.sum().isfinite() for x in _keys_and_values(call)):
         call = _seen(call)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from softkv.ops.engine import Call
-from softkv.ops.torch import piece
+from softkv.ops.torch import piece, small
 
 _HIDDEN = 0.9 * torch.finfo(torch.float32).max  # past any score
 _LEFT_TO_PLANS = ("prefix_index", "prefix_lengths", "key_lengths", "window", "chunk", "sinks", "softcap")
@@ -34,21 +34,43 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, key_mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """out [B, H, 1, D] and lse [B, H, 1]."""
-    B, H, _, D = q.shape
-    G = k.shape[1]
     mask = None
     if key_mask is not None:  # finite: a row of which nothing is seen has an lse that any slot outweighs, not NaN
         mask = key_mask[:, None, None].to(q.dtype).sub_(1).mul_(_HIDDEN)
+    out, lse, prefix_lse = _merged(q, k, v, prefix_k, prefix_v, mask, scale)
+    return _like(q, out), torch.logaddexp(lse, prefix_lse).reshape(q.shape[0], q.shape[1], 1)
+
+
+def out_alone(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, scale: float) -> Tensor:
+    """out [B, H, 1, D], of a call that `serves` and that hides nothing."""
+    if small.fits(k, prefix_k):
+        keys, values = small.side_by_side(prefix_k, k), small.side_by_side(prefix_v, v)
+        out, _ = piece.flash(q.reshape(q.shape[0], k.shape[1], -1, q.shape[3]), keys, values, 0.0, False, scale=scale)
+    else:
+        out, _, _ = _merged(q, k, v, prefix_k, prefix_v, None, scale)
+    return _like(q, out)
+
+
+def _merged(
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """out [B, G, R, D], and lse [B, G, R] of the tokens and of the prefix."""
+    B, _, _, D = q.shape
+    G = k.shape[1]
     rows = q.reshape(B, G, -1, D)
-    out, lse = piece.flash(rows, k, v, 0.0, False, attn_mask=mask, scale=scale)  # [B, G, R, D]
+    out, lse = piece.flash(rows, k, v, 0.0, False, attn_mask=mask, scale=scale)
     whole = rows if B == 1 else rows.transpose(0, 1).reshape(1, G, -1, D)
     prefix_out, prefix_lse = piece.flash(whole, prefix_k, prefix_v, 0.0, False, scale=scale)  # [1, G, B·R, D]
     if B > 1:
         prefix_out = prefix_out.view(G, B, -1, D).transpose(0, 1)
         prefix_lse = prefix_lse.view(G, B, -1).transpose(0, 1)
     out.lerp_(prefix_out, torch.sub(prefix_lse, lse).sigmoid_().unsqueeze_(-1))
-    lse = torch.logaddexp(lse, prefix_lse).reshape(B, H, 1)
-    out = out.view(B, H, 1, D)
+    return out, lse, prefix_lse
+
+
+def _like(q: Tensor, out: Tensor) -> Tensor:
+    """[B, G, R, D] in the shape and layout of q."""
+    out = out.view(q.shape)
     if out.stride()[:2] == q.stride()[:2]:
-        return out.as_strided(q.shape, q.stride()), lse
-    return torch.empty_like(q).copy_(out), lse
+        return out.as_strided(q.shape, q.stride())
+    return torch.empty_like(q).copy_(out)

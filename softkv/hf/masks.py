@@ -1,0 +1,274 @@
+"""transformers' mask contract: `key_state`, which `AttentionMaskInterface` calls once a forward pass, and what
+attention reads out of it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from enum import IntEnum
+from functools import cache
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from transformers.masking_utils import (
+    and_masks,
+    bidirectional_mask_function,
+    causal_mask_function,
+    packed_sequence_mask_function,
+    sdpa_mask,
+)
+
+from softkv.hf import calls
+from softkv.hf.key_state import AllReal, KeyState
+
+
+class Pattern(IntEnum):
+    """Which keys a query sees beside those that a key state hides. The numbers are sizes of an axis, odd ones, so that
+    a model with attention of its own can't add a key state to its scores unnoticed."""
+
+    CAUSAL = 11
+    WINDOWED = 13  # causal, the last `sliding_window` keys
+    CHUNKED = 17  # causal, within `attention_chunk_size` keys
+    FULL = 19
+    LOCAL = 23  # bidirectional, within `sliding_window` keys on either side
+
+
+_BIDIRECTIONAL = (Pattern.FULL, Pattern.LOCAL)
+
+# Codes of a key state in int8. A static cache hands over its whole buffer, so a key may not exist yet; a padding key
+# exists, takes a position, and is not seen.
+HIDDEN, SEEN = 1, 2
+
+
+def key_state(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    config: Any = None,
+    device: torch.device | str = "cpu",
+    use_vmap: bool = False,
+    **kwargs: Any,
+) -> Tensor:
+    """Which keys exist and which are seen, in the most compact form; the dtype identifies it:
+
+    - int8 `[1, pattern, rows, 0]`: all exist and are seen.
+    - int32 `[1, pattern, rows, 1]`: so many exist, and are seen.
+    - int8 `[B, pattern, rows, S]`: 0 does not exist, 1 exists but is hidden, 2 is seen.
+    - bool `[B, 1, T, S]`: what each query sees, where a model adds a mask of its own (blocks of an image).
+
+    `pattern` is a `Pattern`; `rows` is 2 for packed rows, which position ids tell. Four axes, because transformers
+    hands a mask of four axes through `generate`, compiled decoding and checkpointing untouched.
+
+    Raises:
+        ValueError: when the attention of the model is not transformers' interface: it would not understand this.
+    """
+    _check_interface(config)
+    pattern, packed = _pattern(mask_function, use_vmap, local_size, config, kwargs)
+    if torch.compiler.is_compiling() and attention_mask is not None:  # transformers packs rows without one only
+        packed = False
+    if pattern is Pattern.CHUNKED and kv_length + kv_offset <= cast(int, local_size):
+        pattern = Pattern.CAUSAL
+    cut = pattern is Pattern.CHUNKED or (pattern is Pattern.LOCAL and q_length != kv_length)
+    if packed and torch.compiler.is_compiling():
+        # A tracer can't tell: a SoftModel knows its rows, and neither padded nor cached ones are packed.
+        packed = calls.under_way() is None and attention_mask is None and q_length == kv_length
+        cut = cut or packed
+    if pattern is None or cut or (packed and batch_size > 1):
+        return sdpa_mask(
+            batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask,
+            allow_is_causal_skip=False, use_vmap=use_vmap, device=device,
+        )  # fmt: skip
+    # Compilers see masks of decoding steps, and would keep the guard; a prefill has come before.
+    guarded = not torch.compiler.is_compiling() and (q_length > 1 or kwargs.get("allow_is_causal_skip", True))
+    rows = 1 + packed
+    end = kv_length if pattern in _BIDIRECTIONAL else q_offset + q_length - kv_offset
+    part_filled = isinstance(end, Tensor) or end != kv_length
+    seen = None if attention_mask is None else attention_mask[:, kv_offset : kv_offset + kv_length]
+    if seen is None and part_filled:
+        count = torch.as_tensor(end, dtype=torch.int32, device=device).view(1, 1, 1, 1)
+        return _made(count.expand(1, pattern, rows, 1), guarded)
+    if seen is None or (not part_filled and _all_real(seen)):
+        if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+            return _made(torch.empty(1, pattern, rows, 0, dtype=torch.int8, device=device), guarded)
+        return _all_seen(pattern, rows, torch.device(device), guarded)
+    exists = (torch.arange(kv_length, device=device) < end).view(1, -1)
+    seen = exists & F.pad(seen, (0, kv_length - seen.shape[1]))
+    state = exists.to(torch.int8) + seen.to(torch.int8)
+    return _made(state[:, None, None, :].expand(-1, pattern, rows, -1), guarded)
+
+
+@cache
+def _all_seen(pattern: Pattern, rows: int, device: torch.device, guarded: bool) -> Tensor:
+    with torch.inference_mode(False):
+        state = _made(torch.empty(1, pattern, rows, 0, dtype=torch.int8, device=device), guarded)
+    _constant.add(id(state))
+    return state
+
+
+_constant: set[int] = set()
+
+
+def is_constant(state: Tensor | None) -> bool:
+    """Whether a key state says the same, that all keys are seen, in every forward pass."""
+    return state is None or id(state) in _constant
+
+
+def _made(state: Tensor, guarded: bool) -> Tensor:
+    return state.as_subclass(KeyState) if guarded else state
+
+
+def state_of_rows(line: Tensor | None, real: Tensor) -> Tensor:
+    """The key state of rows with padding, real tokens `[B, T]`, that a model sees as a line without any.
+
+    Args:
+        line: the key state of the line.
+    """
+    keys = Keys.of(line, 1)
+    if keys.pattern is None:
+        return real.bool()
+    state = real.bool().to(torch.int8) + HIDDEN
+    return _made(state[:, None, None, :].expand(-1, keys.pattern, 1, -1), not torch.compiler.is_compiling())
+
+
+def _pattern(
+    mask_function: Any, use_vmap: bool, local_size: int | None, config: Any, kwargs: dict[str, Any]
+) -> tuple[Pattern | None, bool]:
+    """The pattern of a mask function of transformers (None: another one), and whether it keeps packed rows apart."""
+    # By identity and "==": in a compiled frame, `in` misses a name in a tuple of names.
+    known = mask_function is causal_mask_function or mask_function is bidirectional_mask_function
+    if use_vmap or not (known or mask_function.__qualname__ == _INTERSECTION):
+        return None, False
+    bidirectional = "allow_is_bidirectional_skip" in kwargs
+    packed = _keeps_rows_apart(mask_function)
+    if local_size is None:
+        return Pattern.FULL if bidirectional else Pattern.CAUSAL, packed
+    sizes = [getattr(config, size, None) for size in ("sliding_window", "attention_chunk_size")]
+    if sizes.count(local_size) != 1:
+        return None, False
+    if bidirectional:
+        return Pattern.LOCAL, packed
+    return Pattern.WINDOWED if sizes[0] == local_size else Pattern.CHUNKED, packed
+
+
+def _keeps_rows_apart(mask_function: Any) -> bool:
+    name = mask_function.__qualname__
+    if name != _INTERSECTION:
+        return name == _ROWS_APART
+    if torch.compiler.is_compiling():  # a tracer can't look into closures
+        return True
+    return any(map(_keeps_rows_apart, mask_function.__closure__[0].cell_contents))
+
+
+_INTERSECTION = and_masks().__qualname__
+_ROWS_APART = packed_sequence_mask_function(torch.empty(0)).__qualname__
+
+
+def _check_interface(config: Any) -> None:
+    """transformers' models import its attention interface by one name; those that don't have attention of their own."""
+    name = type(config).__module__.replace("configuration_", "modeling_")
+    modeling = sys.modules.get(name)
+    if modeling is not None and name != type(config).__module__ and not hasattr(modeling, "ALL_ATTENTION_FUNCTIONS"):
+        raise ValueError(
+            f"{type(config).__name__.removesuffix('Config')} models do not take their attention from transformers' "
+            'attention interface, so softkv can\'t reach it: use attn_implementation="eager"'
+        )
+
+
+def _all_real(mask: Tensor) -> bool:
+    if isinstance(mask, AllReal):
+        return True
+    return mask.device.type != "meta" and not torch.compiler.is_compiling() and bool(mask.all())
+
+
+class Keys(NamedTuple):
+    """What a mask says of the keys: a key state, a 2-D padding mask, or a matrix of what each query sees.
+
+    Attributes:
+        pattern: None where it says nothing of it.
+        packed: whether packed rows are kept apart.
+        mask: `[B, S]`, the keys that are seen, or None for all.
+        lengths: `[B]`, how many keys exist, or None for all.
+        allowed: bool or added to scores, `[B or 1, H or 1, T or 1, S]`, what each query sees.
+    """
+
+    pattern: Pattern | None = None
+    packed: bool = False
+    mask: Tensor | None = None
+    lengths: Tensor | None = None
+    allowed: Tensor | None = None
+
+    @classmethod
+    def of(cls, state: Tensor | None, batch: int) -> Keys:
+        if state is None:
+            return cls()
+        if isinstance(state, KeyState):
+            state = state.bare
+        if state.dim() == 2:
+            return cls(mask=state.bool().expand(batch, -1))
+        if state.dim() != 4:
+            raise ValueError(f"softkv attention expects a mask of 2 or 4 axes, got the shape {tuple(state.shape)}")
+        if state.dtype == torch.bool or state.is_floating_point():
+            return cls(allowed=state)
+        pattern, packed = Pattern(state.shape[1]), state.shape[2] == 2
+        state = state[:, 0, 0]
+        if not state.shape[1]:
+            return cls(pattern, packed)
+        if state.dtype == torch.int32:
+            return cls(pattern, packed, lengths=state[:, 0].expand(batch))
+        exists = (state >= HIDDEN).sum(-1, dtype=torch.int32).expand(batch)
+        return cls(pattern, packed, (state == SEEN).expand(batch, -1), None if pattern in _BIDIRECTIONAL else exists)
+
+    def may_be_packed(self, cu_seqlens: Tensor | None) -> bool:
+        """Whether position ids that restart are taken for packed rows, as flash attention takes them. An encoder's may
+        restart with a row's second part."""
+        all_seen = self.mask is None and self.lengths is None and self.allowed is None
+        return all_seen and (self.pattern not in _BIDIRECTIONAL or cu_seqlens is not None)
+
+    @property
+    def causal(self) -> bool | None:
+        """None where the mask does not tell."""
+        return None if self.pattern is None else self.pattern not in _BIDIRECTIONAL
+
+    def matrix(self, causal: bool, window: int | None, queries: int, keys: Tensor) -> Tensor:
+        """bool `[B or 1, 1, T, S]`: what each of T queries sees of keys `[B, G, S, D]`."""
+        at = torch.arange(keys.shape[2], device=keys.device)
+        end = at.new_tensor([len(at)]) if self.lengths is None else self.lengths
+        query = end[:, None, None] - queries + at.new_tensor(range(queries))[:, None]  # [B or 1, T, 1]
+        sees = at < end[:, None, None].expand(-1, queries, 1)
+        if causal:
+            sees = sees & (at <= query)
+        if window is not None:
+            sees = sees & (at > query - window) & (at < query + window)
+        if self.mask is not None:
+            sees = sees & self.mask[:, None]
+        return sees[:, None]
+
+
+def padding_mask(mask: Any) -> Tensor | None:
+    """`[B, S]`, the keys that are seen, of what a model hands to its decoder as attention mask: one, or one of each
+    kind of layer (wrapped models make them outside). None where it hides none.
+
+    Raises:
+        ValueError: for a mask that says what each query sees.
+    """
+    if isinstance(mask, dict):
+        found = [padding_mask(each) for each in mask.values() if each is not None]
+        return max((each for each in found if each is not None), key=lambda each: each.shape[1], default=None)
+    if mask is None or mask.dim() == 2:
+        return mask
+    keys = Keys.of(mask, len(mask))
+    if keys.allowed is not None:
+        if mask.dtype != torch.bool:
+            raise ValueError(
+                "softkv tells positions by a 2-D padding mask, got one of four axes: give position_ids beside it"
+            )
+        return mask[:, 0].any(1)
+    return keys.mask

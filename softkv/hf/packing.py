@@ -1,0 +1,41 @@
+"""The packed rows of a line as transformers' collators give them: cumulative lengths, or position ids that restart."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from softkv.hf.context import PackedRows
+
+
+def rows_of_line(
+    query: Tensor, key: Tensor, position_ids: Tensor | None, cu_seqlens: Tensor | None, longest: int | None
+) -> PackedRows | None:
+    """The packed rows of a batch of one line, as transformers' collators give them: cumulative lengths, or
+    position ids that restart."""
+    if len(query) != 1 or query.shape[2] != key.shape[2]:
+        return None
+    if cu_seqlens is not None and longest is not None:
+        return PackedRows(cu_seqlens.to(torch.int32), longest)
+    return None if torch.compiler.is_compiling() else packed_rows(position_ids)
+
+
+def apart(query: Tensor, key: Tensor, position_ids: Tensor | None) -> Tensor | None:
+    """bool `[1, 1, T, T]`: which tokens of a line are of one packed row: a tracer can't read how many there are."""
+    T = query.shape[2]
+    if position_ids is None or len(query) != 1 or key.shape[2] != T or position_ids.shape != (1, T) or T == 1:
+        return None
+    row = F.pad((position_ids[0].diff() != 1).cumsum(0), (1, 0))
+    return (row[:, None] == row)[None, None]
+
+
+def packed_rows(position_ids: Tensor | None) -> PackedRows | None:
+    """The rows of `position_ids` `[1, N]` that restart, or None where they don't."""
+    if position_ids is None or position_ids.dim() != 2 or len(position_ids) != 1 or position_ids.shape[1] < 2:
+        return None
+    starts = (position_ids[0].diff() != 1).nonzero().flatten() + 1
+    if not len(starts):
+        return None
+    bounds = F.pad(starts, (1, 0))
+    return PackedRows.from_lengths(F.pad(bounds, (0, 1), value=position_ids.shape[1]).diff())
