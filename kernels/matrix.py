@@ -53,6 +53,7 @@ PLAN: tuple[Part, ...] = (
     (COMMON, DIMS, (torch.float16,)),
     (OTHERS, (128,), (torch.bfloat16,)),
     (TRAINER, (64, 128), (torch.bfloat16,)),
+    (COMMON, (64, 128, 256), (torch.float32,)),
 )
 COLUMNS = (
     "tile", "registers", "stack", "shared", "occupancy", "spills", "edge_spills", "selects", "work", "serial",
