@@ -4,87 +4,35 @@ blocks."""
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, cast
+from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from softkv.evaluation import in_evaluation
 from softkv.hf import calls, kept_logits
-from softkv.hf.behaviour import TOKENS, Behaviour, behaviour_of, same, tolerance
-from softkv.hf.context import BlockInputs, BlockOrder, LayerKV, RowEncoder, RowPrompts, SoftContext
-from softkv.hf.frozen import OutOfReach, decoder_of
+from softkv.hf.context import LayerKV, RowEncoder, RowPrompts, SoftContext
 from softkv.hf.generation.cache_state import CacheState, past_length
 from softkv.hf.generation.prefill import Unpadded
 from softkv.hf.generation.prompts import Prompts
 from softkv.hf.heads import HeadLine
 from softkv.hf.key_state import AllReal
-from softkv.hf.layout import RowLayout, packed_positions, token_positions
-from softkv.hf.masks import padding_mask
+from softkv.hf.layout import RowLayout
+from softkv.hf.model_call import ModelCall
 from softkv.hf.own_attention import OwnAttention
-from softkv.hf.placement import device_of
 from softkv.hf.prefixes import SoftRows, behind
-from softkv.hf.tensor_parallel import TensorParallel, check_even
-from softkv.hf.vocabulary import named_ids
+from softkv.hf.probe import Probed
 from softkv.ranges import named
 
-# What a model raises that softkv's attention does not suit; softkv's own refusals are ValueErrors.
-_OBSCURE = (AttributeError, AssertionError, LookupError, NotImplementedError, RuntimeError, TypeError)
 
-
-@dataclass(frozen=True)
-class ModelCall:
-    """One running `forward` or `generate`, as the pre-hooks see it.
-
-    Attributes:
-        hooks: of the SoftModel that was called. Others on the same base leave the call alone.
-        context: what goes to the attention blocks.
-        soft: the soft prompts of its rows; None in a run of the bare decoder.
-        prompts: of a `generate`.
-        soft_tokens: `[K, C]`, of a `generate` whose prompts hold soft tokens.
-        positions_given: whether position ids are the user's own.
-        model: the SoftModel, in a `generate`.
-        embeds: `[B, T, C]`, what the decoder reads in place of the ids that reach it, or None.
-        kept: of what positions logits are wanted, where transformers has no argument for it.
-    """
-
-    hooks: DecoderHooks
-    context: SoftContext
-    soft: SoftRows | None = None
-    prompts: Prompts | None = None
-    soft_tokens: Tensor | None = None
-    positions_given: bool = False
-    model: Any = None
-    embeds: Tensor | None = None
-    kept: Tensor | None = None
-
-
-class DecoderHooks:
-    """The pre-hooks of one `SoftModel` on its base's decoder.
-
-    Attributes:
-        base: the frozen model.
-        order: its attention blocks; known after `probe`.
-        behaviour: what it does with tokens; known after `probe`.
-        own: of a base that keeps its own attention.
-        parallel: the processes that the base is split over; known after `probe`.
-    """
+class DecoderHooks(Probed):
+    """The pre-hooks of one `SoftModel` on its base's decoder."""
 
     def __init__(self, base: Any, backend: str | None) -> None:
-        self.base, self.backend = base, backend
-        self.decoder = cast(nn.Module, decoder_of(base))
-        self.order = BlockOrder()
-        self.behaviour = Behaviour(packs=False, carries=False)
-        self.own: OwnAttention | None = None
-        self.parallel: TensorParallel | None = None
+        super().__init__(base, backend)
         self._reads_blocks = False
         self._head: Any = None
-        self._offset = 0
-        table = _learned_positions(self.decoder)
-        self._table = None if table is None else table.num_embeddings - int(getattr(table, "offset", 0))
 
     def register(self) -> None:
         """Hooks the decoder."""
@@ -118,166 +66,6 @@ class DecoderHooks:
                     module._forward_pre_hooks_with_kwargs.pop(number, None)
                     module._forward_hooks_with_kwargs.pop(number, None)
 
-    def run(self, call: ModelCall, function: Callable[..., Any], **kwargs: Any) -> Any:
-        """Runs the base, or a part of it, as this call."""
-        return calls.run(call, function, **kwargs)
-
-    def capture(self, decoder: nn.Module | None = None, **inputs: Tensor) -> list[BlockInputs]:
-        """What reaches the attention blocks in a forward pass of the bare decoder (or of a view of it)."""
-        context = SoftContext(backend=self.backend, capture=[])
-        self.run(ModelCall(self, context), decoder or self.decoder, **inputs, use_cache=False)
-        assert context.capture is not None
-        return context.capture
-
-    def probe(self) -> list[BlockInputs]:
-        """Runs a few tokens through the decoder to see its attention blocks, and what it does with tokens.
-
-        Raises:
-            OutOfReach: when softkv can't take the place of its attention.
-        """
-        name, device, view = type(self.base).__name__, device_of(self.base), in_evaluation(self.decoder)
-        if getattr(self.base.config.get_text_config(), "attention_chunk_size", None) is not None:
-            raise OutOfReach(f"{name} uses chunked attention, which softkv attention does not offer")
-        ids = self._few_tokens()
-        context = SoftContext(backend=self.backend, capture=[])
-        assert context.capture is not None
-        try:
-            # Without values, transformers can't look whether rows are packed: a mask says that they are not.
-            masks = {"attention_mask": torch.ones_like(ids)} if device.type == "meta" else {}
-            row = self._hidden(view, context, input_ids=ids, **masks)
-        except TypeError as error:
-            if "softkv_prefix" not in str(error):
-                raise self._not_run(error) from error
-            context.capture.clear()
-        except (*_OBSCURE, ValueError) as error:
-            if _raised_in("softkv.hf.", error):
-                raise OutOfReach(str(error).partition(": use attn_implementation")[0]) from error
-            if _raised_in("softkv.", error):
-                raise
-            raise self._not_run(error) from error
-        blocks = context.capture
-        if not blocks:
-            raise OutOfReach(
-                f"{name} does not pass keywords through to transformers' attention interface, so softkv can't reach "
-                "its attention"
-            )
-        self._check_positions_are_taken(name)
-        self._offset = self._first_position()
-        of_view = {id(module): name for name, module in view.named_modules()}
-        in_view = BlockOrder([each.block for each in blocks])
-        blocks = [each._replace(block=self.decoder.get_submodule(of_view[id(each.block)])) for each in blocks]
-        causal = all(each.causal for each in blocks)
-        if causal and device.type != "meta":
-
-            def run(context: SoftContext, at: Tensor, positions: Tensor) -> Tensor:
-                return self._hidden(
-                    view, replace(context, backend=self.backend), input_ids=ids[:, at], position_ids=positions
-                )
-
-            self.order = in_view
-            try:
-                self.behaviour = behaviour_of(run, row, blocks)
-                if not self.behaviour.packs:
-                    self.behaviour = replace(self.behaviour, pads=self._pads(view, ids, row))
-            except _OBSCURE as error:
-                raise self._not_run(error) from error
-        else:
-            layers = self.base.config.get_text_config().num_hidden_layers
-            alone = len(blocks) == layers  # attention is all there is, as far as can be told without values
-            self.behaviour = Behaviour(packs=alone, carries=alone and causal)
-        if row.device.type != "meta":
-            self.behaviour = replace(self.behaviour, embeds=self._embeds(view, ids, row))
-        self.order = BlockOrder([each.block for each in blocks])
-        self.parallel = TensorParallel.of(self.base, blocks)
-        return blocks
-
-    def keep_own_attention(self, reason: OutOfReach) -> OwnAttention:
-        """Runs a few tokens through a decoder that keeps its own attention.
-
-        Raises:
-            OutOfReach: when soft tokens can't be put into its rows either.
-        """
-        own = OwnAttention.of(self.decoder, self.base, self._few_tokens(), str(reason))
-        if own is None:
-            raise OutOfReach(
-                "softkv.attach expects attention that it can take the place of, or a model that takes inputs_embeds, "
-                "keeps its past in past_key_values and sees no padding in front, "
-                f"got {type(self.base).__name__} ({reason})"
-            )
-        self.own = own
-        self.behaviour = Behaviour(packs=False, carries=False, embeds=own.embeds)
-        if own.takes_positions:
-            self._offset = self._first_position()
-        return own
-
-    def _few_tokens(self) -> Tensor:
-        """Ids `[1, TOKENS]` of words: RoBERTa gives padding a position of its own, wrappers look for images by ids."""
-        rows, named = self.base.get_input_embeddings().num_embeddings, named_ids(self.base.config)
-        ids = [token for token in range(1, rows) if token not in named][:TOKENS]
-        return torch.tensor([(ids or [0]) * TOKENS], device=device_of(self.base))[:, :TOKENS]
-
-    def _pads(self, decoder: nn.Module, ids: Tensor, row: Tensor) -> bool:
-        """Whether a row behind padding is the same row: some states take padding for tokens."""
-        half = TOKENS // 2
-        mask, positions = F.pad(torch.ones_like(ids), (half, 0)), torch.arange(TOKENS, device=ids.device)
-        padded = {"input_ids": F.pad(ids, (half, 0), value=int(ids[0, 0])), "attention_mask": mask}
-        padded["position_ids"] = F.pad(positions, (half, 0))[None]
-        got = self._hidden(decoder, SoftContext(backend=self.backend), **padded)
-        return same(got[0, half:], row[0])
-
-    def check_pads(self) -> None:
-        """Raise where padding in front of a row would change it."""
-        if not self.behaviour.pads:
-            raise ValueError(
-                f"{type(self.base).__name__} takes padding in front of a row for tokens, in states beside its "
-                "attention: expected rows of one length, or padding behind them and use_cache=False"
-            )
-
-    def _embeds(self, decoder: nn.Module, ids: Tensor, row: Tensor) -> bool:
-        """Whether embeddings in place of ids give the same row."""
-        # Not quite those of the vocabulary, in which some models would look them up.
-        embeds = self.base.get_input_embeddings()(ids).detach() * (1 + tolerance(row.dtype) / 4)
-        try:
-            got = self._hidden(decoder, SoftContext(backend=self.backend, capture=[]), inputs_embeds=embeds)
-        except (*_OBSCURE, ValueError):
-            return False
-        return same(got[0], row[0])
-
-    @torch.no_grad()
-    def _hidden(self, decoder: nn.Module, context: SoftContext, **inputs: Tensor) -> Tensor:
-        output = self.run(ModelCall(self, context), decoder, **inputs, use_cache=False)
-        return output if isinstance(output, Tensor) else output[0]
-
-    def _not_run(self, error: Exception) -> OutOfReach:
-        check_even(self.base)
-        return OutOfReach(
-            f"softkv.attach could not run {type(self.base).__name__} with attention of softkv's on token ids alone: "
-            f"{type(error).__name__}: {error}"
-        )
-
-    def _check_positions_are_taken(self, name: str) -> None:
-        """Tokens stand behind a prefix by their position ids: a decoder must take them."""
-        if "position_ids" not in inspect.signature(self.decoder.forward).parameters:
-            raise OutOfReach(f"{name} takes no position_ids, so softkv can't place its tokens behind a prefix")
-
-    def _first_position(self) -> int:
-        """The position id of a row's first token: RoBERTa's stands past its table's row for padding."""
-        table = _learned_positions(self.decoder)
-        if table is None or table.padding_idx is None:
-            return 0
-        read: list[int] = []
-        token = int(self.base.config.get_text_config().pad_token_id == 0)  # any but padding
-        ids = torch.full((1, 1), token, device=device_of(self.base))
-        note = table.register_forward_pre_hook(lambda _, args: read.append(int(args[0].flatten()[0])))
-        try:
-            view = in_evaluation(self.decoder)
-            with torch.no_grad():
-                calls.run(None, view, input_ids=ids)
-                calls.run(None, view, input_ids=ids, position_ids=torch.zeros_like(ids))
-        finally:
-            note.remove()
-        return read[0] - read[1] if len(read) == 2 else 0
-
     def embed(self, ids: Tensor, soft_tokens: Tensor) -> Tensor:
         """Embeddings `[B, T, C]` of ids, with soft token -i-1 where an id i is negative."""
         embeds = self.base.get_input_embeddings()(ids.clamp(min=0))
@@ -303,7 +91,7 @@ class DecoderHooks:
             self._enter_own(self.own, call, kwargs)
             return (), kwargs
         if context.capture is None:
-            kwargs["position_ids"] = self._positions(call, context, kwargs)
+            kwargs["position_ids"] = self.positions.of(call, context, kwargs)
             if context.heads is not None:
                 context = self._with_heads(context, kwargs)
             elif call.prompts is not None and context.encoder is None and self.behaviour.packs:
@@ -319,10 +107,10 @@ class DecoderHooks:
     def _enter_own(self, own: OwnAttention, call: ModelCall, kwargs: dict[str, Any]) -> None:
         """The positions of a decoder that keeps its own attention, where it takes any."""
         if own.takes_positions:
-            kwargs["position_ids"] = self._positions(call, call.context, kwargs)
-        elif self._table is not None:
+            kwargs["position_ids"] = self.positions.of(call, call.context, kwargs)
+        elif self.positions.table is not None:
             tokens = kwargs["inputs_embeds"] if kwargs.get("inputs_embeds") is not None else kwargs["input_ids"]
-            self._check_positions(past_length(kwargs.get("past_key_values")) + tokens.shape[1] - 1)
+            self.positions.check(past_length(kwargs.get("past_key_values")) + tokens.shape[1] - 1)
 
     def _tell_real(self, kwargs: dict[str, Any]) -> None:
         """Says that no token is padding: transformers would look for packed rows in the values of position ids."""
@@ -339,7 +127,7 @@ class DecoderHooks:
         assert context.heads is not None
         line = HeadLine.of(context, kwargs)
         if line is not None:
-            line.lead(context.heads, kwargs, self.base.get_input_embeddings(), self._offset)
+            line.lead(context.heads, kwargs, self.base.get_input_embeddings(), self.positions.first)
             return replace(context, heads=None, line=line)
         with named("head once"):  # of a copy: some models scale what they are given in place
             blocks = self.capture(inputs_embeds=context.heads.to(self.base.dtype, copy=True))
@@ -448,89 +236,9 @@ class DecoderHooks:
         index = order if context.index is None else context.index
         return replace(context, index=index, encoder=RowEncoder(encode, prompts, memory))
 
-    def _positions(self, call: ModelCall, context: SoftContext, kwargs: dict[str, Any]) -> Tensor:
-        """Position ids of a forward: each row counts from its first real token, behind its prefix."""
-        tokens = kwargs["inputs_embeds"] if kwargs.get("inputs_embeds") is not None else kwargs["input_ids"]
-        B, T = tokens.shape[:2]
-        cache, positions, rows = kwargs.get("past_key_values"), kwargs.get("position_ids"), context.rows
-        past = cache.get_seq_length() if cache is not None else 0
-        mask, given = padding_mask(kwargs.get("attention_mask")), call.positions_given
-        if positions is None:
-            positions = token_positions(mask, (B, T), past, tokens.device)
-        elif rows is not None and self._offset:  # positions that restart only say where rows begin
-            positions, given = packed_positions(rows, T), False
-        elif not given and call.prompts is None and mask is not None and positions.shape == (1, T):
-            # A wrapper around the decoder has counted columns, padding among them.
-            counted = token_positions(mask, (B, T), past, tokens.device) + (positions[:, :1] - past)
-            positions = torch.where((positions.diff() == 1).all(), counted, positions)
-        slots = context.slots_of(B if rows is None else len(rows.cu_seqlens) - 1)
-        if isinstance(slots, Tensor):
-            slots = slots[:, None] if rows is None else slots.repeat_interleave(rows.cu_seqlens.diff(), output_size=T)
-        positions = positions + slots if given else positions + (self._offset + slots)
-        if self._table is not None and not torch.compiler.is_compiling():
-            # Columns bound positions without a look at the device.
-            longest = past + T if rows is None else rows.longest
-            bounded = not call.positions_given and isinstance(slots, int) and isinstance(longest, int)
-            if not bounded or longest + slots + self._offset > self._table:
-                self._check_positions(int(positions.max()))
-        elif self.base.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            self._check_made_for(past + T if rows is None else rows.longest, slots, positions)
-        return positions
-
-    def _check_made_for(self, longest: int, slots: int | Tensor, positions: Tensor) -> None:
-        """Raise when computed positions exceed those the model supports: training would silently use them."""
-        made_for = computed_positions(self.base.config.get_text_config())
-        most = slots if isinstance(slots, int) else int(slots.max())
-        if made_for is None or longest + most <= made_for or int(positions.max()) < made_for:
-            return
-        raise ValueError(
-            f"prefix and tokens need {int(positions.max()) + 1} positions, the model was made for {made_for} "
-            f"(max_position_embeddings): cut rows to {made_for - most} tokens, with max_length={made_for - most} of "
-            "softkv.Trainer"
-        )
-
-    def _check_positions(self, last: int) -> None:
-        assert self._table is not None
-        if last >= self._table:
-            raise ValueError(
-                f"prefix and tokens need positions up to {last}, but the model's learned position table ends at "
-                f"{self._table - 1}: use a shorter prefix or shorter rows"
-            )
-
 
 def _of_steps(context: SoftContext, kwargs: dict[str, Any]) -> dict[Any, Any] | None:
     """Where calls of attention are kept for further steps of a cache whose rows have one prefix, or each its own."""
     state = CacheState.of(kwargs.get("past_key_values"))
     alike = context.index is None and context.lengths is None and isinstance(context.window_covers, bool)
     return state.steps if state is not None and alike and context.encoder is None else None
-
-
-def computed_positions(config: Any) -> int | None:
-    """How many positions a model that computes them was made for, None where its config does not say."""
-    made_for = getattr(config, "max_position_embeddings", None)
-    if not isinstance(made_for, int) or made_for < 1:
-        return None
-    rope = getattr(config, "rope_parameters", None) or {}
-    kinds = [each for each in (rope, *rope.values()) if isinstance(each, dict)]
-    stretched = [each.get("factor") or 1.0 for each in kinds if each.get("rope_type") in ("linear", "dynamic")]
-    return int(made_for * max(stretched, default=1.0))
-
-
-def _raised_in(package: str, error: Exception) -> bool:
-    """Whether an error was raised in a package of softkv's, in its own words."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).startswith(package)
-
-
-def _learned_positions(decoder: nn.Module) -> nn.Embedding | None:
-    """The learned table of positions, or None for models that compute them."""
-    for name, module in decoder.named_modules():
-        if isinstance(module, nn.Embedding) and name.split(".")[-1] in (
-            "wpe",
-            "embed_positions",
-            "position_embeddings",
-        ):
-            return module
-    return None

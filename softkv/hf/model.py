@@ -7,48 +7,35 @@ its business: `softkv.io.model.SoftModel` adds it.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from softkv.hf import calls, checkpointing, checks
-from softkv.hf.attention import NAME
 from softkv.hf.choices import Choices
-from softkv.hf.context import SoftContext
 from softkv.hf.frozen import BaseState, FrozenBase, OutOfReach
-from softkv.hf.generation import processors
-from softkv.hf.generation.cache_state import CacheState, check_contiguous, past_length
-from softkv.hf.generation.prompts import Prompts, lengthened, mask_of, pad_id
-from softkv.hf.hooks import DecoderHooks, ModelCall
+from softkv.hf.generation.cache_state import CacheState
+from softkv.hf.generation.generating import Generating
+from softkv.hf.hooks import DecoderHooks
 from softkv.hf.inner import say_prompt_lengths
 from softkv.hf.inputs import PACKING, Inputs
 from softkv.hf.kept_logits import taken_from
-from softkv.hf.layout import RowLayout, padded_in_front
 from softkv.hf.learned import leave_frozen, miss_nothing_frozen
-from softkv.hf.placement import check_not_partitioned, device_of, is_sharded
-from softkv.hf.prefixes import SoftRows, check_known
-from softkv.hf.surface import Surface
-from softkv.hf.task_heads import Redirects, SavedModules, paths_of
+from softkv.hf.model_call import ModelCall
+from softkv.hf.placement import is_sharded
+from softkv.hf.prefixes import SoftRows
+from softkv.hf.task_heads import Redirects
 from softkv.hf.task_rows import answers_of
 from softkv.hf.unpacked import Unpacked
-from softkv.hf.vocabulary import named_ids
-from softkv.methods.base import BaseShape, Method, SoftPrompt
-from softkv.methods.p_tuning_v2 import matrices_of
-from softkv.methods.where import where_of
-from softkv.prefix import Prefix
-from softkv.ranges import named
+from softkv.methods.base import Method
 
 FIRST = "default"  # the name of the adapter that a model is attached with
-_LONGEST_NAME = 255  # bytes: checkpoints keep each adapter in a folder of its name
 
 
-class PromptedModel(Surface):
+class PromptedModel(Generating):
     """A frozen model with one or more soft prompts. Other attributes come from the base.
 
     Attributes:
@@ -99,15 +86,6 @@ class PromptedModel(Surface):
     def _hooks_on(self, model: Any, backend: str | None) -> Any:
         return DecoderHooks(model, backend)
 
-    def _placed(self, adapter: Any, frozen: FrozenBase) -> tuple[Any, FrozenBase]:
-        """An adapter that says where it stands, and the base as it sees it."""
-        if where_of(adapter) is not None:
-            raise ValueError(
-                f"where={where_of(adapter)} is of encoder-decoders, {type(self.base).__name__} has one stack: leave it "
-                "out"
-            )
-        return adapter, frozen
-
     def _reach_attention(self, tokenizer: Any) -> FrozenBase:
         """Puts softkv's attention into the base, unless the base keeps its own; the base as methods see it then.
 
@@ -129,197 +107,6 @@ class PromptedModel(Surface):
         parallel = self._hooks.parallel
         widths = [each.widths if parallel is None else parallel.whole_widths(each.widths) for each in blocks]
         return FrozenBase(self.base, widths, tokenizer)
-
-    # Adapters --------------------------------------------------------------------------------------------------------
-
-    @property
-    def active_adapter(self) -> str:
-        """The adapter of calls without `adapter_names`: that of the innermost `using` of this context, else that of
-        `set_adapter`."""
-        return calls.adapter_in_scope(self) or self._default_adapter
-
-    @property
-    def soft(self) -> SoftPrompt:
-        """The learned parameters of the active adapter."""
-        return cast(SoftPrompt, self.adapters[self.active_adapter])
-
-    @property
-    def method(self) -> Method:
-        """The config that built the active adapter, with its length resolved."""
-        return self.soft.config
-
-    @property
-    def base_shape(self) -> BaseShape:
-        """The sizes of the base that decide the shapes of learned parameters."""
-        return self._frozen.shape
-
-    def add_adapter(
-        self,
-        name: str,
-        adapter: Method | Prefix,
-        *,
-        tokenizer: Any = None,
-        modules_to_save: Sequence[str] | None = None,
-    ) -> None:
-        """Adds a soft prompt. The active adapter stays active.
-
-        Args:
-            name: a new name, of letters, digits, spaces, "_" and "-", at most 255 bytes long.
-            adapter: a method, which is built; or a prefix of one row (A = 1), which is trained further as `PTuningV2`.
-            tokenizer: of the base, for an init from a text; None takes that of `attach`.
-            modules_to_save: modules of the base that it learns copies of, by name; None: the head of a task's class.
-
-        Raises:
-            ValueError: when the name is taken or none, or the adapter does not fit the base. Nothing is added then.
-            TypeError: when the adapter is none of these.
-        """
-        self._check_attached()
-        checks.check_in_one_piece(self.base)
-        self._check_new_name(name)
-        self._check_reached(adapter)
-        frozen = self._frozen if tokenizer is None else self._frozen.with_tokenizer(tokenizer)
-        adapter, frozen = self._placed(adapter, frozen)
-        if isinstance(adapter, Prefix):
-            soft: SoftPrompt = matrices_of(adapter, frozen.shape)
-        elif isinstance(adapter, Method):
-            parallel = self._hooks.parallel
-            with nullcontext() if parallel is None else parallel.drawing_alike():
-                soft = adapter.build(frozen)
-        else:
-            raise TypeError(
-                f"an adapter expects a method such as PTuningV2(length=16), a prefix or a folder, got {adapter!r}"
-            )
-        if not self.is_causal and soft.encodes_rows:
-            raise ValueError(
-                f"{type(self.base).__name__} is bidirectional, its rows have no prompt that comes before an answer: "
-                "leave the encoder out"
-            )
-        if self.is_causal and soft.placement == "after" and self.answers in ("token", "span"):
-            raise ValueError(
-                f"{type(self.base).__name__} answers for each token, and no token sees soft tokens after its row: "
-                'expected PromptTuning(position="before"), got "after"'
-            )
-        saved = self._modules_of(adapter, modules_to_save)
-        if soft.placement is not None and not self._hooks.behaviour.embeds:
-            raise ValueError(
-                f"{type(self.base).__name__} reads the ids of tokens beside their embeddings (per-layer embeddings), "
-                f"which soft tokens do not have: expected PrefixTuning or PTuningV2, got {type(soft.config).__name__}"
-            )
-        if soft.encodes_rows:
-            self._hooks.hook_blocks()
-        device = device_of(self.base)
-        # A base without values yet leaves what is learned where it was made.
-        soft = soft if device.type == "meta" else soft.to(device)
-        if self._hooks.parallel is not None:
-            self._hooks.parallel.share(soft)
-        self.adapters[name] = soft.train(self.training)
-        if saved.paths:
-            self.modules_to_save[name] = (saved if device.type == "meta" else saved.to(device)).train(self.training)
-            self._redirects.add(saved.paths)
-
-    def _check_reached(self, adapter: Any) -> None:
-        """Refuses what needs softkv's attention where the base keeps its own."""
-        own, method = self._hooks.own, getattr(adapter, "method", adapter)  # of a saved adapter
-        if own is not None and isinstance(method, Method | Prefix) and not getattr(method, "in_rows", False):
-            raise ValueError(
-                f"{type(self.base).__name__} keeps its own attention, which only soft tokens inside rows can steer: "
-                f"expected PromptTuning or PTuning, got {type(method).__name__} ({own.reason})"
-            )
-
-    def _modules_of(self, adapter: Any, names: Sequence[str] | None) -> SavedModules:
-        tensors = getattr(adapter, "modules", None)  # of a saved adapter
-        if tensors is None:
-            return SavedModules(self.base, paths_of(self.base, names, self._hooks.order.modules))
-        if names is not None:
-            raise ValueError("a saved adapter brings its own modules_to_save: leave them out")
-        return SavedModules(self.base, adapter.modules_to_save, tensors)
-
-    @property
-    def _carries(self) -> bool:
-        """Whether a prefix can replace soft tokens in front: their K/V have one shape and carry all their state."""
-        return self._hooks.behaviour.carries and self.base_shape.kv_heads > 0
-
-    def _check_new_name(self, name: Any) -> None:
-        if name in self.adapters:
-            raise ValueError(f"this model already has an adapter {name!r}: delete it first, or choose another name")
-        if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w -]*", name) or hasattr(self.adapters, name):
-            raise ValueError(
-                'the name of an adapter expects letters, digits, spaces, "_" and "-", and must be no attribute of '
-                f"nn.ModuleDict, got {name!r:.300}"
-            )
-        if len(name.encode()) > _LONGEST_NAME:
-            raise ValueError(f"the name of an adapter expects at most {_LONGEST_NAME} bytes, got {len(name.encode())}")
-
-    def set_adapter(self, name: str) -> None:
-        """Sets the adapter of calls without `adapter_names`, in every thread."""
-        check_known(name, self.adapters)
-        self._default_adapter = name
-
-    @contextmanager
-    def using(self, name: str) -> Iterator[Self]:
-        """Activates an adapter within this context. Other threads and tasks keep theirs.
-
-        Example:
-            >>> model = softkv.attach(base, softkv.PTuningV2(length=4))
-            >>> model.add_adapter("terse", softkv.PromptTuning(length=2))
-            >>> with model.using("terse"):
-            ...     print(model.active_adapter)
-            terse
-            >>> model.active_adapter
-            'default'
-        """
-        check_known(name, self.adapters)
-        with calls.scope(calls.Scope(self, adapter=name)):
-            yield self
-
-    def delete_adapter(self, name: str) -> None:
-        """Removes an adapter.
-
-        Raises:
-            ValueError: when it is the active one, or there is none of that name.
-        """
-        check_known(name, self.adapters)
-        if name in (self.active_adapter, self._default_adapter):
-            raise ValueError(f"adapter {name!r} is the active one: set_adapter(...) another before it is deleted")
-        del self.adapters[name]
-        if name in self.modules_to_save:
-            del self.modules_to_save[name]
-
-    # On and off ------------------------------------------------------------------------------------------------------
-
-    @contextmanager
-    def disabled(self) -> Iterator[Self]:
-        """Disables soft prompts within this context. Other threads and tasks are unaffected.
-
-        Example:
-            >>> ids = torch.tensor([[1, 5, 6]])
-            >>> expected = base(ids).logits
-            >>> model = softkv.attach(base, softkv.PTuningV2(length=4))
-            >>> with model.disabled():
-            ...     torch.allclose(model(ids).logits, expected, atol=1e-5)
-            True
-        """
-        with calls.scope(calls.Scope(self, disabled=True)):
-            yield self
-
-    def detach(self) -> Any:
-        """Detaches the soft prompt and returns the base. Detaching the last one restores the base exactly:
-        requires_grad, attention implementation, dropout, training mode of every module."""
-        try:
-            self._take_off()
-        except BaseException:  # an interrupt leaves nothing half done
-            self._take_off()
-            raise
-        return self.base
-
-    def _take_off(self) -> None:
-        if self._attached:
-            self._hooks.remove()
-            self._redirects.remove()
-            BaseState.release(self.base, self._hooks)
-            self._attached = False
-
-    # Forward ---------------------------------------------------------------------------------------------------------
 
     def forward(
         self,
@@ -474,207 +261,8 @@ class PromptedModel(Surface):
                 "or prompt_lengths"
             )
 
-    def _run_bare(self, adapter_names: Any, *, function: Any, **given: Any) -> Any:
-        """The base as outside of any call."""
-        checks.check_bare(given.get("input_ids", given.get("inputs")), adapter_names)
-        given = {name: value for name, value in given.items() if value is not None}
-        return calls.run(None, function, **given)
-
     def _keeps_cache(self, cache: Any, use_cache: bool | None) -> bool:
         """Whether the base will keep a cache in this forward."""
         if use_cache is False or (self.training and checkpointing.is_on(self.base)):
             return False
         return use_cache or cache is not None or getattr(self.base.config.get_text_config(), "use_cache", False)
-
-    # Generation ------------------------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def generate(
-        self,
-        inputs: Tensor | None = None,
-        generation_config: Any = None,
-        *,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        adapter_names: Sequence[str | None] | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """The base's `generate` with the soft prompt in place; every row is a whole prompt.
-
-        Args:
-            inputs / input_ids: int64 `[B, T]`; negative ids are a template's soft tokens. Or `inputs_embeds`.
-            generation_config: transformers' `GenerationConfig`; the base's own by default.
-            attention_mask: `[B, T]`, padding on either side.
-            adapter_names: the adapter of each row, as in `forward`.
-            **kwargs: whatever the base's `generate` takes.
-
-        Returns:
-            What the base returns. Sequences begin with the ids given; soft tokens come back as padding.
-
-        Example:
-            >>> model = softkv.attach(base, softkv.PromptTuning(length=2))
-            >>> model.generate(torch.tensor([[1, 5, 6]]), max_new_tokens=3, do_sample=False).shape
-            torch.Size([1, 6])
-        """
-        ids = inputs if input_ids is None else input_ids
-        if generation_config is not None:
-            kwargs["generation_config"] = generation_config
-        if not calls.is_enabled(self):
-            bare = {"inputs": ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
-            return self._run_bare(adapter_names, function=self.base.generate, **bare, **kwargs)
-        self._check_options(kwargs)
-        tokens = self._check_prompts(ids, inputs_embeds, attention_mask)
-        config = generation_config or self.base.generation_config
-        checks.check_ways(
-            {name: kwargs.get(name, getattr(config, name)) for name in ("cache_implementation", "token_healing")}
-        )
-        cache = kwargs.get("past_key_values")
-        checks.check_cache(cache)
-        past = past_length(cache)
-        soft = self._soft_rows(adapter_names, len(tokens), cache)
-        heads = not self._carries
-        soft_tokens = soft.tokens(len(tokens), heads=heads)
-        k = soft_tokens.longest if soft_tokens is not None else 0
-        if k and past:
-            raise ValueError(
-                "PromptTuning puts its block into every prompt: generate expects an empty cache, got a filled one"
-            )
-        if ids is not None:
-            checks.check_soft_ids(ids, soft, RowLayout.of((len(ids), ids.shape[1]), None, None, ids.device))
-            if attention_mask is None:
-                attention_mask = mask_of(ids, kwargs, config)
-        prompts = Prompts.prepare(
-            ids,
-            inputs_embeds,
-            attention_mask,
-            soft=soft_tokens,
-            pad=pad_id(kwargs, config),
-            past=past,
-            placeholders=named_ids(self.base.config),
-            options=kwargs,
-        )
-        if not self._hooks.behaviour.pads and prompts.mask is not None and padded_in_front(prompts.mask):
-            self._hooks.check_pads()
-        state = None
-        if past:
-            state = CacheState.required(soft, cache)
-            self._continue_from(state, prompts, past)
-            state.store_on(cache)
-        elif cache is not None:
-            CacheState.clear(cache)
-        options = lengthened(kwargs, config, prompts.inserted) | prompts.types
-        if options.get("streamer") is not None:
-            options["streamer"] = prompts.streamer(options["streamer"])
-        table = None if prompts.soft_at is None or soft_tokens is None else soft_tokens.table
-        call = ModelCall(self._hooks, self._context(soft, state, heads=heads), soft, prompts, table, model=self)
-        processors.install(self.base)
-        given = {"inputs": prompts.ids, "attention_mask": prompts.mask, "inputs_embeds": prompts.embeds}
-        given = {name: value for name, value in given.items() if value is not None}
-        return prompts.with_given(self._hooks.run(call, self.base.generate, **given, **options))
-
-    def _check_prompts(self, ids: Any, embeds: Any, mask: Any) -> Tensor:
-        """The prompts given to `generate`, `[B, T]` or `[B, T, C]`."""
-        if ids is None and embeds is None:
-            raise ValueError("SoftModel.generate expects input_ids or inputs_embeds")
-        if ids is not None:
-            checks.check_ids(ids)
-        tokens = ids if ids is not None else checks.check_tokens(None, embeds)
-        checks.check_mask(mask, len(tokens), (tokens.shape[1],))
-        return tokens
-
-    def _continue_from(self, state: CacheState, prompts: Prompts, past: int) -> None:
-        """Checks that prompts continue the rows of a cache."""
-        mask = prompts.mask
-        tokens = prompts.ids if prompts.ids is not None else prompts.embeds
-        assert tokens is not None
-        state.unread = (tokens if mask is None else mask).shape[1] - past
-        if mask is not None:
-            state.check_same_rows(mask)
-            if self._windowed:
-                check_contiguous(mask, mask.shape[1] - past)
-
-    # What the soft prompts give ---------------------------------------------------------------------------------------
-
-    def _soft_rows(self, names: Sequence[str | None] | None, rows: int, cache: Any) -> SoftRows:
-        """The soft prompts of `rows` rows: those named, else those that the cache continued from was filled with, else
-        the active one."""
-        state = CacheState.of(cache) if past_length(cache) else None
-        filled_with = None
-        if state is not None and state.adapters:
-            filled_with = SoftRows.of(state.adapters, self.adapters, state.order_of_adapters)
-        if names is not None:
-            checks.check_names(names, rows)
-            read = list(names) if filled_with is None else filled_with.names_of(rows)
-            if read != list(names):
-                raise ValueError(f"the cache was filled with the adapters {read}, got others: {list(names)}")
-        return filled_with or SoftRows.of(names or (self.active_adapter,), self.adapters)
-
-    def _context(self, soft: SoftRows, state: CacheState | None, *, heads: bool, beside: bool = False) -> SoftContext:
-        """The prefixes of a forward pass: learned, or the K/V of soft tokens that stand before the input (unless these
-        are put into the rows as `heads`).
-
-        Args:
-            state: of the cache that is filled or continued. It keeps what was computed for its rows, which calls that
-                continue them without gradients use again.
-            beside: whether soft tokens before the input run in one pass with it.
-        """
-        remembered = {} if state is None or torch.is_grad_enabled() else state.prefixes
-        prefixes, leading = {}, {}
-        with named("prefix"):
-            for name, each in soft.softs.items():
-                before = each.placement == "before"
-                if before and (heads or beside):
-                    if beside:
-                        leading[name] = cast(Tensor, each.soft_tokens())
-                    continue
-                prefix = remembered.get(name)
-                if prefix is None:
-                    prefix = self._head_prefix(each) if before else self._learned_prefix(each)
-                    prefix = prefix if prefix is None else prefix.to(dtype=self.base.dtype)
-                if prefix is not None:
-                    prefixes[name] = prefix
-                    if not isinstance(prefix.k, nn.Parameter):  # learned matrices cost nothing to read again
-                        remembered[name] = prefix
-            context = soft.context(prefixes, len(self._hooks.order), self.device, leading)
-        return replace(context, backend=self.backend)
-
-    def _learned_prefix(self, soft: SoftPrompt) -> Prefix | None:
-        prefix, parallel = soft.prefix(), self._hooks.parallel
-        return prefix if prefix is None or parallel is None else parallel.own(prefix)
-
-    def _head_prefix(self, soft: SoftPrompt) -> Prefix:
-        """K/V of the soft tokens that stand before every row, run once, at batch 1: caches are filled behind them."""
-        soft_tokens = soft.soft_tokens()
-        assert soft_tokens is not None
-        dtype = self.base.dtype
-        with named("head once"):
-            # A copy: some models scale what they are given in place.
-            blocks = self._hooks.capture(inputs_embeds=soft_tokens[None].to(dtype, copy=True))
-        like = {"device": soft_tokens.device, "dtype": dtype}
-        return Prefix.from_layers(
-            [block.key.to(**like) for block in blocks], [block.value.to(**like) for block in blocks]
-        )
-
-    def _check_attached(self) -> None:
-        if not self._attached:
-            raise RuntimeError("this soft prompt was detached from its model: attach it again")
-
-    def _check_options(self, kwargs: dict[str, Any]) -> None:
-        self._check_attached()
-        check_not_partitioned(self.soft)
-        if self._hooks.own is None:
-            checks.check_attention(self._hooks.decoder, NAME)
-        if kwargs.get("output_attentions") or getattr(self.base.config, "output_attentions", False):
-            raise ValueError(
-                "output_attentions=True needs attention weights, which softkv never forms: detach the soft prompt or "
-                "leave it off"
-            )
-        if self.training and checkpointing.is_on(self.base):
-            if self._hooks.order.repeats:
-                raise ValueError(
-                    f"{type(self.base).__name__} runs an attention module several times a pass, which a recomputed "
-                    "pass can't tell apart: gradient_checkpointing_disable() it"
-                )
-            for module in self._hooks.decoder.modules():
-                checks.check_reentrant(getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {}))

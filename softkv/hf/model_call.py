@@ -1,0 +1,42 @@
+"""One running `forward` or `generate`, as the pre-hooks see it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from softkv.hf.context import SoftContext
+from softkv.hf.prefixes import SoftRows
+
+if TYPE_CHECKING:
+    from softkv.hf.generation.prompts import Prompts
+    from softkv.hf.probe import Probed
+
+
+@dataclass(frozen=True)
+class ModelCall:
+    """One running `forward` or `generate`, as the pre-hooks see it.
+
+    Attributes:
+        hooks: of the SoftModel that was called. Others on the same base leave the call alone.
+        context: what goes to the attention blocks.
+        soft: the soft prompts of its rows; None in a run of the bare decoder.
+        prompts: of a `generate`.
+        soft_tokens: `[K, C]`, of a `generate` whose prompts hold soft tokens.
+        positions_given: whether position ids are the user's own.
+        model: the SoftModel, in a `generate`.
+        embeds: `[B, T, C]`, what the decoder reads in place of the ids that reach it, or None.
+        kept: of what positions logits are wanted, where transformers has no argument for it.
+    """
+
+    hooks: Probed
+    context: SoftContext
+    soft: SoftRows | None = None
+    prompts: Prompts | None = None
+    soft_tokens: Tensor | None = None
+    positions_given: bool = False
+    model: Any = None
+    embeds: Tensor | None = None
+    kept: Tensor | None = None

@@ -1,0 +1,106 @@
+"""Position ids: each row counts from its first real token, behind its prefix."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from softkv.hf.context import SoftContext
+from softkv.hf.layout import packed_positions, token_positions
+from softkv.hf.masks import padding_mask
+from softkv.hf.model_call import ModelCall
+
+
+@dataclass
+class Positions:
+    """The positions of a base's tokens.
+
+    Attributes:
+        base: the frozen model.
+        table: how many a learned table holds, None where they are computed.
+        first: that of a row's first token.
+    """
+
+    base: Any
+    table: int | None
+    first: int = 0
+
+    @classmethod
+    def of_decoder(cls, base: Any, decoder: nn.Module) -> Positions:
+        table = learned_positions(decoder)
+        return cls(base, None if table is None else table.num_embeddings - int(getattr(table, "offset", 0)))
+
+    def of(self, call: ModelCall, context: SoftContext, kwargs: dict[str, Any]) -> Tensor:
+        """Position ids of a forward: each row counts from its first real token, behind its prefix."""
+        tokens = kwargs["inputs_embeds"] if kwargs.get("inputs_embeds") is not None else kwargs["input_ids"]
+        B, T = tokens.shape[:2]
+        cache, positions, rows = kwargs.get("past_key_values"), kwargs.get("position_ids"), context.rows
+        past = cache.get_seq_length() if cache is not None else 0
+        mask, given = padding_mask(kwargs.get("attention_mask")), call.positions_given
+        if positions is None:
+            positions = token_positions(mask, (B, T), past, tokens.device)
+        elif rows is not None and self.first:  # positions that restart only say where rows begin
+            positions, given = packed_positions(rows, T), False
+        elif not given and call.prompts is None and mask is not None and positions.shape == (1, T):
+            # A wrapper around the decoder has counted columns, padding among them.
+            counted = token_positions(mask, (B, T), past, tokens.device) + (positions[:, :1] - past)
+            positions = torch.where((positions.diff() == 1).all(), counted, positions)
+        slots = context.slots_of(B if rows is None else len(rows.cu_seqlens) - 1)
+        if isinstance(slots, Tensor):
+            slots = slots[:, None] if rows is None else slots.repeat_interleave(rows.cu_seqlens.diff(), output_size=T)
+        positions = positions + slots if given else positions + (self.first + slots)
+        if self.table is not None and not torch.compiler.is_compiling():
+            # Columns bound positions without a look at the device.
+            longest = past + T if rows is None else rows.longest
+            bounded = not call.positions_given and isinstance(slots, int) and isinstance(longest, int)
+            if not bounded or longest + slots + self.first > self.table:
+                self.check(int(positions.max()))
+        elif self.base.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self._check_made_for(past + T if rows is None else rows.longest, slots, positions)
+        return positions
+
+    def _check_made_for(self, longest: int, slots: int | Tensor, positions: Tensor) -> None:
+        """Raise when computed positions exceed those the model supports: training would silently use them."""
+        made_for = computed_positions(self.base.config.get_text_config())
+        most = slots if isinstance(slots, int) else int(slots.max())
+        if made_for is None or longest + most <= made_for or int(positions.max()) < made_for:
+            return
+        raise ValueError(
+            f"prefix and tokens need {int(positions.max()) + 1} positions, the model was made for {made_for} "
+            f"(max_position_embeddings): cut rows to {made_for - most} tokens, with max_length={made_for - most} of "
+            "softkv.Trainer"
+        )
+
+    def check(self, last: int) -> None:
+        assert self.table is not None
+        if last >= self.table:
+            raise ValueError(
+                f"prefix and tokens need positions up to {last}, but the model's learned position table ends at "
+                f"{self.table - 1}: use a shorter prefix or shorter rows"
+            )
+
+
+def computed_positions(config: Any) -> int | None:
+    """How many positions a model that computes them was made for, None where its config does not say."""
+    made_for = getattr(config, "max_position_embeddings", None)
+    if not isinstance(made_for, int) or made_for < 1:
+        return None
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [each for each in (rope, *rope.values()) if isinstance(each, dict)]
+    stretched = [each.get("factor") or 1.0 for each in kinds if each.get("rope_type") in ("linear", "dynamic")]
+    return int(made_for * max(stretched, default=1.0))
+
+
+def learned_positions(decoder: nn.Module) -> nn.Embedding | None:
+    """The learned table of positions, or None for models that compute them."""
+    for name, module in decoder.named_modules():
+        if isinstance(module, nn.Embedding) and name.split(".")[-1] in (
+            "wpe",
+            "embed_positions",
+            "position_embeddings",
+        ):
+            return module
+    return None

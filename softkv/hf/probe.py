@@ -1,0 +1,217 @@
+"""The probe at attach time: a few tokens run through the decoder show its blocks, and what it does with tokens."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from softkv.evaluation import in_evaluation
+from softkv.hf import calls
+from softkv.hf.behaviour import TOKENS, Behaviour, behaviour_of, same, tolerance
+from softkv.hf.context import BlockInputs, BlockOrder, SoftContext
+from softkv.hf.frozen import OutOfReach, decoder_of
+from softkv.hf.model_call import ModelCall
+from softkv.hf.own_attention import OwnAttention
+from softkv.hf.placement import device_of
+from softkv.hf.positions import Positions, learned_positions
+from softkv.hf.tensor_parallel import TensorParallel, check_even
+from softkv.hf.vocabulary import named_ids
+
+# What a model raises that softkv's attention does not suit; softkv's own refusals are ValueErrors.
+_OBSCURE = (AttributeError, AssertionError, LookupError, NotImplementedError, RuntimeError, TypeError)
+
+
+class Probed:
+    """A base's decoder, and what a few tokens tell of it.
+
+    Attributes:
+        base: the frozen model.
+        order: its attention blocks; known after `probe`.
+        behaviour: what it does with tokens; known after `probe`.
+        own: of a base that keeps its own attention.
+        positions: of its tokens.
+        parallel: the processes that the base is split over; known after `probe`.
+    """
+
+    def __init__(self, base: Any, backend: str | None) -> None:
+        self.base, self.backend = base, backend
+        self.decoder = cast(nn.Module, decoder_of(base))
+        self.order = BlockOrder()
+        self.behaviour = Behaviour(packs=False, carries=False)
+        self.own: OwnAttention | None = None
+        self.parallel: TensorParallel | None = None
+        self.positions = Positions.of_decoder(base, self.decoder)
+
+    def run(self, call: ModelCall, function: Callable[..., Any], **kwargs: Any) -> Any:
+        """Runs the base, or a part of it, as this call."""
+        return calls.run(call, function, **kwargs)
+
+    def capture(self, decoder: nn.Module | None = None, **inputs: Tensor) -> list[BlockInputs]:
+        """What reaches the attention blocks in a forward pass of the bare decoder (or of a view of it)."""
+        context = SoftContext(backend=self.backend, capture=[])
+        self.run(ModelCall(self, context), decoder or self.decoder, **inputs, use_cache=False)
+        assert context.capture is not None
+        return context.capture
+
+    def probe(self) -> list[BlockInputs]:
+        """Runs a few tokens through the decoder to see its attention blocks, and what it does with tokens.
+
+        Raises:
+            OutOfReach: when softkv can't take the place of its attention.
+        """
+        name, device, view = type(self.base).__name__, device_of(self.base), in_evaluation(self.decoder)
+        if getattr(self.base.config.get_text_config(), "attention_chunk_size", None) is not None:
+            raise OutOfReach(f"{name} uses chunked attention, which softkv attention does not offer")
+        ids = self._few_tokens()
+        context = SoftContext(backend=self.backend, capture=[])
+        assert context.capture is not None
+        try:
+            # Without values, transformers can't look whether rows are packed: a mask says that they are not.
+            masks = {"attention_mask": torch.ones_like(ids)} if device.type == "meta" else {}
+            row = self._hidden(view, context, input_ids=ids, **masks)
+        except TypeError as error:
+            if "softkv_prefix" not in str(error):
+                raise self._not_run(error) from error
+            context.capture.clear()
+        except (*_OBSCURE, ValueError) as error:
+            if _raised_in("softkv.hf.", error):
+                raise OutOfReach(str(error).partition(": use attn_implementation")[0]) from error
+            if _raised_in("softkv.", error):
+                raise
+            raise self._not_run(error) from error
+        blocks = context.capture
+        if not blocks:
+            raise OutOfReach(
+                f"{name} does not pass keywords through to transformers' attention interface, so softkv can't reach "
+                "its attention"
+            )
+        self._check_positions_are_taken(name)
+        self.positions.first = self._first_position()
+        of_view = {id(module): name for name, module in view.named_modules()}
+        in_view = BlockOrder([each.block for each in blocks])
+        blocks = [each._replace(block=self.decoder.get_submodule(of_view[id(each.block)])) for each in blocks]
+        causal = all(each.causal for each in blocks)
+        if causal and device.type != "meta":
+
+            def run(context: SoftContext, at: Tensor, positions: Tensor) -> Tensor:
+                return self._hidden(
+                    view, replace(context, backend=self.backend), input_ids=ids[:, at], position_ids=positions
+                )
+
+            self.order = in_view
+            try:
+                self.behaviour = behaviour_of(run, row, blocks)
+                if not self.behaviour.packs:
+                    self.behaviour = replace(self.behaviour, pads=self._pads(view, ids, row))
+            except _OBSCURE as error:
+                raise self._not_run(error) from error
+        else:
+            layers = self.base.config.get_text_config().num_hidden_layers
+            alone = len(blocks) == layers  # attention is all there is, as far as can be told without values
+            self.behaviour = Behaviour(packs=alone, carries=alone and causal)
+        if row.device.type != "meta":
+            self.behaviour = replace(self.behaviour, embeds=self._embeds(view, ids, row))
+        self.order = BlockOrder([each.block for each in blocks])
+        self.parallel = TensorParallel.of(self.base, blocks)
+        return blocks
+
+    def keep_own_attention(self, reason: OutOfReach) -> OwnAttention:
+        """Runs a few tokens through a decoder that keeps its own attention.
+
+        Raises:
+            OutOfReach: when soft tokens can't be put into its rows either.
+        """
+        own = OwnAttention.of(self.decoder, self.base, self._few_tokens(), str(reason))
+        if own is None:
+            raise OutOfReach(
+                "softkv.attach expects attention that it can take the place of, or a model that takes inputs_embeds, "
+                "keeps its past in past_key_values and sees no padding in front, "
+                f"got {type(self.base).__name__} ({reason})"
+            )
+        self.own = own
+        self.behaviour = Behaviour(packs=False, carries=False, embeds=own.embeds)
+        if own.takes_positions:
+            self.positions.first = self._first_position()
+        return own
+
+    def _few_tokens(self) -> Tensor:
+        """Ids `[1, TOKENS]` of words: RoBERTa gives padding a position of its own, wrappers look for images by ids."""
+        rows, named = self.base.get_input_embeddings().num_embeddings, named_ids(self.base.config)
+        ids = [token for token in range(1, rows) if token not in named][:TOKENS]
+        return torch.tensor([(ids or [0]) * TOKENS], device=device_of(self.base))[:, :TOKENS]
+
+    def _pads(self, decoder: nn.Module, ids: Tensor, row: Tensor) -> bool:
+        """Whether a row behind padding is the same row: some states take padding for tokens."""
+        half = TOKENS // 2
+        mask, positions = F.pad(torch.ones_like(ids), (half, 0)), torch.arange(TOKENS, device=ids.device)
+        padded = {"input_ids": F.pad(ids, (half, 0), value=int(ids[0, 0])), "attention_mask": mask}
+        padded["position_ids"] = F.pad(positions, (half, 0))[None]
+        got = self._hidden(decoder, SoftContext(backend=self.backend), **padded)
+        return same(got[0, half:], row[0])
+
+    def check_pads(self) -> None:
+        """Raise where padding in front of a row would change it."""
+        if not self.behaviour.pads:
+            raise ValueError(
+                f"{type(self.base).__name__} takes padding in front of a row for tokens, in states beside its "
+                "attention: expected rows of one length, or padding behind them and use_cache=False"
+            )
+
+    def _embeds(self, decoder: nn.Module, ids: Tensor, row: Tensor) -> bool:
+        """Whether embeddings in place of ids give the same row."""
+        # Not quite those of the vocabulary, in which some models would look them up.
+        embeds = self.base.get_input_embeddings()(ids).detach() * (1 + tolerance(row.dtype) / 4)
+        try:
+            got = self._hidden(decoder, SoftContext(backend=self.backend, capture=[]), inputs_embeds=embeds)
+        except (*_OBSCURE, ValueError):
+            return False
+        return same(got[0], row[0])
+
+    @torch.no_grad()
+    def _hidden(self, decoder: nn.Module, context: SoftContext, **inputs: Tensor) -> Tensor:
+        output = self.run(ModelCall(self, context), decoder, **inputs, use_cache=False)
+        return output if isinstance(output, Tensor) else output[0]
+
+    def _not_run(self, error: Exception) -> OutOfReach:
+        check_even(self.base)
+        return OutOfReach(
+            f"softkv.attach could not run {type(self.base).__name__} with attention of softkv's on token ids alone: "
+            f"{type(error).__name__}: {error}"
+        )
+
+    def _check_positions_are_taken(self, name: str) -> None:
+        """Tokens stand behind a prefix by their position ids: a decoder must take them."""
+        if "position_ids" not in inspect.signature(self.decoder.forward).parameters:
+            raise OutOfReach(f"{name} takes no position_ids, so softkv can't place its tokens behind a prefix")
+
+    def _first_position(self) -> int:
+        """The position id of a row's first token: RoBERTa's stands past its table's row for padding."""
+        table = learned_positions(self.decoder)
+        if table is None or table.padding_idx is None:
+            return 0
+        read: list[int] = []
+        token = int(self.base.config.get_text_config().pad_token_id == 0)  # any but padding
+        ids = torch.full((1, 1), token, device=device_of(self.base))
+        note = table.register_forward_pre_hook(lambda _, args: read.append(int(args[0].flatten()[0])))
+        try:
+            view = in_evaluation(self.decoder)
+            with torch.no_grad():
+                calls.run(None, view, input_ids=ids)
+                calls.run(None, view, input_ids=ids, position_ids=torch.zeros_like(ids))
+        finally:
+            note.remove()
+        return read[0] - read[1] if len(read) == 2 else 0
+
+
+def _raised_in(package: str, error: Exception) -> bool:
+    """Whether an error was raised in a package of softkv's, in its own words."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).startswith(package)
