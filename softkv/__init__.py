@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from softkv.methods import PrefixTuning, PromptTuning, PTuning, PTuningV2, Template
     from softkv.ops.api import prefix_attention, prefix_attention_varlen
     from softkv.prefix import Prefix
-    from softkv.train.batches import PackingCollator, PaddingCollator, TaskCollator
+    from softkv.train.batches import PackingCollator, PaddingCollator, Seq2SeqCollator, TaskCollator
+    from softkv.train.seq2seq import Seq2SeqTrainer
     from softkv.train.trainer import Trainer
 
 __version__ = "0.1.0"
@@ -23,6 +24,8 @@ __all__ = [
     "Prefix",
     "PrefixTuning",
     "PromptTuning",
+    "Seq2SeqCollator",
+    "Seq2SeqTrainer",
     "SoftModel",
     "TaskCollator",
     "Template",
@@ -44,6 +47,8 @@ _LAZY = {
     "Prefix": "softkv.hf",
     "PrefixTuning": "softkv.methods",
     "PromptTuning": "softkv.methods",
+    "Seq2SeqCollator": "softkv.train.batches",
+    "Seq2SeqTrainer": "softkv.train.seq2seq",
     "SoftModel": "softkv.io.model",
     "TaskCollator": "softkv.train.batches",
     "Template": "softkv.methods",

@@ -28,6 +28,15 @@ class Surface(nn.Module):
                 raise AttributeError(checks.PAGED[name]) from None
             return inside(self, getattr(self.base, name))
 
+    @property
+    def generation_config(self) -> Any:
+        """The base's, to be read and set."""
+        return self.base.generation_config
+
+    @generation_config.setter
+    def generation_config(self, config: Any) -> None:
+        self.base.generation_config = config
+
     def get_decoder(self, *args: Any, **kwargs: Any) -> Any:
         """The base's decoder, which gives hidden states with the soft prompt in place when it is called."""
         return inside(self, self.base.get_decoder(*args, **kwargs))

@@ -125,6 +125,38 @@ def _nested(values: Any) -> bool:
     return torch.as_tensor(values[0]).dim() > 0
 
 
+class Seq2SeqCollator:
+    """Pads rows of an encoder-decoder on the right: what is read (`input_ids`, with a mask), and what is written
+    (`labels` with -100, `decoder_input_ids`). Values that are no tokens (sound features) are stacked.
+
+    Args:
+        pad_id: the id of padding tokens.
+
+    Example:
+        >>> rows = [{"input_ids": [5, 1], "labels": [7, 8, 1]}, {"input_ids": [5, 6, 1], "labels": [9, 1]}]
+        >>> batch = softkv.Seq2SeqCollator(0)(rows)
+        >>> batch["input_ids"].tolist(), batch["labels"].tolist()
+        ([[5, 1, 0], [5, 6, 1]], [[7, 8, 1], [9, 1, -100]])
+    """
+
+    def __init__(self, pad_id: int) -> None:
+        self.pad_id = pad_id
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+        batch: dict[str, Any] = {}
+        fillings = {"input_ids": self.pad_id, "labels": IGNORED, "decoder_input_ids": self.pad_id}
+        for name in features[0].keys() - {"adapter_names", "attention_mask"}:
+            values = [torch.as_tensor(row[name]) for row in features]
+            if name in fillings:
+                batch[name] = pad_sequence(values, True, padding_value=fillings[name])
+            else:
+                batch[name] = torch.stack(values)
+        if "input_ids" in batch:
+            lengths = [len(row["input_ids"]) for row in features]
+            batch["attention_mask"] = pad_sequence([torch.ones(S, dtype=torch.long) for S in lengths], True)
+        return batch | _of_each_row(features)
+
+
 def _of_each_row(features: list[dict[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if "prompt_lengths" in features[0]:

@@ -30,3 +30,13 @@ def label_logits(model: Any, batch: dict[str, Any]) -> tuple[Any, Tensor]:
 def next_labels(labels: Tensor) -> Tensor:
     """What each logit predicts, `[B, T]`: `logits[:, t]` predicts token t + 1."""
     return F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
+
+
+def written_of(base: Any, batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch of an encoder-decoder that says what the decoder reads in place of its labels, from which the base would
+    compute a loss of its own. Where only the base knows how it shifts them, labels stay."""
+    shift = getattr(base, "prepare_decoder_input_ids_from_labels", None)
+    given = {name: value for name, value in batch.items() if name != "labels"}
+    if "decoder_input_ids" in batch or "decoder_inputs_embeds" in batch:
+        return given
+    return batch if shift is None else given | {"decoder_input_ids": shift(labels=batch["labels"])}

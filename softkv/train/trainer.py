@@ -27,8 +27,8 @@ from softkv.hf.layout import with_prompt_lengths
 from softkv.io import checkpoint
 from softkv.io.model import SoftModel
 from softkv.ranges import named
-from softkv.train.batches import PackingCollator, TaskCollator, TokenBatches
-from softkv.train.label_logits import label_logits, next_labels
+from softkv.train.batches import PackingCollator, Seq2SeqCollator, TaskCollator, TokenBatches
+from softkv.train.label_logits import label_logits, next_labels, written_of
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -38,6 +38,7 @@ class Trainer(transformers.Trainer):
 
     - rows are packed, unless another `data_collator` is given (`PaddingCollator`, transformers' own: the same loss);
     - task heads (row or token classes, spans, masked tokens) use padded rows and the model's own loss;
+    - encoder-decoders use padded rows (`Seq2SeqCollator`); `Seq2SeqTrainer` evaluates them by what they generate;
     - logits are computed only where they predict a label;
     - checkpoints hold what all adapters have learned, not the base; `resume_from_checkpoint=True` takes the last one
       that is whole;
@@ -105,10 +106,13 @@ class Trainer(transformers.Trainer):
         self.add_callback(_FirstGradients())
         config.pop("use_cache", None)  # the base keeps its config
         config |= uses_cache
+        self.model_accepts_loss_kwargs = self._sums_losses
         if self._answers != "next token":
             if isinstance(collator, transformers.DataCollatorWithFlattening):
-                raise ValueError(f"a head of a task expects padded rows, got {type(collator).__name__}: leave it out")
-            self.model_accepts_loss_kwargs = False  # the loss is a batch's mean
+                raise ValueError(
+                    f"{type(self.accelerator.unwrap_model(self.model).base).__name__} expects padded rows, got "
+                    f"{type(collator).__name__}: leave it out"
+                )
             if self._answers == "span" and self.args.label_names is None:
                 self.label_names = ["start_positions", "end_positions"]
 
@@ -116,6 +120,11 @@ class Trainer(transformers.Trainer):
     def _answers(self) -> str:
         """What the logits of the base answer."""
         return str(self.accelerator.unwrap_model(self.model).answers)
+
+    @property
+    def _sums_losses(self) -> bool:
+        """Whether the loss is a sum over labels, divided by the number of those of a step; else a batch's mean."""
+        return self._answers in ("next token", "target")
 
     def _set_signature_columns_if_needed(self) -> None:
         """Columns of a data set that the base takes are kept."""
@@ -137,8 +146,12 @@ class Trainer(transformers.Trainer):
         columns = getattr(data, "column_names", None)
         ids = data["input_ids"] if columns is not None else (row["input_ids"] for row in data)
         arguments = self.args
+        lengths = [min(len(row), getattr(self.data_collator, "max_length", None) or len(row)) for row in ids]
+        if self._answers == "target":  # tokens that are written cost as those that are read
+            written = data["labels"] if columns is not None else (row["labels"] for row in data)
+            lengths = [length + len(row) for length, row in zip(lengths, written, strict=True)]
         batches = TokenBatches(
-            [min(len(row), getattr(self.data_collator, "max_length", None) or len(row)) for row in ids],
+            lengths,
             self.max_tokens,
             padded=not isinstance(self.data_collator, transformers.DataCollatorWithFlattening),
             seed=arguments.seed if arguments.data_seed is None else arguments.data_seed,
@@ -177,13 +190,18 @@ class Trainer(transformers.Trainer):
         Raises:
             ValueError: when an encoder would read tokens that are to be predicted.
         """
-        if "labels" not in inputs or self._answers != "next token":
+        if "labels" not in inputs or not self._sums_losses:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        self._check_prompt_lengths(inputs)
+        if self._answers == "next token":
+            self._check_prompt_lengths(inputs)
         if self.compute_loss_func is not None:
-            inputs = with_prompt_lengths(inputs)
+            inputs = with_prompt_lengths(inputs) if self._answers == "next token" else inputs
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if self.label_logits_only and not (return_outputs and self._logits_wanted):
+        if self._answers == "target":
+            targets = inputs["labels"].flatten()
+            outputs = model(**written_of(self.accelerator.unwrap_model(self.model).base, inputs), use_cache=False)
+            logits = outputs.logits.flatten(0, 1)
+        elif self.label_logits_only and not (return_outputs and self._logits_wanted):
             outputs, targets = label_logits(model, inputs)
             logits = outputs.logits
         else:
@@ -296,8 +314,10 @@ def _collator(model: SoftModel | None, max_length: int | None) -> Any:
     if model is None or model.answers == "next token":
         return PackingCollator(max_length)
     if max_length is not None:
-        raise ValueError("max_length is for next tokens: cut rows of a task when they are tokenised (truncation=True)")
+        raise ValueError("max_length is for next tokens: cut other rows when they are tokenised (truncation=True)")
     pad = model.config.get_text_config().pad_token_id
+    if model.answers == "target":
+        return Seq2SeqCollator(pad or 0)
     return TaskCollator(pad or 0, token_labels=model.answers == "token")
 
 

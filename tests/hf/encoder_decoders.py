@@ -34,7 +34,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "MBart: scaled embeddings": ("MBart", _BART | {"scale_embedding": True}),
     "Pegasus: sinusoids, scaled outside the table": ("Pegasus", _BART | {"scale_embedding": True}),
     "Marian": ("Marian", _BART | {"scale_embedding": True, "decoder_vocab_size": VOCAB}),
-    "M2M100: positions by ids": ("M2M100", _BART),
+    "M2M100: positions by ids": ("M2M100", _BART | {"encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0}),
     "Blenderbot": ("Blenderbot", _BART),
     "BlenderbotSmall": ("BlenderbotSmall", _BART),
     "PLBart": ("PLBart", _BART),

@@ -18,7 +18,7 @@ from softkv.hf.frozen import BaseState, FrozenBase, OutOfReach
 from softkv.hf.generation import processors
 from softkv.hf.generation.cache_state import CacheState, past_length
 from softkv.hf.generation.prompts import mask_of
-from softkv.hf.layout import RowLayout, padded_in_front
+from softkv.hf.layout import IGNORED, RowLayout, padded_in_front
 from softkv.hf.model import PromptedModel
 from softkv.hf.own_attention import OwnAttention
 from softkv.hf.prefixes import RowTokens, SoftRows
@@ -34,6 +34,7 @@ class PromptedEncoderDecoder(PromptedModel):
     to the encoder (`where` of a method); soft tokens stand in the encoder's rows.
     """
 
+    accepts_loss_kwargs = False  # its base's loss is a batch's mean, however many batches a step has
     _hooks: EncoderDecoderHooks
     _frozen: FrozenEncoderDecoder
 
@@ -117,6 +118,9 @@ class PromptedEncoderDecoder(PromptedModel):
         decoder_input_ids: Tensor | None = None,
         decoder_attention_mask: Tensor | None = None,
         *,
+        inputs_embeds: Tensor | None = None,
+        input_features: Tensor | None = None,
+        labels: Tensor | None = None,
         adapter_names: Sequence[str | None] | None = None,
         **kwargs: Any,
     ) -> Any:
@@ -124,10 +128,11 @@ class PromptedEncoderDecoder(PromptedModel):
 
         Args:
             input_ids: `[B, S]`, of the encoder; negative ids are a template's soft tokens. Or `inputs_embeds`
-                `[B, S, C]`, `input_features` (Whisper), or `encoder_outputs`.
+                `[B, S, C]`, `input_features` (Whisper's), or `encoder_outputs`.
             attention_mask: `[B, S]` padding mask, padding on either side, or None.
-            decoder_input_ids: `[B, T]`, or `labels` `[B, T]`, from which the base makes them.
+            decoder_input_ids: `[B, T]`; without them, the base makes them from the labels.
             decoder_attention_mask: `[B, T]`, padding behind.
+            labels: `[B, T]`, -100 behind what a row writes.
             adapter_names: the adapter of each row; None among them is the bare model. Without it, all rows have the
                 active one, or those that filled the cache.
             **kwargs: whatever else the base's forward takes.
@@ -155,6 +160,9 @@ class PromptedEncoderDecoder(PromptedModel):
             "attention_mask": attention_mask,
             "decoder_input_ids": decoder_input_ids,
             "decoder_attention_mask": decoder_attention_mask,
+            "inputs_embeds": inputs_embeds,
+            "input_features": input_features,
+            "labels": labels,
         }
         given = {name: value for name, value in given.items() if value is not None}
         if not calls.is_enabled(self):
@@ -203,6 +211,13 @@ class PromptedEncoderDecoder(PromptedModel):
         for name in written:
             if given[name].shape[:2] != (rows, width):
                 raise ValueError(f"{name} expects [{rows}, {width}], got {checks.described(given[name])}")
+        labels = given["labels"] if written == ["labels"] else None
+        if labels is not None and checks.is_readable(labels):
+            ignored = labels == IGNORED
+            if bool((ignored[:, 0] & ~ignored.all(1)).any()):
+                raise ValueError(
+                    "labels expect -100 behind what a row writes, got some in front: the decoder reads them"
+                )
         self._check_written(given.get("decoder_attention_mask"), rows, (width, past + width))
         return rows
 
