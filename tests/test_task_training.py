@@ -126,5 +126,5 @@ def test_columns_of_the_base_are_kept(tmp_path: Path) -> None:
 
 
 def test_packing_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="a head of a task expects padded rows, got PackingCollator"):
+    with pytest.raises(ValueError, match="LlamaForTokenClassification expects padded rows, got PackingCollator"):
         trainer(model_of("Llama", "TokenClassification"), tmp_path, None, data_collator=softkv.PackingCollator())

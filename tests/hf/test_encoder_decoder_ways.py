@@ -1,0 +1,234 @@
+"""Encoder-decoders: ways to call them beside one forward of one adapter."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import softkv
+from tests.hf.encoder_decoders import Naive, embedded, model_of, padded, whisper
+from tests.hf.naive import close
+from tests.hf.test_encoder_decoders import METHODS, READ, WRITTEN, attached, labels_of, rows_of, sites_of
+
+TWO = ["T5", "Bart"]
+IDS, MASK = padded(READ, "left")
+
+
+@torch.no_grad()
+def logits_of(model: Any, ids: Tensor = IDS, mask: Tensor = MASK, **more: Any) -> Tensor:
+    return model(ids, attention_mask=mask, labels=labels_of(WRITTEN), **more).logits[labels_of(WRITTEN) != -100]
+
+
+@pytest.mark.parametrize("name", TWO)
+def test_saved_loaded_switched_off_and_detached(name: str, tmp_path: Path) -> None:
+    bare, fresh = logits_of(model_of(name)), model_of(name)
+    before = {key: value.clone() for key, value in fresh.state_dict().items()}
+    attention = fresh.get_encoder().config._attn_implementation
+    for kind, method in METHODS.items():
+        model = softkv.attach(fresh, method)
+        ids, mask = padded(rows_of(method), "left")
+        want = logits_of(model, ids, mask)
+        model.save_pretrained(tmp_path / kind)
+        again = softkv.load(model_of(name), tmp_path / kind)
+        assert torch.equal(logits_of(again, ids, mask), want)
+        assert getattr(again.method, "where", None) == getattr(model.method, "where", None)
+        with model.disabled():
+            close(logits_of(model), bare)
+            assert model.generate(IDS, attention_mask=MASK, max_new_tokens=3).shape[0] == len(READ)
+        assert model.detach() is fresh
+        assert fresh.get_encoder().config._attn_implementation == attention
+        assert all(each.requires_grad for each in fresh.parameters())
+    assert all(torch.equal(value, before[key]) for key, value in fresh.state_dict().items())
+
+
+@pytest.mark.parametrize("name", [*TWO, "M2M100: positions by ids"])
+def test_rows_of_different_adapters(name: str) -> None:
+    """Prefixes of different lengths and sites, soft tokens, and the bare model, in one batch."""
+    methods = {
+        "long": softkv.PTuningV2(length=5, init_std=1.0),
+        "short": softkv.PTuningV2(length=2, init_std=1.0, where=("decoder",)),
+        "soft": softkv.PromptTuning(length=3, position="before"),
+    }
+    model = attached(name, methods["long"])
+    for key, method in methods.items():
+        model.add_adapter(key, method)
+    for names in (["long", "short", "soft"], ["soft", None, "long"], [None, "short", "short"]):
+        for side in ("left", "right"):
+            ids, mask = padded(READ, side)
+            output = model(ids, attention_mask=mask, labels=labels_of(WRITTEN), adapter_names=names)
+            tokens = model.generate(ids, attention_mask=mask, adapter_names=names, num_beams=2, max_new_tokens=5)
+            for row, key in enumerate(names):
+                given = torch.tensor([READ[row]])
+                alone = model(given, labels=torch.tensor([WRITTEN[row]]), adapter_names=[key])
+                close(output.logits[row, : len(WRITTEN[row])], alone.logits[0])
+                want = model.generate(given, adapter_names=[key], num_beams=2, max_new_tokens=5)[0]
+                assert torch.equal(tokens[row, : len(want)], want)
+
+
+@pytest.mark.parametrize("name", TWO)
+@pytest.mark.parametrize("kind", ["v2 everywhere", "prompt-tuning before"])
+def test_every_way_to_generate(name: str, kind: str) -> None:
+    model = attached(name, METHODS[kind])
+    options = {"attention_mask": MASK, "max_new_tokens": 5, "do_sample": False}
+    want = model.generate(IDS, **options)
+    for more in ({"use_cache": False}, {"cache_implementation": "static"}, {"num_return_sequences": 1, "num_beams": 1}):
+        assert torch.equal(model.generate(IDS, **options, **more), want), more
+    beams = model.generate(IDS, **options, num_beams=3, num_return_sequences=2)
+    assert torch.equal(model.generate(IDS, **options, num_beams=3, num_return_sequences=2, use_cache=False), beams)
+    assert torch.equal(model.generate(inputs_embeds=model.base.get_input_embeddings()(IDS), **options), want)
+    begun = torch.tensor([[model.config.decoder_start_token_id, 7]] * len(READ))
+    longer = model.generate(IDS, **options, decoder_input_ids=begun)
+    assert torch.equal(model.generate(IDS, **options, decoder_input_ids=begun, use_cache=False), longer)
+    with pytest.raises(ValueError, match="output_attentions"):
+        model.generate(IDS, **options, output_attentions=True)
+
+
+@pytest.mark.parametrize("name", TWO)
+def test_a_loop_of_ones_own(name: str) -> None:
+    """Decoding in steps over a cache, under the adapter that filled it."""
+    model = attached(name, METHODS["v2 everywhere"])
+    model.add_adapter("other", softkv.PromptTuning(length=2))
+    start = model.config.decoder_start_token_id
+    want = model.generate(IDS, attention_mask=MASK, max_new_tokens=4, do_sample=False, eos_token_id=None)
+    with torch.no_grad():
+        written = torch.full((len(READ), 1), start)
+        output = model(IDS, attention_mask=MASK, decoder_input_ids=written, use_cache=True)
+        model.set_adapter("other")
+        for _ in range(4):
+            written = torch.cat([written, output.logits[:, -1:].argmax(-1)], 1)
+            output = model(
+                attention_mask=MASK, decoder_input_ids=written[:, -1:], past_key_values=output.past_key_values,
+                encoder_outputs=(output.encoder_last_hidden_state,),
+            )  # fmt: skip
+    assert torch.equal(written, want)
+
+
+@pytest.mark.parametrize("name", TWO)
+def test_encoder_outputs(name: str) -> None:
+    """They are taken where no soft prompt acts in the encoder."""
+    model = attached(name, METHODS["v2 in the decoder"])
+    ids, mask = padded(READ, "right")
+    states = model.base.get_encoder()(ids, attention_mask=mask)
+    want = logits_of(model, ids, mask)
+    close(logits_of(model, None, mask, encoder_outputs=states), want)
+    tokens = model.generate(encoder_outputs=states, attention_mask=mask, max_new_tokens=4)
+    assert torch.equal(tokens, model.generate(ids, attention_mask=mask, max_new_tokens=4))
+    with pytest.raises(ValueError, match="expect rows with padding behind"):
+        logits_of(model, None, MASK, encoder_outputs=states)
+    for kind in ("v2 everywhere", "prompt-tuning after"):
+        other = attached(name, METHODS[kind])
+        with pytest.raises(ValueError, match="made without the soft prompt of the encoder"):
+            other.generate(encoder_outputs=states, attention_mask=mask)
+
+
+@pytest.mark.parametrize("name", TWO)
+def test_recomputed_activations(name: str) -> None:
+    """Gradients under checkpointing, in training mode."""
+    gradients = []
+    for recomputes in (False, True):
+        model = attached(name, METHODS["v2 everywhere"]).train()
+        if recomputes:
+            model.gradient_checkpointing_enable()
+        model(IDS, attention_mask=MASK, labels=labels_of(WRITTEN)).loss.backward()
+        gradients.append(model.soft.k.grad)
+    close(*gradients)
+
+
+def test_a_text_as_the_start() -> None:
+    """In T5's decoder the slots keep the biases of tokens in front: that text is written before what is written."""
+    from tests.hf.tiny import tokenizer
+
+    text = softkv.PTuningV2(init="text", init_text="w7 w8 w9", where="decoder")
+    for name in ("T5", "UMT5: biases in each layer", "Bart"):
+        model = softkv.attach(model_of(name), text, tokenizer=tokenizer())
+        model.soft.k.data += torch.randn_like(model.soft.k) * 0.1
+        bare = model_of(name)
+        naive = Naive(bare, **sites_of(model), covers=True)
+        for row, written in zip(READ, WRITTEN, strict=True):
+            with torch.no_grad():
+                got = model(torch.tensor([row]), decoder_input_ids=torch.tensor([written])).logits[0]
+                close(got, naive(embedded(bare, row), written), 5e-5)
+    for name in TWO:
+        everywhere = softkv.PTuningV2(length=3, init="vocabulary")
+        assert torch.isfinite(logits_of(softkv.attach(model_of(name), everywhere))).all()
+
+
+def test_whisper() -> None:
+    """Sound is read and no tokens: prefixes in the decoder and across."""
+    base = whisper()
+    features = torch.randn(2, 5, 20)
+    torch.manual_seed(1)
+    model = softkv.attach(base, softkv.PTuningV2(length=4, init_std=1.0))
+    assert model.method.where == ("decoder", "cross")
+    naive = Naive(whisper(), **sites_of(model))
+    written = [[2, 7, 8, 9], [2, 11, 12, 13]]
+    output = model(input_features=features, decoder_input_ids=torch.tensor(written))
+    want = [naive(None, row, input_features=features[at : at + 1]) for at, row in enumerate(written)]
+    close(output.logits, torch.stack(want), 5e-5)
+    learned = list(model.soft.parameters())
+    for got, each in zip(torch.autograd.grad(output.logits.square().sum(), learned),
+                         torch.autograd.grad(torch.stack(want).square().sum(), learned), strict=True):  # fmt: skip
+        close(got, each, 5e-5)
+    tokens = model.generate(features, max_new_tokens=4, do_sample=False, return_timestamps=False)
+    for at, row in enumerate(tokens.tolist()):
+        truth = naive.generate(None, 2, 4, input_features=features[at : at + 1])
+        assert row[: len(truth)] == truth or row == truth[-len(row) :]
+    for method in (softkv.PromptTuning(length=2), softkv.PTuning(template="[P1] [X] [Y]")):
+        with pytest.raises(ValueError, match="reads no tokens that soft ones could join"):
+            softkv.attach(whisper(), method)
+    with pytest.raises(ValueError, match="does not reach the attention 'encoder'"):
+        softkv.attach(whisper(), softkv.PTuningV2(length=2, where="encoder"))
+
+
+REFUSED: dict[str, tuple[Any, str]] = {
+    "an encoder of prompts": (softkv.PTuningV2(length=2, encoder="lstm"), "no encoder of softkv's"),
+    "a position past the table": (softkv.PTuningV2(length=46), "need positions up to 51, but .* ends at 47"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_refused(kind: str) -> None:
+    method, message = REFUSED[kind]
+    with pytest.raises(ValueError, match=message):
+        logits_of(softkv.attach(model_of("Bart"), method))
+
+
+def test_inputs_that_do_not_fit() -> None:
+    model = softkv.attach(model_of("Bart"), softkv.PTuningV2(length=2))
+    labels = labels_of(WRITTEN)
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"input_ids": IDS}, "expects labels or decoder_input_ids"),
+        ({"labels": labels}, "either input_ids or inputs_embeds"),
+        ({"input_ids": IDS, "labels": labels[:2]}, r"labels expects \[3, 4\]"),
+        ({"input_ids": IDS, "attention_mask": MASK[:, 1:], "labels": labels}, r"attention_mask expects \[3, 6\]"),
+        ({"input_ids": IDS, "labels": labels.flip(1)}, "labels expect -100 behind"),
+        (
+            {"input_ids": IDS, "decoder_input_ids": IDS, "decoder_attention_mask": MASK},
+            "decoder_attention_mask expects padding behind",
+        ),
+    ]
+    for batch, message in cases:
+        with pytest.raises(ValueError, match=message):
+            model(**batch)
+    with pytest.raises(ValueError, match="BartEncoder alone can't be run"):
+        model.get_encoder()(IDS)
+    with pytest.raises(ValueError, match="where expects some of 'encoder', 'decoder', 'cross'"):
+        softkv.PTuningV2(length=2, where=("decoder", "head"))
+    from tests.hf.tiny import model_of as causal
+
+    with pytest.raises(ValueError, match="is of encoder-decoders, LlamaForCausalLM has one stack"):
+        softkv.attach(causal("Llama"), softkv.PTuningV2(length=2, where="decoder"))
+
+
+def test_copies_and_two_models_on_one_base() -> None:
+    base = model_of("Bart")
+    one, two = (softkv.attach(base, METHODS[kind]) for kind in ("v2 everywhere", "v2 across"))
+    want = logits_of(one)
+    assert not torch.allclose(logits_of(two), want)
+    assert torch.equal(logits_of(one), want)
+    two.detach()
+    assert torch.equal(logits_of(one), want)
+    assert torch.equal(logits_of(copy.deepcopy(one)), want)
