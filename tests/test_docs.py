@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import transformers
 
+from tests.hf.encoder_decoders import model_of as encoder_decoder
 from tests.hf.encoders import encoder
 from tests.hf.tiny import model_of, tokenizer
 
@@ -18,6 +19,7 @@ DOCS = ROOT / "docs"
 PAGES = [
     "index.md",
     "classification.md",
+    "encoder_decoders.md",
     "serving.md",
     *(f"methods/{p.name}" for p in (DOCS / "methods").glob("*_*.md")),
 ]
@@ -34,6 +36,8 @@ def test_snippets_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", tiny)
     heads = transformers.AutoModelForSequenceClassification
     monkeypatch.setattr(heads, "from_pretrained", lambda name, **_: encoder("Bert", "SequenceClassification"))
+    pairs = transformers.AutoModelForSeq2SeqLM
+    monkeypatch.setattr(pairs, "from_pretrained", lambda name, **_: encoder_decoder("T5"))
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name: tokenizer())
     snippets = re.findall(r"^```python\n(.*?)^```", (DOCS / page).read_text(encoding="utf-8"), re.M | re.S)
     assert snippets

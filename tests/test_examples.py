@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from tests.hf.encoder_decoders import model_of as encoder_decoder
 from tests.hf.tiny import model_of, tokenizer
 
 # name → (what it prints, its options)
 EXAMPLES: dict[str, tuple[str, dict[str, int]]] = {
     "classification": ("accuracy", {"steps": 2, "test_rows": 8}),
+    "encoder_decoder": ("A joy from start to end. →", {"steps": 2}),
     "generation": ("positive:", {"steps": 2, "max_new_tokens": 3}),
     "lm_eval": ("soft prompt: accuracy", {}),
     "quantised": ("loss on test rows:", {"steps": 2}),
@@ -30,7 +32,7 @@ FOLDER = Path(__file__).parents[1] / "examples"
 def test_example(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if name in NEEDS:
         pytest.importorskip(NEEDS[name])
-    model_of("Llama", "sdpa").save_pretrained(tmp_path)
+    (encoder_decoder("T5") if name == "encoder_decoder" else model_of("Llama", "sdpa")).save_pretrained(tmp_path)
     tokenizer().save_pretrained(tmp_path)
     prints, options = EXAMPLES[name]
     runpy.run_path(str(FOLDER / f"{name}.py"))["main"](str(tmp_path), **options)

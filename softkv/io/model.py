@@ -10,12 +10,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from softkv.hf.encoder_decoder.model import PromptedEncoderDecoder
-from softkv.hf.frozen import FrozenBase, released_on_error
+from softkv.hf.frozen import released_on_error
 from softkv.hf.learned import check_learned, inject, put_learned
 from softkv.hf.model import PromptedModel
 from softkv.hf.pipelines import say_known
-from softkv.io import checkpoint, hub, peft, state
+from softkv.io import checkpoint, hub, state
 from softkv.methods.base import Method
 from softkv.prefix import Prefix
 
@@ -131,18 +130,12 @@ class SoftModel(PromptedModel):
         return hub.push(self, repo_id, **kwargs)
 
 
-class SoftEncoderDecoder(SoftModel, PromptedEncoderDecoder):
-    """A `SoftModel` on an encoder-decoder: `forward` and `generate` are those of `PromptedEncoderDecoder`."""
-
-    def _placed(self, adapter: Any, frozen: FrozenBase) -> tuple[Any, FrozenBase]:
-        if isinstance(adapter, checkpoint.Saved) and adapter.is_peft and adapter.method.in_rows:
-            peft.check_scale(self)
-        return super()._placed(adapter, frozen)
-
-
 def _class_for(model: Any) -> type[SoftModel]:
-    config = getattr(model, "config", None)
-    return SoftEncoderDecoder if getattr(config, "is_encoder_decoder", False) else SoftModel
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return SoftModel
+    from softkv.io.encoder_decoder import SoftEncoderDecoder  # which others need not wait for
+
+    return SoftEncoderDecoder
 
 
 def load(

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from softkv.methods.template import Template
+from softkv.methods.template import Template, end_ids
 from softkv.prefix import Prefix
 
 Placement = Literal["before", "after", "inline"]
@@ -108,6 +108,32 @@ class Method(ABC):
             ValueError: when a field is missing or unknown, or the answer holds no token.
         """
         return Template.parse(self.template).encode(tokenizer, answer=answer, **fields)
+
+    def encode_pair(self, tokenizer: Any, *, answer: str | None = None, **fields: str) -> dict[str, list[int]]:
+        """One example of an encoder-decoder as token ids: what it reads, by the template without its `[Y]`, and
+        what it writes.
+
+        Args:
+            tokenizer: a transformers tokenizer; both sides begin and end as it begins and ends a text.
+            answer: the text that is written; None for a prompt alone, as generation needs it.
+            fields: the text of each field of the template.
+
+        Returns:
+            `{"input_ids", "labels"}`, lists with a length of their own; no labels without an answer. Soft token `[Pi]`
+            has id `-i`.
+
+        Raises:
+            ValueError: when a field is missing or unknown, or the answer holds no token.
+        """
+        read = Template.parse(self.template).encode(tokenizer, **fields)["input_ids"]
+        pair = {"input_ids": read + end_ids(tokenizer)}
+        if answer is not None:
+            if not tokenizer(answer, add_special_tokens=False)["input_ids"]:
+                raise ValueError(
+                    f"the answer {answer!r} holds no token: give a text, or answer=None for a prompt alone"
+                )
+            pair["labels"] = tokenizer(text_target=answer)["input_ids"]
+        return pair
 
 
 class SoftPrompt(nn.Module):

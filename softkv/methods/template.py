@@ -194,6 +194,12 @@ def begin_ids(tokenizer: Any) -> list[int]:
     return leading_special_ids(tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"])
 
 
+def end_ids(tokenizer: Any) -> list[int]:
+    """What a tokenizer ends every text with (an EOS, or nothing)."""
+    ids, whole = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
+    return whole[len(leading_special_ids(ids, whole)) + len(ids) :]
+
+
 def leading_special_ids(ids: list[int], with_special: list[int]) -> list[int]:
     """What a tokenizer puts in front of a text (a BOS), from the text's ids without and with special tokens."""
     for at in range(len(with_special) - len(ids) + 1):

@@ -171,8 +171,10 @@ class EncoderDecoderHooks:
         tokens = _tokens(kwargs)
         before = past_length(kwargs.get("past_key_values")) if stack == "decoder" else 0
         slots = context.slots_of(len(tokens))
-        if table is None and takes_ids(module) and kwargs.get("position_ids") is None:
-            count = torch.arange(before, before + tokens.shape[1], device=tokens.device)[None]
+        if table is None and takes_ids(module):
+            count = kwargs.get("position_ids")
+            if count is None:
+                count = torch.arange(before, before + tokens.shape[1], device=tokens.device)[None]
             kwargs["position_ids"] = count + (slots if isinstance(slots, int) else slots[:, None])
         size = size_of(table)
         if size is not None and not torch.compiler.is_compiling():
