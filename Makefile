@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test fuzz soak bench gpu lint pins constraints compile-matrix mutants models docs clean
+.PHONY: demo test fuzz threads soak bench gpu lint pins constraints compile-matrix mutants models docs clean
 
 $(READY): setup.py constraints.txt
 	@test -n "$(PYTHON)" || { echo "softkv needs Python 3.10 or newer, and none was found: make PYTHON=/path/to/python" >&2; exit 1; }
@@ -26,6 +26,10 @@ test: $(READY) lint
 # Random calls of SoftModel.forward beside rows that are really concatenated (`make test` runs a part).
 fuzz: $(READY)
 	OMP_NUM_THREADS=1 SOFTKV_DRAWS=2000 $(BIN)/python -m pytest tests/robustness/test_fuzz.py -n $(WORKERS)
+
+# What is safe from several threads (the table in docs/adapters.md), a thousand rounds of each row.
+threads: $(READY)
+	OMP_NUM_THREADS=1 SOFTKV_ROUNDS=1000 $(BIN)/python -m pytest tests/robustness/test_threads.py
 
 # Threads, saves and interrupts for half an hour: answers as of one thread, memory flat.
 soak: $(READY)

@@ -84,7 +84,8 @@ def check_mask(mask: Any, rows: int, widths: Sequence[int]) -> None:
         raise ValueError(
             f"attention_mask expects a padding mask [B, S] (no prefix could join another), got {described(mask)}"
         )
-    if mask.shape[0] != rows or mask.shape[1] not in widths:
+    # By "==": to a tracer, numbers are not `in` a tuple of traced ones.
+    if mask.shape[0] != rows or not any(mask.shape[1] == width for width in widths):
         columns = " or ".join(map(str, dict.fromkeys(widths)))
         raise ValueError(
             f"attention_mask expects [{rows}, {columns}], a column for each token (none for soft prompts), "
@@ -97,7 +98,8 @@ def check_positions(positions: Any, shape: tuple[int, int]) -> None:
     if positions is None:
         return
     B, T = shape
-    if not isinstance(positions, Tensor) or positions.dim() < 2 or tuple(positions.shape[-2:]) not in {(B, T), (1, T)}:
+    fits = isinstance(positions, Tensor) and positions.dim() >= 2 and positions.shape[-1] == T
+    if not fits or (positions.shape[-2] != B and positions.shape[-2] != 1):
         raise ValueError(f"position_ids expects [{B}, {T}] or [1, {T}], got {described(positions)}")
 
 
@@ -123,6 +125,13 @@ def check_packing(kwargs: dict[str, Any], mask: Any, shape: tuple[int, int], pas
         ends = cu_seqlens.tolist()
         if ends[0] != 0 or ends[-1] != shape[1] or sorted(ends) != ends:
             raise ValueError(f"cu_seq_lens_q expects a rise from 0 to {shape[1]}, the tokens of the line, got {ends}")
+
+
+def refuse_restarts() -> None:
+    raise ValueError(
+        "torch.compile can't read position ids, to tell whether rows are packed: give cu_seq_lens_q and max_length_q "
+        "beside them, or an attention_mask for a batch of one row"
+    )
 
 
 def check_prompt_lengths(lengths: Any, layout: RowLayout) -> Tensor:

@@ -122,6 +122,7 @@ class SoftContext:
         window_covers: whether sliding windows count the slots: of all prefixes, or of each, `[A]` (with an index).
         slots: P of each row: one number, or `[B]`.
         rows: the packed rows of a batch of one line, or None.
+        restarts: `[1, T]`, position ids that may restart, where a tracer can't tell packed rows by them; or None.
         unpadded: the padding left out of them, to be put back.
         heads: `[A, P, C]`, soft tokens in front of rows, which are to run in the same pass: their K and V in each block
             follow those of `layers` in the bank.
@@ -143,6 +144,7 @@ class SoftContext:
     window_covers: bool | Tensor = False
     slots: int | Tensor = 0
     rows: PackedRows | None = None
+    restarts: Tensor | None = None
     unpadded: Unpadded | None = None
     heads: Tensor | None = None
     line: HeadLine | None = None
@@ -176,7 +178,7 @@ class SoftContext:
         assert self.layers is not None
         index, k = self.index, next(iter(self.layers.values()))[0]
         if index is None:
-            if len(k) in (1, rows):
+            if len(k) == 1 or len(k) == rows:
                 return None
             index = torch.arange(len(k), device=k.device)
         return _repeated(index, rows)

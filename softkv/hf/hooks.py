@@ -99,7 +99,7 @@ class DecoderHooks(Probed):
             memo: dict[Any, Any] | None = None if torch.compiler.is_compiling() else {}
             lasting = None if memo is None else _of_steps(context, kwargs)
             context = replace(context, order=self.order, turns={}, memo=memo, lasting=lasting)
-        if not call.positions_given or context.rows is not None or context.line is not None:
+        if not call.may_be_packed or context.rows is not None or context.line is not None:
             self._tell_real(kwargs)
         kwargs["softkv_prefix"] = context
         return (), kwargs

@@ -91,7 +91,7 @@ class Inputs:
         if past:
             layout = RowLayout.of(shape, None, None, tokens.device)
             return cls(ids, embeds, mask, positions, cache, past, layout, None, shape, answers)
-        checks.check_mask(mask, shape[0], (shape[1], *buffer_length(cache)))
+        checks.check_mask(mask, shape[0], (shape[1], *buffer_length(cache, shape[1])))
         mask = mask if mask is None else mask[:, : shape[1]]
         packed = rows_of(shape, mask, positions, options.get("cu_seq_lens_q"), options.get("max_length_q"))
         if packed is not None and answers in ("row", "span", "choice"):
@@ -100,6 +100,12 @@ class Inputs:
             )
         layout = RowLayout.of(shape, mask, packed, tokens.device)
         return cls(ids, embeds, mask, positions, cache, past, layout, packed, shape, answers)
+
+    @property
+    def restarts(self) -> Tensor | None:
+        """`[1, T]`, position ids that may restart, as far as a tracer can tell: attention keeps the rows apart."""
+        unclear = torch.compiler.is_compiling() and self.packed is None and self.mask is None and self.cache is None
+        return self.positions if unclear and self.given[0] == 1 else None
 
     @property
     def is_scattered(self) -> bool:
@@ -193,7 +199,7 @@ class Inputs:
         """
         (B, T), k = self.given, 0 if soft is None else soft.longest
         S, mask, positions = self.past + T, self.mask, self.positions
-        checks.check_mask(mask, B, (S - k, S, *buffer_length(self.cache)))
+        checks.check_mask(mask, B, (S - k, S, *buffer_length(self.cache, S)))
         if mask is not None and mask.shape[1] > S:  # of a whole static buffer: what is not there yet is not seen
             mask = mask[:, : S - k]
         mask = state.mask_of(mask, k, (B, S))

@@ -78,8 +78,9 @@ def key_state(
         pattern = Pattern.CAUSAL
     cut = pattern is Pattern.CHUNKED or (pattern is Pattern.LOCAL and q_length != kv_length)
     if packed and torch.compiler.is_compiling():
-        # A tracer can't tell: a SoftModel knows its rows, and neither padded nor cached ones are packed.
-        packed = calls.under_way() is None and attention_mask is None and q_length == kv_length
+        # A tracer can't tell, but a SoftModel may know its rows, and neither padded nor cached ones are packed.
+        call = calls.under_way()
+        packed = (call is None or call.may_be_packed) and attention_mask is None and q_length == kv_length
         cut = cut or packed
     if pattern is None or cut or (packed and batch_size > 1):
         return sdpa_mask(
@@ -241,7 +242,7 @@ class Keys(NamedTuple):
         """bool `[B or 1, 1, T, S]`: what each of T queries sees of keys `[B, G, S, D]`."""
         at = torch.arange(keys.shape[2], device=keys.device)
         end = at.new_tensor([len(at)]) if self.lengths is None else self.lengths
-        query = end[:, None, None] - queries + at.new_tensor(range(queries))[:, None]  # [B or 1, T, 1]
+        query = end[:, None, None] - queries + torch.arange(queries, device=at.device)[:, None]  # [B or 1, T, 1]
         sees = at < end[:, None, None].expand(-1, queries, 1)
         if causal:
             sees = sees & (at <= query)

@@ -185,6 +185,10 @@ class PromptedModel(Generating):
             return_dict = batch.pop("return_dict", None)
             output = Unpacked.of(inputs.packed).run(self.forward, batch | {"softkv_inner": module}, logits_to_keep)
             return output.to_tuple() if return_dict is False else output
+        if inputs.restarts is not None:
+            prompt_lengths = None  # there is a number for each packed row
+            if len(adapter_names or "1") > 1 or self.answers in ("row", "span") or not self._hooks.takes_restarts:
+                checks.refuse_restarts()
         if prompt_lengths is not None:
             prompt_lengths = checks.check_prompt_lengths(prompt_lengths, inputs.layout)
         if self.training and past_key_values is None:
@@ -210,6 +214,8 @@ class PromptedModel(Generating):
         learns = self.training and torch.is_grad_enabled()
         holds_soft = inputs.ids is not None and checks.check_soft_ids(inputs.ids, soft, inputs.layout, learns=learns)
         inserts = tokens is not None and tokens.longest > 0 and not inputs.past
+        if inputs.restarts is not None and (inserts or soft.reading_prompts):
+            checks.refuse_restarts()
         if tokens is not None and (holds_soft or inserts):
             inputs = inputs.embedded(tokens, self._hooks.embed)
         if tokens is not None and inserts:
@@ -223,7 +229,9 @@ class PromptedModel(Generating):
             state = CacheState(inputs.given[1], inputs.given[0], soft.names, inputs.mask)
 
         beside = not heads and not keeps_cache and not inputs.past and self._runs_heads_beside(soft)
-        context = replace(self._context(soft, state, heads=heads, beside=beside), rows=inputs.packed)
+        context = replace(
+            self._context(soft, state, heads=heads, beside=beside), rows=inputs.packed, restarts=inputs.restarts
+        )
         if soft.encodes:
             prompts = None if inputs.prompt_ends is None else inputs.layout.prompts(inputs.prompt_ends)
             context = self._hooks.encoding(context, soft, prompts, state.kv if keeps_cache else None, state.order)

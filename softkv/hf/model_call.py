@@ -40,3 +40,8 @@ class ModelCall:
     model: Any = None
     embeds: Tensor | None = None
     kept: Tensor | None = None
+
+    @property
+    def may_be_packed(self) -> bool:
+        """Whether the user's position ids may restart where nothing else tells the rows apart."""
+        return self.positions_given and self.context.rows is None and self.context.restarts is None

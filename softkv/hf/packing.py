@@ -18,7 +18,7 @@ def rows_of_line(
         return None
     if cu_seqlens is not None and longest is not None:
         return PackedRows(cu_seqlens.to(torch.int32), longest)
-    return None if torch.compiler.is_compiling() else packed_rows(position_ids)
+    return packed_rows(position_ids)
 
 
 def apart(query: Tensor, key: Tensor, position_ids: Tensor | None) -> Tensor | None:
@@ -31,8 +31,8 @@ def apart(query: Tensor, key: Tensor, position_ids: Tensor | None) -> Tensor | N
 
 
 def packed_rows(position_ids: Tensor | None) -> PackedRows | None:
-    """The rows of `position_ids` `[1, N]` that restart, or None where they don't."""
-    if position_ids is None or position_ids.dim() != 2 or len(position_ids) != 1 or position_ids.shape[1] < 2:
+    """The rows of `position_ids` `[1, N]` that restart, or None where they don't, or where a tracer can't tell."""
+    if torch.compiler.is_compiling() or position_ids is None or position_ids.dim() != 2 or len(position_ids) != 1:
         return None
     starts = (position_ids[0].diff() != 1).nonzero().flatten() + 1
     if not len(starts):

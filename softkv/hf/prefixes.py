@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TypeVar, cast
 
@@ -236,12 +235,15 @@ class RowTokens:
     first: list[int]
     block: list[int]
     heads: list[bool]
+    _computed: list[Tensor] = field(default_factory=list)
 
-    @cached_property
+    @property
     def table(self) -> Tensor:
         """`[K, C]`: the soft tokens of all the soft prompts, computed when they are first asked for."""
-        tables = [cast(Tensor, soft.soft_tokens()) for soft in self.softs]
-        return tables[0] if len(tables) == 1 else torch.cat(tables)
+        if not self._computed:  # functools' cached property holds a lock, which a tracer can't enter
+            tables = [cast(Tensor, soft.soft_tokens()) for soft in self.softs]
+            self._computed.append(tables[0] if len(tables) == 1 else torch.cat(tables))
+        return self._computed[0]
 
     @property
     def longest(self) -> int:

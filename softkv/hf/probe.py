@@ -48,6 +48,11 @@ class Probed:
         self.parallel: TensorParallel | None = None
         self.positions = Positions.of_decoder(base, self.decoder)
 
+    @property
+    def takes_restarts(self) -> bool:
+        """Whether packed rows need nothing but attention that keeps them apart, and their position ids."""
+        return self.behaviour.packs and not self.positions.first
+
     def run(self, call: ModelCall, function: Callable[..., Any], **kwargs: Any) -> Any:
         """Runs the base, or a part of it, as this call."""
         return calls.run(call, function, **kwargs)

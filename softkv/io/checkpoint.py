@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, fields, replace
@@ -42,6 +44,7 @@ _FIXED = tuple(name for name in SHAPE if name != "vocab_size")  # tokens may be 
 _SIZES = ("encoder_size", "reparametrize_size")
 _MOST_SLOTS = 1 << 16  # of an encoder, whose tensors don't tell how many it makes
 _ABANDONED = 3600.0  # seconds after which no save is still writing a temporary file
+_writing = threading.Lock()  # the two files of a folder are of one save
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 
@@ -81,8 +84,9 @@ def save(
     check_size(metadata["softkv_config"], "the soft prompt's config")
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    _replace(directory / WEIGHTS, lambda path: save_file(tensors, path, metadata=metadata))
-    _replace(directory / CONFIG, lambda path: path.write_text(metadata["softkv_config"] + "\n", encoding="utf-8"))
+    with _writing:
+        _replace(directory / WEIGHTS, lambda path: save_file(tensors, path, metadata=metadata))
+        _replace(directory / CONFIG, lambda path: path.write_text(metadata["softkv_config"] + "\n", encoding="utf-8"))
 
 
 def header(config: dict[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -103,15 +107,16 @@ def _save_for_peft(model: PromptedModel, directory: Path, folded: bool, is_main_
         return
     check_values(tensors, "the soft prompt")
     directory.mkdir(parents=True, exist_ok=True)
-    if (directory / peft.CONFIG).exists() and not peft.reads_alike(directory, config):
-        raise ValueError(
-            f"{directory} holds another kind or size of PEFT adapter, whose two files can't be replaced at once: "
-            f"choose an empty folder, or delete its {peft.CONFIG}"
-        )
-    # With the old config or the new one, the weights read the same: a save that is killed leaves no mixture.
-    _replace(directory / peft.WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
     text = json.dumps(config, indent=2, sort_keys=True)
-    _replace(directory / peft.CONFIG, lambda path: path.write_text(text + "\n", encoding="utf-8"))
+    with _writing:
+        if (directory / peft.CONFIG).exists() and not peft.reads_alike(directory, config):
+            raise ValueError(
+                f"{directory} holds another kind or size of PEFT adapter, whose two files can't be replaced at once: "
+                f"choose an empty folder, or delete its {peft.CONFIG}"
+            )
+        # With the old config or the new one, the weights read the same: a save that is killed leaves no mixture.
+        _replace(directory / peft.WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+        _replace(directory / peft.CONFIG, lambda path: path.write_text(text + "\n", encoding="utf-8"))
 
 
 def saved(
@@ -361,7 +366,7 @@ def _replace(path: Path, write: Callable[[Path], Any]) -> None:
         with suppress(FileNotFoundError):
             if time.time() - left.stat().st_mtime > _ABANDONED:
                 left.unlink()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         temporary.touch()
         mode = temporary.stat().st_mode  # as the umask has it; safetensors makes its files private

@@ -4,6 +4,7 @@ arXiv:2103.10385)."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar, Literal
 
 import torch
@@ -51,7 +52,7 @@ class PTuning(Method):
     in_rows: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not Template.parse(self.template).soft_tokens:
+        if not self.length:
             raise ValueError(f"PTuning expects soft tokens in its template, got {self.template!r}: write [P1], [P2]...")
         initial.check_choice("encoder", self.encoder, ("lstm", "mlp"))
         initial.check_positive("encoder_size", self.encoder_size)
@@ -60,7 +61,7 @@ class PTuning(Method):
         if self.prompt_text == "":
             raise ValueError("prompt_text expects a text, got '': leave it out to learn the encoder's input")
 
-    @property
+    @cached_property
     def length(self) -> int:
         """k, the number of soft tokens."""
         return Template.parse(self.template).soft_tokens

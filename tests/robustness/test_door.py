@@ -151,3 +151,13 @@ def test_masks_over_a_cache(static: bool, method: str) -> None:
                 if width not in (8, 8 + soft, 9 + soft):
                     with pytest.raises(ValueError, match="attention_mask expects"):
                         model(next_ids[:, :1], attention_mask=torch.ones(2, width), past_key_values=kept)
+
+
+def test_a_mask_of_windowed_buffers() -> None:
+    """Static caches of sliding windows have buffers that are shorter than rows: no mask may be as narrow."""
+    config = transformers.MistralConfig(**{**llama().config.to_dict(), "sliding_window": 3})
+    model = attached(base=transformers.MistralForCausalLM(config).eval())
+    for mask in (torch.ones(1, 3), torch.ones(1, 16)):
+        cache = transformers.StaticCache(config=config, max_cache_len=16)
+        with pytest.raises(ValueError, match="attention_mask expects"):
+            model(IDS, attention_mask=mask, past_key_values=cache)

@@ -104,6 +104,12 @@ class Draw:
             labels[r, mask[r].bool()] = torch.tensor(row)
         return {"labels": labels}
 
+    def check_loss(self, output: Any, truth: list[torch.Tensor]) -> None:
+        if self.by_labels:
+            predicted = [logits[len(prompt) - 1 : -1] for logits, (prompt, _) in zip(truth, self.ids, strict=True)]
+            answers = torch.tensor([token for _, answer in self.ids for token in answer])
+            close(output.loss, torch.nn.functional.cross_entropy(torch.cat(predicted), answers), 1e-4)
+
     def check_padded(self, truth: list[torch.Tensor]) -> None:
         rows = [[*prompt, *answer] for prompt, answer in self.ids]
         ids, mask = self.padded(rows)
@@ -113,7 +119,9 @@ class Draw:
         if self.positions:
             options["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
         keep = 0 if self.by_labels else self.keep
-        logits = self.model(**options, use_cache=False, logits_to_keep=keep).logits
+        output = self.model(**options, use_cache=False, logits_to_keep=keep)
+        logits = output.logits
+        self.check_loss(output, truth)
         wanted = torch.zeros(*mask.shape, logits.shape[-1])
         for r, want in enumerate(truth):
             wanted[r, mask[r].bool()] = want
@@ -130,8 +138,9 @@ class Draw:
             cu = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
             longest = int(lengths.max())
             options |= {"cu_seq_lens_q": cu, "cu_seq_lens_k": cu, "max_length_q": longest, "max_length_k": longest}
-        logits = self.model(**options, use_cache=False).logits
-        close(logits[0], torch.cat(truth), 1e-4)
+        output = self.model(**options, use_cache=False)
+        self.check_loss(output, truth)
+        close(output.logits[0], torch.cat(truth), 1e-4)
 
     def check_cached(self, truth: list[torch.Tensor]) -> None:
         """The prompts at once, what follows token by token or at once, in a cache."""

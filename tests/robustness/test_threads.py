@@ -14,7 +14,7 @@ import torch
 import softkv
 from tests.robustness.models import IDS, attached, scatter
 
-ROUNDS = int(os.environ.get("SOFTKV_ROUNDS", "150"))  # `make soak` takes 1,000
+ROUNDS = int(os.environ.get("SOFTKV_ROUNDS", "150"))  # `make threads` takes 1,000
 
 
 @pytest.fixture(autouse=True)
@@ -66,8 +66,24 @@ def generate(model: softkv.SoftModel, folder: Any) -> None:
 
 
 def differentiate(model: softkv.SoftModel, folder: Any) -> None:
-    with torch.enable_grad(), model.using("other"):
-        torch.autograd.grad(model(IDS, labels=IDS).loss, list(model.adapters["other"].parameters()))
+    with model.using("other"):
+        gradients(model, "other")
+
+
+def gradients(model: softkv.SoftModel, name: str = "default") -> tuple[torch.Tensor, ...]:
+    with torch.enable_grad():
+        return torch.autograd.grad(model(IDS, labels=IDS).loss, list(model.adapters[name].parameters()))
+
+
+def answers(model: softkv.SoftModel, round: int) -> list[torch.Tensor]:
+    """What a thread asks, by turns: logits, tokens, gradients, rows with different adapters."""
+    if round % 5 == 1:
+        return [model.generate(IDS, max_new_tokens=2)]
+    if round % 5 == 3:
+        return [*gradients(model)]
+    if round % 5 == 4:
+        return [model(IDS.expand(3, -1), adapter_names=["other", None, "default"]).logits]
+    return [model(IDS).logits]
 
 
 ACTIONS = (save, add_and_delete, text_prefix, use_another, disable, name_rows, generate, differentiate)
@@ -76,12 +92,74 @@ ACTIONS = (save, add_and_delete, text_prefix, use_another, disable, name_rows, g
 @pytest.mark.parametrize("action", ACTIONS, ids=lambda action: action.__name__)
 def test_while_another_thread(action: Callable[..., None], model: softkv.SoftModel, tmp_path: Any) -> None:
     with torch.no_grad():
-        want = model(IDS).logits
+        want = [answers(model, round) for round in range(5)]
         errors = working(lambda: action(model, tmp_path))
-        found = [model(IDS).logits for _ in range(ROUNDS)]
+        for round in range(ROUNDS):
+            for got, expected in zip(answers(model, round), want[round % 5], strict=True):
+                assert torch.equal(got, expected), (round, action.__name__)
         errors.stop()
-    assert all(torch.equal(logits, want) for logits in found)
     assert errors.rounds > 1
+
+
+def test_set_adapter(model: softkv.SoftModel) -> None:
+    """Each answer is one adapter's, or the other's."""
+    with torch.no_grad():
+        want = [model(IDS, adapter_names=[name]).logits for name in ("default", "other")]
+        errors = working(lambda: (model.set_adapter("other"), model.set_adapter("default")))
+        for _ in range(ROUNDS):
+            found = model(IDS).logits
+            assert any(torch.equal(found, each) for each in want)
+        errors.stop()
+
+
+def test_adapters_that_come_and_go(model: softkv.SoftModel) -> None:
+    """Whoever names one gets its answer, or hears that there is none."""
+    prefix = softkv.Prefix.from_ids(model, IDS)
+    model.add_adapter("guest", prefix)
+    want, met = model(IDS, adapter_names=["guest"]).logits, 0
+    errors = working(lambda: (model.delete_adapter("guest"), model.add_adapter("guest", prefix), model(IDS)))
+    for _ in range(ROUNDS):
+        try:
+            assert torch.equal(model(IDS, adapter_names=["guest"]).logits, want)
+            met += 1
+        except ValueError as error:
+            if "no adapter 'guest'" not in str(error):
+                raise
+    errors.stop()
+    assert met
+
+
+@pytest.mark.parametrize("format", ["softkv", "peft"])
+def test_saves_to_one_folder(format: Any, model: softkv.SoftModel, tmp_path: Any) -> None:
+    """Whoever reads finds one save or the other, whole; the last one stays."""
+    model.add_adapter("alike", softkv.PTuningV2(length=2 if format == "peft" else 3))
+    folder = tmp_path / "adapter"
+
+    def save(name: str) -> None:
+        model.save_pretrained(folder, adapter_name=name, format=format)
+
+    save("other")
+    errors = [working(lambda name=name: save(name)) for name in ("other", "alike")]
+    wanted = [model.adapters[name].state_dict() for name in ("other", "alike")]
+
+    def is_one_of(wanted: list[Any]) -> bool:
+        model.add_adapter("read", folder)
+        found = model.adapters["read"].state_dict()
+        model.delete_adapter("read")
+        return any(same_state(found, each) for each in wanted)
+
+    for _ in range(ROUNDS // 5):
+        assert is_one_of(wanted)
+    for each in errors:
+        each.stop()
+    for name in ("other", "alike"):
+        save(name)
+        assert is_one_of([model.adapters[name].state_dict()])
+    assert not [path for path in folder.iterdir() if path.suffix == ".tmp"]
+
+
+def same_state(found: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> bool:
+    return all(name in want and torch.equal(value, want[name]) for name, value in found.items())
 
 
 def test_generate_in_many_threads(model: softkv.SoftModel) -> None:

@@ -151,11 +151,11 @@ def past_length(cache: Any) -> int:
     return 0 if cache is None else int(cache.get_seq_length())
 
 
-def buffer_length(cache: Any) -> tuple[int, ...]:
-    """The columns of a static cache's buffers; () where a cache has none."""
+def buffer_length(cache: Any, tokens: int) -> tuple[int, ...]:
+    """The columns of a static cache's buffers; () where a cache has none that would hold so many tokens."""
     lengths = [getattr(layer, "max_cache_len", None) for layer in getattr(cache, "layers", ())]
     known = [length for length in lengths if length is not None]
-    return (max(known),) if known else ()
+    return (max(known),) if known and max(known) >= tokens else ()
 
 
 def _rows_reordered(order: Tensor, rows: Tensor) -> Tensor:
