@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -48,6 +48,7 @@ class EncoderDecoderCall:
     ids: Tensor | None = None
     prompts: Unchanged | None = None
     model: Any = None
+    may_be_packed: ClassVar[bool] = False  # its rows are padded
 
     def context(self, site: Site) -> SoftContext:
         return self.contexts.get(site, SoftContext())
