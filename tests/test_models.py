@@ -24,6 +24,11 @@ SAMPLE = {
     "ctrl": "embeddings that the model writes into",
     "whisper": "a head that gives all logits",
 }
+MEDIA = {
+    "Llava": "images found by their ids",
+    "Qwen2_5_VL": "positions of three axes, counted by ids",
+    "Gemma3": "images that see all of themselves",
+}
 HEADS = {
     "masked/roberta": "positions that start behind padding's",
     "tokens/distilbert": "blocks without numbers",
@@ -42,6 +47,13 @@ def some(*names: str) -> dict[str, Any]:
 def test_model_is_right(name: str) -> None:
     methods = some("P-tuning v2", "Prompt-tuning, before", "Prompt-tuning, after")
     record = entries.check("causal", entries.entries("causal")[name], methods, peers=False)
+    assert kind_of(record) == "right", summary(record)
+
+
+@pytest.mark.parametrize("name", MEDIA)
+def test_rows_with_images_are_right(name: str) -> None:
+    methods = some("P-tuning v2", "Prompt-tuning, after", "P-tuning")
+    record = entries.check("media", entries.entries("media")[name], methods, peers=False)
     assert kind_of(record) == "right", summary(record)
 
 

@@ -58,7 +58,7 @@ def generated(bare: Any, model: Any, soft: SoftPrompt, given: list[Row], cache: 
 def _generate(bare: Any, model: Any, soft: SoftPrompt, given: list[Row], cache: str | None) -> str:
     prompts = [Row(row.ids[: row.prompt], row.prompt) for row in given]
     batch, _ = padded(prompts, "left")
-    out = model.generate(**batch, **_options(cache, STEPS))
+    out = model.generate(**batch, **generation_options(cache, STEPS))
     got, new = torch.stack(out.logits, 1), out.sequences[:, -STEPS:].tolist()
     longer = [Row([*row.ids, *new[r]], row.prompt) for r, row in enumerate(prompts)]
     wanted = [truth.alone(bare, soft, row)[row.prompt - 1 : -1] for row in longer]
@@ -70,14 +70,14 @@ def _base_generates(bare: Any, cache: str | None) -> bool:
     ids = torch.arange(5, 13).view(2, 4)
     mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
     try:
-        out = bare.generate(ids, attention_mask=mask, **_options(cache, 3))
+        out = bare.generate(ids, attention_mask=mask, **generation_options(cache, 3))
         wanted = bare(input_ids=out.sequences[:1, 1:]).logits[0, 2:-1]
     except Exception:
         return False
     return verdict([torch.stack(out.logits, 1)[0]], [wanted]) == "ok"
 
 
-def _options(cache: str | None, steps: int) -> dict[str, Any]:
+def generation_options(cache: str | None, steps: int) -> dict[str, Any]:
     return {
         "max_new_tokens": steps, "do_sample": False, "cache_implementation": cache, "disable_compile": True,
         "output_logits": True, "return_dict_in_generate": True,

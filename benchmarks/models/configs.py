@@ -7,6 +7,7 @@ import inspect
 from typing import Any
 
 VOCAB = 97
+IMAGE = MELS = 16  # pixels of an image's side, features of a sound
 WINDOW = 64  # of windowed layers: longer than the rows of the sweep, prefix included
 LARGEST = 8_000_000  # parameters: a config that is not shrunk is not built
 
@@ -46,6 +47,8 @@ _VALUES |= {
 }  # fmt: skip
 _WINDOWS = {name for name, size in _VALUES.items() if size == WINDOW}
 _TOKENS = {f"{kind}_token_id" for kind in ("image", "video", "audio", "vision_start", "vision_end")}
+
+_MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}
 
 # What an architecture wants beside: its layers have several kinds, or sizes depend on each other.
 _OWN: dict[str, dict[str, Any]] = {
@@ -92,6 +95,16 @@ _OWN: dict[str, dict[str, Any]] = {
                  "num_buckets": 4},
     "longcat_flash": {"num_layers": 2, "num_hidden_layers": 2, "zero_expert_num": 2, "num_attention_heads": 4,
                       "head_dim": 8, "qk_head_dim": 16, "num_key_value_heads": 4},
+    "voxtral_encoder": {"intermediate_size": 128},
+    "aria": {"projector_patch_to_query_dict": {4: 4}},
+    "paligemma": {"projection_dim": 32},
+    "gemma3": {"mm_tokens_per_image": 4},
+    "qwen2_vl": {"vision_config": {"depth": 1, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "mlp_ratio": 2,
+                                   "patch_size": 8}},
+    "qwen2_vl_text": _MROPE, "qwen2_5_vl_text": _MROPE, "qwen3_vl_text": _MROPE,
+    "qwen2_5_vl_vision": {"out_hidden_size": 32, "fullatt_block_indexes": [1], "window_size": 32},
+    "qwen3_vl_vision": {"out_hidden_size": 32, "deepstack_visual_indexes": [0], "num_position_embeddings": 16},
+    "qwen3_5_vision": {"out_hidden_size": 32, "num_position_embeddings": 16},
     "xlstm": {"hidden_size": 64, "num_heads": 2, "qk_dim_factor": 1.0, "v_dim_factor": 1.0,
               "mlstm_round_up_to_multiple_of": 8,
               "ffn_round_up_to_multiple_of": 8, "chunk_size": 16},

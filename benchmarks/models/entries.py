@@ -14,12 +14,12 @@ class Task:
     """
     Attributes:
         title: of its table in docs/models.md.
-        mapping: of transformers.
+        mapping: of transformers; None: classes that are listed.
         peft: the task's name in PEFT, or None where it has none.
     """
 
     title: str
-    mapping: str
+    mapping: str | None
     peft: str | None
 
 
@@ -29,6 +29,7 @@ TASKS = {
     "rows": Task("Sequence classification", "SEQUENCE_CLASSIFICATION", "SEQ_CLS"),
     "tokens": Task("Token classification", "TOKEN_CLASSIFICATION", "TOKEN_CLS"),
     "spans": Task("Question answering", "QUESTION_ANSWERING", "QUESTION_ANS"),
+    "media": Task("Images and sounds in rows", None, None),
 }
 
 
@@ -36,6 +37,10 @@ def entries(task: str) -> dict[str, str]:
     """Model types of the mapping, and the class of each."""
     from transformers.models.auto import modeling_auto
 
+    from .media import CLASSES
+
+    if TASKS[task].mapping is None:
+        return {name.removesuffix("ForConditionalGeneration"): name for name in CLASSES}
     names = getattr(modeling_auto, f"MODEL_FOR_{TASKS[task].mapping}_MAPPING_NAMES").items()
     return {kind: name if isinstance(name, str) else name[0] for kind, name in names}
 
@@ -44,12 +49,17 @@ def check(task: str, class_name: str, methods: Any = METHODS, *, peers: bool = T
     """The outcome of every check of every method on one model, and of PEFT's; or why it was not built."""
     import torch
 
-    from . import causal, heads, peft
+    from . import peft
+    from .causal import Causal, text_in_context
     from .configs import tiny_model
+    from .heads import Heads
+    from .media import Multimodal
 
-    subject: Subject = causal.Causal() if task == "causal" else heads.Heads(of_rows=task == "rows")
+    decodes = task in ("causal", "media")
+    others = {"causal": Causal(), "media": Multimodal(class_name)}
+    subject: Subject = others.get(task) or Heads(of_rows=task == "rows")
     try:
-        bare, model = (tiny_model(class_name, decodes=task == "causal") for _ in range(2))
+        bare, model = (tiny_model(class_name, decodes=decodes) for _ in range(2))
         with torch.no_grad():
             before = subject.bare(bare, torch.arange(5, 10)[None])
     except Exception as error:
@@ -59,7 +69,7 @@ def check(task: str, class_name: str, methods: Any = METHODS, *, peers: bool = T
     checks = {name: subject.check_method(bare, model, method) for name, method in methods.items()}
     record: dict[str, Any] = {"checks": checks}
     if task == "causal":
-        checks["text"] = {"text in context": outcome(lambda: causal.text_in_context(class_name))}
+        checks["text"] = {"text in context": outcome(lambda: text_in_context(class_name))}
     if peers and TASKS[task].peft is not None:
-        record["PEFT"] = peft.check(subject, bare, lambda: tiny_model(class_name, decodes=task == "causal"), task)
+        record["PEFT"] = peft.check(subject, bare, lambda: tiny_model(class_name, decodes=decodes), task)
     return record

@@ -30,6 +30,10 @@ class Subject:
     """Models that answer alike. What is said of a method starts with "ok", "refused: …" (a sentence of softkv's),
     "base: …" (the bare model can't either), "wrong: …" or "crash: …"."""
 
+    def rows(self, bare: Any, inline: bool) -> list[Row]:
+        """The rows that are given, with soft tokens at negative ids if `inline`."""
+        return rows(inline)
+
     def bare(self, model: Any, ids: Tensor) -> Tensor:
         """The answer of a bare model to a row `[1, T]`."""
         raise NotImplementedError
@@ -67,8 +71,8 @@ class Subject:
         with torch.no_grad():
             for parameter in soft.soft.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.3)
-        given = rows(inline=soft.soft.placement == "inline")
         try:
+            given = self.rows(bare, soft.soft.placement == "inline")
             found = [self.alone(bare, soft.soft, row) for row in given]
             loss = torch.stack([(one * direction(one)).sum() for one in found]).sum()
             gradients = torch.autograd.grad(loss, list(soft.soft.parameters()))

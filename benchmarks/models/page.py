@@ -27,7 +27,8 @@ answers as the text in context. *refused*: softkv says so in the sentence noted,
 `Prefix.from_text`. *no truth*: the bare model can't be run in a way that would tell. A note beside ✔ says what the bare
 model can't do either, or what is refused beside. *PEFT*: its prefix tuning, prompt tuning and P-tuning on rows padded
 on the right, gradients and `generate`: right, wrong answers without an error (*if padded*: rows of one length are
-right), or an error. An entry of the summary counts as the worst of its methods. `make models` makes this page.
+right), or an error. *Images and sounds*: one in each row, `generate` with a dynamic cache. An entry of the summary
+counts as the worst of its methods. `make models` makes this page.
 Run: {runs}.
 """
 

@@ -84,7 +84,15 @@ class DecoderHooks(Probed):
             kwargs = dict(zip(inspect.signature(decoder.forward).parameters, args, strict=False)) | kwargs
         context = call.context
         if call.embeds is not None:
-            kwargs["inputs_embeds"], kwargs["input_ids"] = call.embeds, None
+            given, embeds = kwargs.get("inputs_embeds"), call.embeds
+            if call.soft_at is not None and given is not None:
+                if given.shape[1] != embeds.shape[1]:
+                    raise ValueError(
+                        f"{type(self.base).__name__} gives its text model {given.shape[1]} columns for "
+                        f"{embeds.shape[1]} ids: expected an id for each embedding of an image or a sound"
+                    )
+                embeds = torch.where(call.soft_at[:, :, None], embeds.to(given), given)
+            kwargs["inputs_embeds"], kwargs["input_ids"] = embeds, None
         if call.prompts is not None:
             context = self._enter_generation(call, call.prompts, kwargs)
         if self.own is not None:

@@ -190,6 +190,17 @@ class Inputs:
             ids = torch.full(self.given, -1, device=self.embeds.device)
         return replace(self, ids=row_ids(ids, self.source, self.mask, pad), embeds=None)
 
+    def with_word_ids(self, word: int) -> tuple[Inputs, Tensor]:
+        """The rows as ids, with a word in place of each soft token, and where those are, `[B, T']`."""
+        assert self.tokens is not None
+        ids, soft = self.tokens.masked_fill(self.tokens < 0, word), self.tokens < 0
+        if self.source is not None:
+            N, source = ids.numel(), self.source
+            at = source.clamp(0, N - 1)
+            ids = ids.flatten()[at].masked_fill((source < 0) | (source >= N), word)
+            soft = (source >= N) | ((source >= 0) & soft.flatten()[at])
+        return replace(self, ids=ids, embeds=None), soft
+
     def continuing(self, state: CacheState, soft: RowTokens | None, *, windowed: bool) -> Inputs:
         """Tokens behind those of a cache.
 

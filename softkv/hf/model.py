@@ -237,13 +237,16 @@ class PromptedModel(Generating):
             context = self._hooks.encoding(context, soft, prompts, state.kv if keeps_cache else None, state.order)
         return_dict = kwargs.pop("return_dict", None)
         options = kwargs if labels is None else kwargs | {"labels": labels}
-        embeds = None  # what is not shown to a head, which finds the ends of rows by ids
+        embeds = soft_at = None  # what is not shown to a head, which finds the ends of rows by ids
         if self.answers == "row" and self.is_causal and module is self.base:
             embeds = inputs.embeds
             inputs = inputs if embeds is None else inputs.with_row_ids(self.base.config.get_text_config().pad_token_id)
+        elif self._hooks.word is not None and inputs.embeds is not None and inputs.tokens is not None:
+            embeds = inputs.embeds  # a wrapper finds images and counts positions by ids
+            inputs, soft_at = inputs.with_word_ids(self._hooks.word)
         keywords = inputs.keywords(options, logits_to_keep if module is self.base else None)
         given, kept = position_ids is not None, taken_from(keywords, self.base)
-        call = ModelCall(self._hooks, context, soft, positions_given=given, embeds=embeds, kept=kept)
+        call = ModelCall(self._hooks, context, soft, positions_given=given, embeds=embeds, soft_at=soft_at, kept=kept)
         output = self._hooks.run(call, module, **keywords, return_dict=True)
         if not inputs.past and output.get("past_key_values") is not None:
             state.store_on(output.past_key_values)

@@ -28,6 +28,7 @@ class ModelCall:
         positions_given: whether position ids are the user's own.
         model: the SoftModel, in a `generate`.
         embeds: `[B, T, C]`, what the decoder reads in place of the ids that reach it, or None.
+        soft_at: `[B, T]`, the only columns where it does, in a wrapper that has put images into others; None: all.
         kept: of what positions logits are wanted, where transformers has no argument for it.
     """
 
@@ -39,6 +40,7 @@ class ModelCall:
     positions_given: bool = False
     model: Any = None
     embeds: Tensor | None = None
+    soft_at: Tensor | None = None
     kept: Tensor | None = None
 
     @property

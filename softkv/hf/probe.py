@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -150,6 +151,12 @@ class Probed:
         rows, named = self.base.get_input_embeddings().num_embeddings, named_ids(self.base.config)
         ids = [token for token in range(1, rows) if token not in named][:TOKENS]
         return torch.tensor([(ids or [0]) * TOKENS], device=device_of(self.base))[:, :TOKENS]
+
+    @cached_property
+    def word(self) -> int | None:
+        """Of a wrapper around a text model, the id of a word, which stands in for soft tokens; else None."""
+        config = self.base.config
+        return None if config.get_text_config() is config else int(self._few_tokens()[0, 0])
 
     def _pads(self, decoder: nn.Module, ids: Tensor, row: Tensor) -> bool:
         """Whether a row behind padding is the same row: some states take padding for tokens."""
