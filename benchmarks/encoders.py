@@ -5,7 +5,7 @@ BERT is all-MiniLM-L6-v2 (Apache-2.0, 22.7 million parameters, 6 layers) out of 
 installed. RoBERTa is the same weights in RoBERTa's classes: its positions begin past the row for padding, its head has
 a layer more. The drawn heads are trained by all methods, a batch at a time, the same rows in the same order.
 
-    python -m benchmarks.encoders [--steps 150]
+    python -m benchmarks.encoders [--steps 400]
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ PAD = 1  # of RoBERTa: an unused id of the vocabulary
 # What is trained (None: a method of softkv's is not), and the learning rate.
 WAYS: dict[str, tuple[Method | None, float]] = {
     "frozen encoder, head alone": (None, 1e-2),
-    "P-tuning v2, 16 slots": (softkv.PTuningV2(length=16, init="vocabulary"), 1e-2),
-    "prompt tuning, 16 tokens before": (softkv.PromptTuning(length=16, position="before"), 1e-2),
+    "P-tuning v2, 8 slots": (softkv.PTuningV2(length=8), 1e-2),
+    "prompt tuning, 8 tokens before": (softkv.PromptTuning(length=8, position="before"), 1e-2),
     "fine-tuning": (None, 2e-4),
 }
 
@@ -140,7 +140,7 @@ def run(make: Any, folder: Path, way: str, train: Any, test: Any, steps: int, sc
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--test-rows", type=int, default=1000)
     options = parser.parse_args()
     settings = {"steps": options.steps, "batch": BATCH, "tokens": TOKENS, "test_rows": options.test_rows}
