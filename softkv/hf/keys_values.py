@@ -24,6 +24,11 @@ def keys_and_values(model: Any, *, standing_in: bool, **inputs: Tensor) -> tuple
     Raises:
         ValueError: when softkv can't reach the model's attention, or K/V alone can't stand for its tokens.
     """
+    if model.config.is_encoder_decoder:
+        raise ValueError(
+            f"a text in front is of causal decoders, {type(model).__name__} is an encoder-decoder, whose encoder sees "
+            'what follows: expected PTuningV2(init="text") as a start, or the text in the rows'
+        )
     hooks = DecoderHooks(model, None)
     try:
         BaseState.freeze(model, hooks)

@@ -223,6 +223,18 @@ def test_inputs_that_do_not_fit() -> None:
         softkv.attach(causal("Llama"), softkv.PTuningV2(length=2, where="decoder"))
 
 
+def test_a_text_in_front_is_refused() -> None:
+    from tests.hf.tiny import tokenizer
+
+    for take in (softkv.Prefix.from_text, lambda model, tokens, text: softkv.bake(model, tokenizer=tokens, text=text)):
+        with pytest.raises(ValueError, match="a text in front is of causal decoders"):
+            take(model_of("T5"), tokenizer(), "w5 w6")
+    with pytest.raises(ValueError, match="expects a causal decoder"):
+        softkv.bake(softkv.attach(model_of("T5"), METHODS["prompt-tuning before"]))
+    with pytest.raises(ValueError, match="expected a method or a folder, got a Prefix"):
+        softkv.attach(model_of("T5"), softkv.Prefix(torch.zeros(2, 1, 4, 3, 8), torch.zeros(2, 1, 4, 3, 8)))
+
+
 def test_copies_and_two_models_on_one_base() -> None:
     base = model_of("Bart")
     one, two = (softkv.attach(base, METHODS[kind]) for kind in ("v2 everywhere", "v2 across"))

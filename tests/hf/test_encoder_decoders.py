@@ -77,8 +77,12 @@ def labels_of(written: list[list[int]]) -> Tensor:
     return torch.tensor([row + [-100] * (width - len(row)) for row in written])
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("kind", METHODS)
+# Every method where position biases, scales and the start of a decoder differ; elsewhere one of each kind.
+WHOLE = ("T5", "Bart", "MBart: scaled embeddings", "Pegasus: sinusoids, scaled outside the table")
+CASES = [(name, kind) for name in NAMES for kind in METHODS if name in WHOLE or kind in ("v2 everywhere", "p-tuning")]
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
 def test_equals_the_naive_truth(name: str, kind: str) -> None:
     """Logits, loss and gradients; padding on either side."""
     method = METHODS[kind]
@@ -101,7 +105,7 @@ def test_equals_the_naive_truth(name: str, kind: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_generates_as_the_naive_truth(name: str) -> None:
-    for kind in ("v2 everywhere", "v2 in the decoder", "prompt-tuning before", "p-tuning"):
+    for kind in ("v2 everywhere", "p-tuning"):
         method = METHODS[kind]
         rows = rows_of(method)
         model, bare = attached(name, method), model_of(name, dtype=torch.float64)

@@ -57,8 +57,12 @@ def compare(got: Any, want: tuple[Tensor, Tensor]) -> None:
     assert torch.equal(tokens, want[1])
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("kind", KINDS)
+CASES = [
+    (name, kind) for name in NAMES for kind in KINDS if name in ("T5", "Bart") or kind in ("prefix tuning", "P-tuning")
+]
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
 def test_from_peft(name: str, kind: str, tmp_path: Path) -> None:
     base = bare(name, 3)
     theirs = in_peft(base, kind)

@@ -183,18 +183,17 @@ class Probe:
 
     @torch.no_grad()
     def _encode(self, call: EncoderDecoderCall, **inputs: Tensor) -> Tensor:
-        return _states(self.hooks.run(call, self.encoder, **inputs))
+        return self._run(call, self.encoder, **inputs)
 
     @torch.no_grad()
     def _decode(
         self, call: EncoderDecoderCall, states: Tensor, written: Tensor | None = None, **inputs: Tensor
     ) -> Tensor:
         ids = self.written if written is None else written
-        output = self.hooks.run(
-            call, self.decoder, input_ids=ids, encoder_hidden_states=states, use_cache=False, **inputs
-        )
-        return _states(output)
+        return self._run(call, self.decoder, input_ids=ids, encoder_hidden_states=states, use_cache=False, **inputs)
 
-
-def _states(output: Any) -> Tensor:
-    return output if isinstance(output, Tensor) else output[0]
+    def _run(self, call: EncoderDecoderCall, stack: Any, **inputs: Any) -> Tensor:
+        """States `[1, T, C]`, in the model's own precision."""
+        with torch.autocast(self.ids.device.type, enabled=False):
+            output = self.hooks.run(call, stack, **inputs)
+        return output if isinstance(output, Tensor) else output[0]
