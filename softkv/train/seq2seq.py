@@ -16,7 +16,8 @@ class Seq2SeqTrainer(Trainer, transformers.Seq2SeqTrainer):
     `transformers.Seq2SeqTrainingArguments`.
 
     Example:
-        >>> config = transformers.T5Config(d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=4, vocab_size=50)
+        >>> sizes = {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 4, "vocab_size": 50}
+        >>> config = transformers.T5Config(**sizes, dropout_rate=0.0, decoder_start_token_id=0)
         >>> t5 = transformers.T5ForConditionalGeneration(config)
         >>> model = softkv.attach(t5, softkv.PromptTuning(length=4, position="before"))
         >>> rows = [{"input_ids": [5, 6, 1], "labels": [7, 1]}]

@@ -146,7 +146,8 @@ class PromptedEncoderDecoder(PromptedModel):
                 prompts of the encoder have not seen; on `output_attentions`.
 
         Example:
-            >>> config = transformers.T5Config(d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=4, vocab_size=50)
+            >>> sizes = {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 4, "vocab_size": 50}
+            >>> config = transformers.T5Config(**sizes, dropout_rate=0.0, decoder_start_token_id=0)
             >>> t5 = transformers.T5ForConditionalGeneration(config)
             >>> model = softkv.attach(t5, softkv.PTuningV2(length=4, where=("decoder", "cross")))
             >>> output = model(torch.tensor([[5, 6, 1]]), labels=torch.tensor([[7, 1]]))
