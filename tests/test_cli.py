@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from softkv import attach
 from softkv.cli import app
-from softkv.cli.methods import CHOICES, Sizes, explained
+from softkv.cli.methods import explained, learned_values, shape_of
 from softkv.io import checkpoint
 from softkv.methods import METHODS
 from softkv.train.data import Columns, read_filled, read_rows
@@ -238,12 +238,12 @@ def test_methods() -> None:
     assert "prompt-tuning" not in said
 
 
-@pytest.mark.parametrize("name", CHOICES)
+@pytest.mark.parametrize("name", METHODS)
 def test_methods_counts_what_is_learned(name: str) -> None:
     base = model_of("Llama")
     method = METHODS[name](template="[X] [P1][P2][P3] [Y]") if name == "p-tuning" else METHODS[name](length=3)
     learned = attach(base, method, tokenizer=tokenizer()).num_trainable()
-    assert CHOICES[name].count(Sizes.of(base.config.to_dict()), 3) == learned
+    assert learned_values(METHODS[name], shape_of(base.config.to_dict()), 3) == learned
 
 
 @pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)

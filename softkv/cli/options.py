@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from enum import Enum
 from typing import Annotated, Any
 
 import typer
@@ -12,13 +11,18 @@ import typer
 from softkv.cli.console import fail
 
 
-class MethodName(str, Enum):
-    PROMPT_TUNING = "prompt-tuning"
-    P_TUNING = "p-tuning"
-    PREFIX_TUNING = "prefix-tuning"
-    P_TUNING_V2 = "p-tuning-v2"
+def method_name(text: str) -> str:
+    """A name that is in `softkv.methods.METHODS`, which is read as late as this: it imports torch."""
+    from softkv.methods import METHODS
+
+    if text not in METHODS:
+        raise typer.BadParameter(f"expected one of {', '.join(METHODS)}, got {text!r}")
+    return text
 
 
+MethodName = Annotated[
+    str, typer.Option(parser=method_name, metavar="METHOD", help="Soft-prompt method (softkv methods lists them).")
+]
 Model = Annotated[str | None, typer.Option("--model", "-m", help="Base: a folder or an id on the Hugging Face Hub.")]
 Adapter = Annotated[str, typer.Argument(help="Folder of a trained soft prompt, or an id on the Hugging Face Hub.")]
 Data = Annotated[str, typer.Option("--data", "-d", help=".jsonl, .json, .csv or .tsv file, or a data set's name.")]

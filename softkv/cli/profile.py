@@ -188,7 +188,7 @@ def trace(
     model: Annotated[str, typer.Option("--model", "-m", help="Folder or Hugging Face Hub id of the base.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of trace.json and memory.png.")],
     what: Annotated[What, typer.Option(help="Training steps, or one generation.")] = What.TRAIN,
-    method: Annotated[MethodName, typer.Option(help="prompt-tuning stands before the rows.")] = MethodName.P_TUNING_V2,
+    method: MethodName = "p-tuning-v2",
     length: Annotated[int, typer.Option("--length", "-P", min=1, help="Slots, or soft tokens.")] = 64,
     batch: Annotated[int, typer.Option("--batch", "-B", min=1, help="Rows of random tokens.")] = 8,
     tokens: Annotated[int, typer.Option("--tokens", "-T", min=2, help="Of a row.")] = 256,
@@ -210,22 +210,12 @@ def trace(
 
     import softkv
     from softkv.cli.loading import load_model, on_device
-    from softkv.methods import PTuning
+    from softkv.methods import METHODS
     from softkv.profiling import trace as tracing
 
-    marks = "".join(f"[P{i}]" for i in range(1, length + 1))
-    methods: dict[str, Any] = {
-        "p-tuning-v2": lambda: softkv.PTuningV2(length=length),
-        "prefix-tuning": lambda: softkv.PrefixTuning(length=length),
-        "prompt-tuning": lambda: softkv.PromptTuning(length=length, position="before", init="random"),
-        "p-tuning": lambda: PTuning(template=f"{marks} [X] [Y]"),
-    }
     base = on_device(load_model(model, dtype), device)
-    soft_model = softkv.attach(base, methods[method.value]())
+    soft_model = softkv.attach(base, METHODS[method].of_length(length))
     data = tracing.rows(soft_model, batch, tokens, answer)
-    if method is MethodName.P_TUNING:  # its soft tokens stand in the rows
-        for row in data:
-            row["input_ids"][:0], row["labels"][:0] = range(-1, -length - 1, -1), [-100] * length
     with err.status("running…"):
         if what is What.TRAIN:
             found = tracing.train(soft_model, data, batch, steps)
@@ -263,7 +253,7 @@ def plan(
         str,
         typer.Option("--model", "-m", help="Folder with a config.json, id on the Hub, or a preset: llama-3.1-405b…"),
     ],
-    method: Annotated[MethodName, typer.Option(help="prompt-tuning stands before the rows.")] = MethodName.P_TUNING_V2,
+    method: MethodName = "p-tuning-v2",
     length: Annotated[int, typer.Option("--length", "-P", min=1, help="Slots, or soft tokens.")] = 64,
     batch: Annotated[int, typer.Option("--batch", "-B", min=1, help="Rows of a step, over all devices.")] = 16,
     tokens: Annotated[
@@ -300,7 +290,7 @@ def plan(
     with err.status(f"running the step of {escape(model)} without values…"):
         job = planning.Job(
             planning.config_of(model),
-            method.value,
+            method,
             length,
             batch,
             (tokens or 1024) if lengths is None else _lengths(lengths),
@@ -351,7 +341,7 @@ def _show_plan(model: str, content: dict[str, Any]) -> None:
         style = "bold" if key == "total" else None
         table.add_row(label, size(softkv[key]), size(other[key]) if other else "not possible", ratio, style=style)
     out.print(table)
-    out.print("Counted on the meta device, not measured; what an allocator rounds up and a driver keeps comes on top.")
+    out.print("Counted on the shapes of tensors, not measured; what an allocator rounds up and a driver keeps comes on top.")
 
 
 def _bytes(count: int) -> str:

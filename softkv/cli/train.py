@@ -63,7 +63,7 @@ class Loss(str, Enum):
 def train(
     data: Data,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the soft prompt and its checkpoints.")],
-    method: Annotated[MethodName, typer.Option(help="Soft-prompt method.")] = MethodName.P_TUNING_V2,
+    method: MethodName = "p-tuning-v2",
     model: Model = None,
     config: Config = None,
     template: Annotated[
@@ -124,7 +124,7 @@ def train(
         fail(f"--output expects a folder, got the file {output}")
     # What may be wrong is looked for before seconds are spent on imports, and minutes on a base.
     online = check_base(model, dtype)
-    chosen = method_of(method.value, set, length=length, init_text=init_text, template=template)
+    chosen = method_of(method, set, length=length, init_text=init_text, template=template)
     reader: Any = read_rows
     if task is None:
         columns = columns_of(chosen.template, answer, field, prompt, verbalizer)

@@ -37,8 +37,7 @@ from softkv.io.peft_pairs import of_decoder
 from softkv.io.safe_files import check_values, checksum, read_tensors
 from softkv.methods import METHODS, PTuningV2
 from softkv.methods.base import BaseShape, FrozenModel, Method, SoftPrompt
-from softkv.methods.matrices import empty_matrices
-from softkv.prefix import Prefix
+from softkv.methods.placeholder import Placeholder
 
 _FIXED = tuple(name for name in SHAPE if name != "vocab_size")  # tokens may be added: no learned shape depends on it
 _SIZES = ("encoder_size", "reparametrize_size")
@@ -261,7 +260,7 @@ class Saved(Method):
             self.tensors = {"k": k, "v": v}
         self.tensors = of_decoder(self.method, self.tensors, base.shape.layers) if self.is_peft else self.tensors
         self.tensors = with_narrow_values(self.config, self.tensors, base.shape)
-        placeholder, folded = _Placeholder(base.shape), self.config["folded"]
+        placeholder, folded = Placeholder(base.shape), self.config["folded"]
         encodes_rows = getattr(self.method, "encoder", None) and isinstance(self.method, PTuningV2)
         # A config may promise more than the tensors hold, and more than there is memory.
         if encodes_rows or not folded:
@@ -283,26 +282,6 @@ class Saved(Method):
         sizes = {name: getattr(self.method, name, None) or 0 for name in ("length", *_SIZES)}
         if sizes["length"] > (most_slots or total) or any(sizes[name] ** 2 > total for name in _SIZES):
             raise ValueError(f"the adapter's tensors don't fit its config: {total:,} values for {sizes}")
-
-
-class _Placeholder:
-    """A frozen model of which only the shape is known: what else is asked of it only gives values that saved ones
-    replace."""
-
-    def __init__(self, shape: BaseShape) -> None:
-        self.shape = shape
-
-    def embed(self, ids: Tensor) -> Tensor:
-        return torch.ones(*ids.shape, self.shape.embedding_size)
-
-    def prefix_of(self, ids: Tensor, *, standing_in: bool = True) -> Prefix:
-        return Prefix(*empty_matrices(self.shape, self.shape.layers, len(ids)), window_covers=True)
-
-    def words(self) -> Tensor:
-        return torch.zeros(1, dtype=torch.long)
-
-    def tokenize(self, text: str, special: bool = False) -> list[int]:
-        return [0]
 
 
 def _check_type(saved: dict[str, Any], model: Any) -> None:

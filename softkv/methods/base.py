@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from softkv.methods.template import Template, end_ids
 from softkv.prefix import Prefix
@@ -79,10 +80,20 @@ class Method(ABC):
 
     Attributes:
         in_rows: whether all that is learned are soft tokens inside rows, which need no attention of softkv's.
+        suits: when to take this method, in a line of `softkv methods`.
+        learns: the number of trainable values, as a formula.
     """
 
     template: str
     in_rows: ClassVar[bool] = False
+    suits: ClassVar[str] = ""
+    learns: ClassVar[str] = ""
+
+    @classmethod
+    def of_length(cls, length: int) -> Self:
+        """The method with `length` soft tokens or slots and a random start: what is planned and profiled, where values
+        don't matter."""
+        return cls(length=length)  # type: ignore[call-arg]
 
     @abstractmethod
     def build(self, base: FrozenModel, *, folded: bool = False) -> SoftPrompt:

@@ -35,8 +35,13 @@ class LSTMEncoder(nn.Module):
         at = torch.arange(hidden.shape[1], device=hidden.device).expand(mask.shape)
         mirrored = torch.where(mask, mask.sum(1, keepdim=True) - 1 - at, at)[:, :, None]
         right, _ = self.forwards(hidden)
-        left, _ = self.backwards(hidden.take_along_dim(mirrored, 1))
-        return torch.cat([right, left.take_along_dim(mirrored, 1)], -1)
+        left, _ = self.backwards(_rows_at(hidden, mirrored))
+        return torch.cat([right, _rows_at(left, mirrored)], -1)
+
+
+def _rows_at(x: Tensor, at: Tensor) -> Tensor:
+    """`x [R, M, C]` at the positions `at [R, M, 1]`. (`take_along_dim` would keep an index of x's size for backward.)"""
+    return x.gather(1, at.expand(x.shape))
 
 
 class AttentionEncoder(nn.Module):

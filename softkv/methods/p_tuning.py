@@ -10,6 +10,7 @@ from typing import ClassVar, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from softkv.methods import initial
 from softkv.methods.base import Computed, FrozenModel, Method, SoftPrompt, SoftTokens
@@ -50,6 +51,14 @@ class PTuning(Method):
     encoder_size: int = 256
     prompt_text: str | None = None
     in_rows: ClassVar[bool] = True
+    suits: ClassVar[str] = (
+        "soft tokens at places of a template; learns through an encoder, which is dropped afterwards: n·C values stay"
+    )
+    learns: ClassVar[str] = "n·C and the encoder's"
+
+    @classmethod
+    def of_length(cls, length: int) -> Self:
+        return cls(template="".join(f"[P{i}]" for i in range(1, length + 1)) + " [X] [Y]")
 
     def __post_init__(self) -> None:
         if not self.length:

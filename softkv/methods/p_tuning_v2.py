@@ -4,7 +4,7 @@ matrices or made by an encoder from each row's prompt."""
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from torch import nn
 
@@ -88,6 +88,10 @@ class PTuningV2(Method):
     continues: bool = False
     where: tuple[Site, ...] | None = None
     template: str = "[X] [Y]"
+    suits: ClassVar[str] = (
+        "the usual choice; learns most, above all from a text (--init-text) or from --set init=vocabulary"
+    )
+    learns: ClassVar[str] = "2·n·G·D·L"
 
     def __post_init__(self) -> None:
         check_matrices(

@@ -4,6 +4,7 @@ arXiv:2101.00190), here with one pair of matrices that all layers share."""
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from softkv.methods import initial
 from softkv.methods.base import FrozenModel, Method, SoftMatrices, SoftPrompt
@@ -56,6 +57,8 @@ class PrefixTuning(Method):
     reparametrize_size: int | None = None
     where: tuple[Site, ...] | None = None
     template: str = "[X] [Y]"
+    suits: ClassVar[str] = "the smallest prefix, one pair of matrices for all layers; learns least"
+    learns: ClassVar[str] = "2·n·G·D"
 
     def __post_init__(self) -> None:
         check_matrices(

@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from softkv.methods import initial
 from softkv.methods.base import FrozenModel, Method, SoftTokens
@@ -41,6 +42,12 @@ class PromptTuning(Method):
     init_text: str | None = None
     template: str = "[X] [Y]"
     in_rows: ClassVar[bool] = True
+    suits: ClassVar[str] = "the fewest values, any causal model; learns well on large bases, with a rate of about 3e-2"
+    learns: ClassVar[str] = "n·C"
+
+    @classmethod
+    def of_length(cls, length: int) -> Self:
+        return cls(length=length, position="before", init="random")
 
     def __post_init__(self) -> None:
         initial.check_init(self.init, self.init_text, self.length)

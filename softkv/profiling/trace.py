@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import transformers
 from torch.profiler import ProfilerActivity, profile
 
@@ -35,9 +36,14 @@ class Line:
 
 
 def rows(model: SoftModel, count: int, tokens: int, answer: int) -> list[dict[str, Any]]:
-    """Rows of random ids: what a step costs does not depend on them."""
+    """Rows of random ids, behind soft tokens where the method has some in them: what a step costs does not depend on
+    the ids."""
     ids = torch.randint(0, model.config.get_text_config().vocab_size, (count, tokens), generator=torch.Generator())
     labels = torch.where(torch.arange(tokens) < tokens - answer, -100, ids)
+    if model.soft.placement == "inline":
+        length = model.soft.config.length  # type: ignore[attr-defined]
+        ids = torch.cat([-torch.arange(1, length + 1).expand(count, -1), ids], 1)
+        labels = F.pad(labels, (length, 0), value=-100)
     return [{"input_ids": row, "labels": label} for row, label in zip(ids.tolist(), labels.tolist(), strict=True)]
 
 

@@ -1,6 +1,5 @@
 """What `softkv plan` says the kernels allocate for themselves is what they allocate."""
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 import softkv.kernels as engine
 from softkv.kernels import compile as offline
 from softkv.kernels.launch import target_of
+from softkv.methods.base import BaseShape
 from softkv.profiling import plan as planning
 from softkv.profiling.allocations import peak
 from tests.kernels.test_kernels import DEVICE
@@ -40,8 +40,7 @@ def test_a_backward_allocates_what_is_planned(encoder: Any, split: bool, monkeyp
     monkeypatch.setitem(offline.TARGETS, "here", (None, target_of(q)))
     config = transformers.LlamaConfig(hidden_size=H * D, num_attention_heads=H, num_key_value_heads=G)
     job = planning.Job(config, "p-tuning-v2", P, 4, LENGTHS, 1, torch.float32, encoder=encoder, target="here")
-    monkeypatch.setattr(planning, "shape_of", lambda base: SimpleNamespace(kv_heads=G, head_dim=D, value_dim=D))
-    planned = planning._kernels(job, SimpleNamespace(config=config), packed=True)
+    planned = planning._kernels(job, BaseShape(1, G, D, D, H * D, H * D, 100), packed=True)
     if DEVICE == "cuda":  # blocks are rounded up, and more multiprocessors split more
         assert planned <= allocated < planned + BLOCK * MOST_BLOCKS
         return
