@@ -1,4 +1,4 @@
-"""What `softkv plan` counts on the meta device is what a step on real tensors allocates and computes."""
+"""What `softkv plan` counts on shapes alone is what a step on real tensors allocates and computes."""
 
 import json
 from collections.abc import Iterator
@@ -271,6 +271,7 @@ def test_other_architectures_and_those_that_softkv_cannot_run() -> None:
     with pytest.raises(ValueError, match="expected the config of a causal language model, got 't5'"):
         plan(Job(transformers.T5Config(), *common))
     bloom = transformers.BloomConfig(vocab_size=300, hidden_size=32, n_layer=2, n_head=4)
+    assert plan(Job(bloom, "prompt-tuning", *common[1:]))["softkv"].total > 0  # inside its rows
     with pytest.raises(ValueError, match="softkv can't run a BloomForCausalLM, so there is nothing to plan"):
         plan(Job(bloom, *common))
 

@@ -341,7 +341,9 @@ def _show_plan(model: str, content: dict[str, Any]) -> None:
         style = "bold" if key == "total" else None
         table.add_row(label, size(softkv[key]), size(other[key]) if other else "not possible", ratio, style=style)
     out.print(table)
-    out.print("Counted on the shapes of tensors, not measured; what an allocator rounds up and a driver keeps comes on top.")
+    out.print(
+        "Counted on the shapes of tensors, not measured; what an allocator rounds up and a driver keeps comes on top."
+    )
 
 
 def _bytes(count: int) -> str:

@@ -40,7 +40,7 @@ class LSTMEncoder(nn.Module):
 
 
 def _rows_at(x: Tensor, at: Tensor) -> Tensor:
-    """`x [R, M, C]` at the positions `at [R, M, 1]`. (`take_along_dim` would keep an index of x's size for backward.)"""
+    """`x [R, M, C]` at the positions `at [R, M, 1]`. (`take_along_dim` would save an index as large as x.)"""
     return x.gather(1, at.expand(x.shape))
 
 

@@ -164,11 +164,12 @@ def config_of(model: str) -> Any:
 
 
 def plan(job: Job) -> dict[str, Cost]:
-    """The cost of "softkv" and of "concatenating"; not of the latter where it can't be: under checkpointing,
-    transformers drops the cache that would carry a concatenated prefix."""
+    """The cost of "softkv" and of "concatenating"; not of the latter where it can't be: a prefix is concatenated in
+    transformers' cache, which checkpointing drops, and where multi-head latent attention keeps no keys and values."""
     soft, shapes = _model(job)
     steps = dict(STEPS)
-    if job.checkpointing and soft.soft.placement is None:
+    latent = getattr(job.config.get_text_config(), "kv_lora_rank", None) is not None
+    if soft.soft.placement is None and (job.checkpointing or latent):
         del steps["concatenating"]
     return {name: _cost(job, soft, _run(job, soft, shapes, step), name) for name, step in steps.items()}
 
@@ -331,6 +332,8 @@ def _cost(job: Job, soft: SoftModel, counted: Counted, name: str) -> Cost:
 
 def _kernels(job: Job, shape: BaseShape, *, packed: bool, inline: int = 0) -> int:
     """Bytes that softkv's Triton launchers allocate for themselves in one layer's backward of attention."""
+    if not shape.kv_heads:
+        return 0  # the base keeps its own attention, or has layers of several shapes
     H, G, D = job.config.get_text_config().num_attention_heads, shape.kv_heads, shape.head_dim
     widths = D, shape.value_dim
     lengths = [length + inline for length in job.lengths] if packed else [job.longest + job.length] * job.rows
