@@ -64,7 +64,7 @@ constraints: $(READY)
 
 # Every kernel for every target: registers, spills, shared memory, occupancy (minutes; goes on where it stopped).
 compile-matrix: $(READY)
-	$(BIN)/python -m softkv.kernels.compile --all --write benchmarks/results/compile_matrix.json --table docs/compile_matrix.md
+	$(BIN)/python -m softkv.profiling.matrix --all --write benchmarks/results/compile_matrix.json --table docs/compile_matrix.md
 
 # Breaks the kernels on purpose, one line at a time: every mutant must be caught (about 10 minutes).
 mutants: $(READY)

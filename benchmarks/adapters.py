@@ -12,7 +12,6 @@ listed and not timed; the others run in turn, and ratios are taken round by roun
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -56,7 +55,7 @@ def cases(quick: bool) -> dict[str, AdapterCase]:
     return QUICK if quick else CASES
 
 
-class Job(ModelJob):
+class AdaptersJob(ModelJob):
     """One base with as many adapters as rows in softkv, another in PEFT with the same values, and the prompts."""
 
     def __init__(self, case: AdapterCase, settings: ModelSettings) -> None:
@@ -109,13 +108,13 @@ def run(
     chosen: dict[str, AdapterCase], seconds: float, settings: ModelSettings, command: str
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """(name, record) of each case."""
-    job = Job(next(iter(chosen.values())), settings)
+    job = AdaptersJob(next(iter(chosen.values())), settings)
     about = {"machine": machine(settings.device), "command": command, "settings": asdict(settings)}
     for name, case in chosen.items():
         yield name, measure(job, case, seconds) | about
 
 
-def measure(job: Job, case: AdapterCase, seconds: float) -> dict[str, Any]:
+def measure(job: AdaptersJob, case: AdapterCase, seconds: float) -> dict[str, Any]:
     """Seconds of every provider whose tokens are softkv's."""
     providers = job.providers(case)
     tokens = {name: run() if case.mode == "generation" else run().argmax(-1) for name, run in providers.items()}
@@ -134,9 +133,3 @@ def measure(job: Job, case: AdapterCase, seconds: float) -> dict[str, Any]:
         },
         "absent": absent,
     }
-
-
-if __name__ == "__main__":
-    from softkv.cli.bench import app
-
-    app(["adapters", *sys.argv[1:]])

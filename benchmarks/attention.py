@@ -7,7 +7,6 @@ row); longer calls cold.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -28,7 +27,7 @@ _TRIAL_ROUNDS = 2
 
 
 @dataclass(frozen=True)
-class Settings:
+class AttentionSettings:
     """How cases are measured; all of it is in the results."""
 
     device: str
@@ -36,7 +35,7 @@ class Settings:
     seconds: float
 
     @classmethod
-    def of(cls, device: str, quick: bool) -> Settings:
+    def of(cls, device: str, quick: bool) -> AttentionSettings:
         return cls(device, "bfloat16" if device == "cuda" else "float32", 0.01 if quick else 1.0)
 
 
@@ -53,7 +52,9 @@ def sweeps(device: str, quick: bool) -> dict[str, Sweep]:
     return QUICK if quick else {"cpu": CPU, "cuda": CUDA}[device]
 
 
-def run(cases: list[AttentionCase], settings: Settings, command: str, quick: bool = False) -> Iterator[tuple[str, Any]]:
+def run(
+    cases: list[AttentionCase], settings: AttentionSettings, command: str, quick: bool = False
+) -> Iterator[tuple[str, Any]]:
     """(name, record) of each case."""
     clock = clock_of(settings.device)
     about = {"machine": machine(settings.device), "command": command, "settings": asdict(settings)}
@@ -67,7 +68,7 @@ def run(cases: list[AttentionCase], settings: Settings, command: str, quick: boo
         yield case.name, measure(case, settings, clock) | about | {"peak": peak}
 
 
-def measure(case: AttentionCase, settings: Settings, clock: Clock) -> dict[str, Any]:
+def measure(case: AttentionCase, settings: AttentionSettings, clock: Clock) -> dict[str, Any]:
     dtype = getattr(torch, settings.dtype)
     problem = AttentionProblem.random(case.shape, case.mode, settings.device, dtype)
     direction = torch.randn_like(problem.q)
@@ -155,9 +156,3 @@ def largest_error(got: list[Tensor], wanted: list[Tensor]) -> float:
     """The largest difference in any result, as a part of the largest number in it."""
     errors = [(a - b).abs().max() / b.abs().max() for a, b in zip(got, wanted, strict=True)]
     return torch.stack(errors).max().item()  # NaN if any is
-
-
-if __name__ == "__main__":
-    from softkv.cli.bench import app
-
-    app(["attention", *sys.argv[1:]])

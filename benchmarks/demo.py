@@ -138,7 +138,7 @@ def train(name: str, steps: int = 40) -> None:
     examples = _examples(soft_model.method, tokenizer, movie_snippets.read("train"))
     ends: list[float] = []
 
-    class Clock(TrainerCallback):
+    class StepTimes(TrainerCallback):
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             ends.append(time.perf_counter())
 
@@ -158,7 +158,7 @@ def train(name: str, steps: int = 40) -> None:
         disable_tqdm=False,
         dataloader_pin_memory=False,
     )
-    trainer = softkv.Trainer(soft_model, arguments, train_dataset=examples, callbacks=[Clock])
+    trainer = softkv.Trainer(soft_model, arguments, train_dataset=examples, callbacks=[StepTimes])
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(ProgressBar)
     trainer.train()

@@ -12,7 +12,6 @@ PEFT is timed when it gives the same tokens as softkv.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -49,7 +48,7 @@ def cases(device: str, quick: bool) -> dict[str, GenerationCase]:
     return QUICK if quick else {"cpu": CPU, "cuda": CUDA}[device]
 
 
-class Job(ModelJob):
+class GenerationJob(ModelJob):
     """One provider's `generate`; `step(i)` answers batch i and gives the new tokens."""
 
     def __init__(self, case: GenerationCase, provider: str, settings: ModelSettings) -> None:
@@ -102,7 +101,7 @@ def measure(
     case: GenerationCase, rounds: int, settings: ModelSettings, progress: Callable[[int], None]
 ) -> dict[str, Any]:
     """Seconds, tokens and peak memory of every provider of a case."""
-    makers = {provider: partial(Job, case, provider, settings) for provider in PROVIDERS}
+    makers = {provider: partial(GenerationJob, case, provider, settings) for provider in PROVIDERS}
     turns = take_turns(makers, rounds, accept=same_tokens, progress=progress)
     if "softkv" in turns.absent:
         raise RuntimeError(f"softkv failed at {case.title}: {turns.absent['softkv']}")
@@ -125,9 +124,3 @@ def same_tokens(first: dict[str, Any]) -> dict[str, str]:
     pairs = zip(first["softkv"], first["PEFT"], strict=True)
     differ = sum(a != b for a, b in pairs)
     return {"PEFT": f"its tokens differ from softkv's in {differ} of {len(first['softkv'])} rows"}
-
-
-if __name__ == "__main__":
-    from softkv.cli.bench import app
-
-    app(["generate", *sys.argv[1:]])

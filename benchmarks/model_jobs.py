@@ -32,7 +32,7 @@ def fetch(settings: ModelSettings) -> None:
 
 
 class ModelJob:
-    """A provider in a process of its own (`processes.Job`)."""
+    """A provider in a process of its own (`processes.TimedJob`)."""
 
     def __init__(self, settings: ModelSettings) -> None:
         import torch

@@ -14,7 +14,7 @@ _PRELOADED = ["softkv", "peft", "transformers.models.llama.modeling_llama"]  # i
 _MEMORY_SHARE = 0.9  # of what is free: a provider that wants more fails by itself and takes nobody with it
 
 
-class Job(Protocol):
+class TimedJob(Protocol):
     def step(self, number: int) -> tuple[float, Any]:
         """Seconds, and an answer that can be sent."""
 
@@ -33,7 +33,7 @@ class Turns:
 
 
 def take_turns(
-    makers: Mapping[str, Callable[[], Job]],
+    makers: Mapping[str, Callable[[], TimedJob]],
     rounds: int,
     *,
     accept: Callable[[dict[str, Any]], dict[str, str]] = lambda first: {},
@@ -98,7 +98,7 @@ def take_turns(
     return turns
 
 
-def _serve(make: Callable[[], Job], pipe: Connection, limit: int) -> None:
+def _serve(make: Callable[[], TimedJob], pipe: Connection, limit: int) -> None:
     """Steps at each number, ends at None with its peak memory; a failure is sent as one line."""
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     try:

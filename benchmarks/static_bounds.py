@@ -35,7 +35,7 @@ class Published:
     """A speed that others measured and published.
 
     Attributes:
-        target: of the device; its peak is what `softkv.kernels.machines` quotes.
+        target: of the device; its peak is what `softkv.profiling.machines` quotes.
         shape: rows × heads × tokens × head dim; "" where the best of many is reported.
         package: whose forward kernel it is, where one that compiles is known.
     """

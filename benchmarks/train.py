@@ -11,7 +11,6 @@ Movie snippets on SmolLM2-135M-Instruct, AdamW. Providers:
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -82,7 +81,7 @@ def cases(device: str, quick: bool) -> dict[str, TrainingCase]:
     return QUICK if quick else {"cpu": CPU, "cuda": CUDA}[device]
 
 
-class Job(ModelJob):
+class TrainingJob(ModelJob):
     """One provider's training step; `step(i)` trains on batch i and gives its loss and the tokens in the batch."""
 
     def __init__(self, case: TrainingCase, provider: str, settings: ModelSettings) -> None:
@@ -186,7 +185,7 @@ def run(
 
 def measure(case: TrainingCase, steps: int, settings: ModelSettings, progress: Callable[[int], None]) -> dict[str, Any]:
     """Seconds and losses a step, peak memory, of every provider of a case."""
-    makers = {provider: partial(Job, case, provider, settings) for provider in case.providers}
+    makers = {provider: partial(TrainingJob, case, provider, settings) for provider in case.providers}
     turns = take_turns(makers, steps, progress=progress)
     if "softkv" in turns.absent:
         raise RuntimeError(f"softkv failed at {case.title}: {turns.absent['softkv']}")
@@ -201,9 +200,3 @@ def measure(case: TrainingCase, steps: int, settings: ModelSettings, progress: C
         "speedup_of_softkv": {name: of["speedup_of_ours"] for name, of in ratios.items() if name != "softkv"},
         "absent": turns.absent,
     }
-
-
-if __name__ == "__main__":
-    from softkv.cli.bench import app
-
-    app(["train", *sys.argv[1:]])

@@ -5,8 +5,8 @@ start on which grid, with which arguments but for the addresses. It is worked ou
 and holds no tensor. The first launch goes through Triton's JIT, which binds, specialises and compiles; later ones hand
 the addresses to the compiled kernel. The stream, Triton's launch hooks and the addresses are looked up at every launch.
 
-Inside `recording()` launches are kept instead of run: that is how the offline compiler (`softkv.kernels.compile`) sees
-exactly the signatures that are launched, from tensors on the meta device.
+Inside `recording()` launches are kept instead of run: that is how an offline compiler sees exactly the signatures that
+are launched, from tensors on the meta device.
 """
 
 from collections.abc import Callable, Iterator

@@ -3,7 +3,7 @@
 A program owns `own` items (query tokens × heads of a group) and walks keys `step` at a time; in "dkv" it owns keys and
 walks items, and so in "dkv_prefix", which shares dkv's launch and warps (where it has no row, it takes dkv's). Rows
 that were measured say where and when. All others are static: their figures are bounds read from binaries
-(`softkv.kernels.sass`), bf16, full-tile loops. docs/kernels.md has what was tried, and why the bounds do not rank
+(`softkv.profiling.sass`), bf16, full-tile loops. docs/kernels.md has what was tried, and why the bounds do not rank
 tiles.
 """
 

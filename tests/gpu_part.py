@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from softkv.benchmarks.gpu import Part, Settings
+from softkv.benchmarks.gpu import BenchmarkPart, Settings
 
 TRACE = "SOFTKV_TEST_TRACE"
 
 
 @dataclass(frozen=True)
-class MadeUp(Part):
+class MadeUp(BenchmarkPart):
     @property
     def module(self) -> str:
         return __name__

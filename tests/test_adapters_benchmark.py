@@ -31,7 +31,7 @@ def test_quick_run(tmp_path: Path) -> None:
 
 def test_other_tokens_are_listed_and_not_timed() -> None:
     case = adapters.QUICK["forward-2"]
-    job = adapters.Job(case, ModelSettings.of("cpu", quick=True))
+    job = adapters.AdaptersJob(case, ModelSettings.of("cpu", quick=True))
     job.theirs.prompt_encoder["a1"].embedding.weight.data.mul_(-5)
     record = adapters.measure(job, case, 0)
     assert list(record["seconds"]) == PROVIDERS[:2]
@@ -41,6 +41,6 @@ def test_other_tokens_are_listed_and_not_timed() -> None:
 def test_without_peft_the_others_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     case = adapters.QUICK["forward-2"]
-    record = adapters.measure(adapters.Job(case, ModelSettings.of("cpu", quick=True)), case, 0)
+    record = adapters.measure(adapters.AdaptersJob(case, ModelSettings.of("cpu", quick=True)), case, 0)
     assert list(record["seconds"]) == PROVIDERS[:2]
     assert "peft" in record["absent"]["PEFT one by one"]

@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 CONFIG, WEIGHTS = "softkv_config.json", "softkv.safetensors"
 
 
-class Mean(nn.Module):
+class OwnLinear(nn.Module):
     """An encoder of one's own."""
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ METHODS: dict[str, Method] = PLAIN | {
     "p-tuning v2 attention encoder, one a layer": softkv.PTuningV2(
         length=3, encoder="attention", encoder_size=8, share_encoder=False
     ),
-    "p-tuning v2 encoder of one's own": softkv.PTuningV2(length=3, encoder=Mean()),
+    "p-tuning v2 encoder of one's own": softkv.PTuningV2(length=3, encoder=OwnLinear()),
 }
 
 
@@ -75,7 +75,7 @@ def answers(soft_model: softkv.SoftModel) -> Tensor:
 
 
 def own_encoder(name: str) -> nn.Module | None:
-    return Mean() if "one's own" in name else None
+    return OwnLinear() if "one's own" in name else None
 
 
 @pytest.fixture(scope="module")
@@ -330,7 +330,7 @@ def test_custom_encoders_are_asked_for(tmp_path: Path) -> None:
         softkv.load(model_of("Llama"), tmp_path)
     attach("p-tuning v2").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="was not trained with a module of one's own"):
-        softkv.load(model_of("Llama"), tmp_path, encoder=Mean())
+        softkv.load(model_of("Llama"), tmp_path, encoder=OwnLinear())
 
 
 class TestHub:

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from softkv.ops import choice
-from softkv.ops.choice import Row, engine_for
+from softkv.ops.choice import MeasuredRow, engine_for
 from softkv.ops.engine import Call
 
 ROWS = (
-    Row("a GPU", gradients=False, head_dim=16, tokens=64, slots=0, work=0, engine="cudnn", measured="today"),
-    Row("a GPU", gradients=True, head_dim=16, tokens=32, slots=8, work=500, engine="flash", measured="today"),
+    MeasuredRow("a GPU", gradients=False, head_dim=16, tokens=64, slots=0, work=0, engine="cudnn", measured="today"),
+    MeasuredRow("a GPU", gradients=True, head_dim=16, tokens=32, slots=8, work=500, engine="flash", measured="today"),
 )
 
 

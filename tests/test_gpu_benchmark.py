@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from softkv.benchmarks.gpu import PARTS, Part, Settings, conductor, correctness, models, passes, table, tiles
+from softkv.benchmarks.gpu import PARTS, BenchmarkPart, Settings, conductor, correctness, models, passes, table, tiles
 from tests.gpu_part import TRACE, MadeUp
 
 SETTINGS = Settings("cpu", True, 2)
@@ -126,7 +126,7 @@ def test_every_part_names_its_jobs() -> None:
         assert len(jobs) == len(set(jobs)) > 5
         assert all(callable(call) for call in module.warm(settings))
     assert sum(part.seconds for part in PARTS) <= 9 * 60
-    assert isinstance(PARTS[0], Part)
+    assert isinstance(PARTS[0], BenchmarkPart)
 
 
 def test_the_shards_reports_are_added_up() -> None:

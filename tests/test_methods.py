@@ -66,7 +66,7 @@ class NoTokenizer(Base):
         raise AssertionError("the model must not run")
 
 
-class Mean(nn.Module):
+class OwnMean(nn.Module):
     """An encoder of one's own: each position and the mean of its row."""
 
     def __init__(self) -> None:
@@ -84,8 +84,8 @@ ENCODED: dict[str, PTuningV2] = {
     "lstm a layer": PTuningV2(length=5, encoder="lstm", encoder_size=6, share_encoder=False),
     "attention": PTuningV2(length=5, encoder="attention", encoder_size=8),
     "attention a layer": PTuningV2(length=5, encoder="attention", encoder_size=8, share_encoder=False),
-    "custom": PTuningV2(length=5, encoder=Mean()),
-    "custom a layer": PTuningV2(length=5, encoder=Mean(), share_encoder=False),
+    "custom": PTuningV2(length=5, encoder=OwnMean()),
+    "custom a layer": PTuningV2(length=5, encoder=OwnMean(), share_encoder=False),
 }
 ALL: dict[str, Method] = {
     "prompt": PromptTuning(length=5),
@@ -314,7 +314,7 @@ def test_saved_and_loaded_it_gives_the_same(method: Method) -> None:
     options = json.loads(saved)
     config = METHODS[options.pop("method")](**options)
     if options.get("encoder") == "custom":
-        config = dataclasses.replace(config, encoder=Mean())
+        config = dataclasses.replace(config, encoder=OwnMean())
     else:
         assert config == folded.config
     base = NoTokenizer() if not isinstance(method, PTuningV2) or method.encoder is None else Base()
@@ -367,7 +367,7 @@ def test_training_state_loads_into_a_fresh_build(method: Method) -> None:
         (lambda: PTuningV2(length=2, share_encoder=False), "only read with an encoder"),
         (lambda: PTuningV2(length=2, encoder="lstm", encoder_size=5), "multiple of 2, got 5"),
         (lambda: PTuningV2(length=2, encoder="attention", encoder_size=6), "multiple of 4, got 6"),
-        (lambda: PTuningV2(length=2, encoder=Mean(), encoder_size=6), "only read with encoder="),
+        (lambda: PTuningV2(length=2, encoder=OwnMean(), encoder_size=6), "only read with encoder="),
         (lambda: PTuningV2(length=2, encoder="lstm", reparametrize=True), "an encoder expects"),
         (lambda: PTuningV2(length=2, encoder="lstm", init="vocabulary"), "an encoder expects"),
         (lambda: PTuningV2(length=2, encoder="custom").build(Base()), "give the module again"),
@@ -583,7 +583,7 @@ def test_states_that_change_shape_later() -> None:
 
 
 def test_an_encoder_of_ones_own_is_copied() -> None:
-    own = Mean().double()
+    own = OwnMean().double()
     method = PTuningV2(length=2, encoder=own, share_encoder=False)
     first, second = method.build(Base()), method.build(Base())
     assert isinstance(first, EncodedRows)

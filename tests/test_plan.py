@@ -1,7 +1,6 @@
 """What `softkv plan` counts on shapes alone is what a step on real tensors allocates and computes."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import softkv
 from softkv.cli import app
 from softkv.methods import PTuning
 from softkv.profiling.allocations import peak
-from softkv.profiling.plan import Job, config_of, plan
+from softkv.profiling.plan import PlannedStep, config_of, plan
 from softkv.profiling.presets import PRESETS
 from softkv.train.label_logits import label_logits
 
@@ -33,16 +32,22 @@ CONFIG = {
 GROUPED = CONFIG | {"num_key_value_heads": 2}
 
 
-def job(config: dict[str, Any], method: Any, tokens: Any = T, **options: Any) -> Job:
-    return Job(transformers.LlamaConfig(**config), method, P, B, tokens, ANSWER, torch.float32, **options)
+def job(config: dict[str, Any], method: Any, tokens: Any = T, **options: Any) -> PlannedStep:
+    return PlannedStep(transformers.LlamaConfig(**config), method, P, B, tokens, ANSWER, torch.float32, **options)
 
 
 def step_bytes(model: Any, loss_of: Any, tokens: int = T) -> int:
-    """What a step allocates at its peak, beyond the model and its gradients: by the profiler's allocation events."""
+    """What a step allocates at its peak, beyond the model and its gradients: by the profiler's allocation events.
+
+    LSTMs are torch's own: oneDNN's keep a workspace of their own, about twice what the gradients need."""
     ids = torch.randint(1, 3000, (B, tokens))
-    loss_of(model, ids).backward()  # gradients exist from here on
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as measured:
-        loss_of(model, ids).backward()
+    enabled = torch.backends.mkldnn.set_flags(False)[0]
+    try:
+        loss_of(model, ids).backward()  # gradients exist from here on
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as measured:
+            loss_of(model, ids).backward()
+    finally:
+        torch.backends.mkldnn.set_flags(enabled)
     return peak(measured)
 
 
@@ -143,15 +148,6 @@ def test_flops_of_packed_rows_are_their_own() -> None:
     assert together["concatenating"] == padded
 
 
-@pytest.fixture
-def torchs_own_lstm() -> Iterator[None]:
-    """oneDNN's keeps a workspace of its own, about twice what the gradients need."""
-    enabled = torch.backends.mkldnn.set_flags(False)[0]
-    yield
-    torch.backends.mkldnn.set_flags(enabled)
-
-
-@pytest.mark.usefixtures("torchs_own_lstm")
 @pytest.mark.parametrize(
     ("encoder", "tokens", "checkpointing"),
     [("lstm", T, False), ("lstm", T, True), ("attention", T, False), ("attention", 448, True)],
@@ -167,7 +163,6 @@ def test_encoders_allocate_what_is_planned(encoder: Any, tokens: int, checkpoint
     assert cost.prefix == (0 if checkpointing else 2 * 4 * B * P * 4 * 2 * 16)  # K, V, fp32: rows, slots, L, G, D
 
 
-@pytest.mark.usefixtures("torchs_own_lstm")
 @pytest.mark.parametrize("encoder", ["lstm", "attention"])
 def test_encoded_slots_concatenated_allocate_what_is_planned(encoder: Any) -> None:
     """No library does it this way: each block's K and V of the prompts go into transformers' own cache, in front of the
@@ -267,13 +262,13 @@ def test_other_architectures_and_those_that_softkv_cannot_run() -> None:
     common: Any = ("p-tuning-v2", 4, 2, 16, 4, torch.float32)
     config = transformers.GPT2Config(**small, embd_pdrop=0, resid_pdrop=0, eos_token_id=None, bos_token_id=None)
     assert config.attn_pdrop > 0  # softkv sets it to 0, planned or run
-    assert plan(Job(config, *common))["softkv"].total > 0
+    assert plan(PlannedStep(config, *common))["softkv"].total > 0
     with pytest.raises(ValueError, match="expected the config of a causal language model, got 't5'"):
-        plan(Job(transformers.T5Config(), *common))
+        plan(PlannedStep(transformers.T5Config(), *common))
     bloom = transformers.BloomConfig(vocab_size=300, hidden_size=32, n_layer=2, n_head=4)
-    assert plan(Job(bloom, "prompt-tuning", *common[1:]))["softkv"].total > 0  # inside its rows
+    assert plan(PlannedStep(bloom, "prompt-tuning", *common[1:]))["softkv"].total > 0  # inside its rows
     with pytest.raises(ValueError, match="softkv can't run a BloomForCausalLM, so there is nothing to plan"):
-        plan(Job(bloom, *common))
+        plan(PlannedStep(bloom, *common))
 
 
 def test_both_ways_in_a_table_and_as_json(tmp_path: Path) -> None:

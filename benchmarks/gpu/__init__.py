@@ -44,7 +44,7 @@ def breaks_the_process(failure: object) -> bool:
 
 
 @dataclass(frozen=True)
-class Part:
+class BenchmarkPart:
     """A module of this package, and the seconds that it may take of nine minutes."""
 
     name: str
@@ -58,12 +58,12 @@ class Part:
 
 
 PARTS = (
-    Part("environment", 5, "Environment"),
-    Part("correctness", 140, "Correctness"),
-    Part("host", 25, "Host time of a call", interpreted=False),
-    Part("passes", 100, "The op, by CUDA graph"),
-    Part("models", 120, "Training and generating, random Llamas"),
-    Part("tiles", 85, "Tiles"),
-    Part("compiled", 40, "A compiled training step"),
-    Part("determinism", 15, "Bits of repeated gradients"),
+    BenchmarkPart("environment", 5, "Environment"),
+    BenchmarkPart("correctness", 140, "Correctness"),
+    BenchmarkPart("host", 25, "Host time of a call", interpreted=False),
+    BenchmarkPart("passes", 100, "The op, by CUDA graph"),
+    BenchmarkPart("models", 120, "Training and generating, random Llamas"),
+    BenchmarkPart("tiles", 85, "Tiles"),
+    BenchmarkPart("compiled", 40, "A compiled training step"),
+    BenchmarkPart("determinism", 15, "Bits of repeated gradients"),
 )

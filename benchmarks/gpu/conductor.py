@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-from . import PARTS, Part, Settings, breaks_the_process, table
+from . import PARTS, BenchmarkPart, Settings, breaks_the_process, table
 from .environment import fingerprint
 
 FULL_MINUTES = 9.0  # what the parts' seconds are meant for
@@ -73,7 +73,7 @@ def conduct(
     return text
 
 
-def _run(part: Part, settings: Settings, limit: float, records: Records, say: Say, retry: bool) -> None:
+def _run(part: BenchmarkPart, settings: Settings, limit: float, records: Records, say: Say, retry: bool) -> None:
     """Do what is open; with `retry` also what failed in an earlier run."""
     began = time.monotonic()
     deadline = began + limit
@@ -89,7 +89,9 @@ def _run(part: Part, settings: Settings, limit: float, records: Records, say: Sa
     say(f"  {time.monotonic() - began:.0f} s" + (f", left open: {', '.join(open_jobs)}" if open_jobs else ""))
 
 
-def _serve(part: Part, settings: Settings, open_jobs: list[str], deadline: float, records: Records, say: Say) -> None:
+def _serve(
+    part: BenchmarkPart, settings: Settings, open_jobs: list[str], deadline: float, records: Records, say: Say
+) -> None:
     """One process until the jobs are done, time is over or it dies; takes from `open_jobs` what was tried."""
     context = _context(part, settings)
     pipe, theirs = context.Pipe()
@@ -118,7 +120,7 @@ def _serve(part: Part, settings: Settings, open_jobs: list[str], deadline: float
         process.join()
 
 
-def _work(pipe: Connection, part: Part, jobs: list[str], settings: Settings, deadline: float) -> None:
+def _work(pipe: Connection, part: BenchmarkPart, jobs: list[str], settings: Settings, deadline: float) -> None:
     """In a part's process. The clock that `deadline` is of runs alike in all processes."""
     module = importlib.import_module(part.module)
     for job in jobs:
@@ -139,7 +141,7 @@ def _guarded(run: Callable[[], Any]) -> Any:
         return {"error": f"{type(failure).__name__}: {' '.join(str(failure).split())}"[:300]}
 
 
-def _warm(part: Part, settings: Settings, limit: float, say: Say) -> None:
+def _warm(part: BenchmarkPart, settings: Settings, limit: float, say: Say) -> None:
     """Compile what a part needs by many processes; what fails here fails where it is measured, and is told there."""
     began, pipes, processes = time.monotonic(), [], []
     for worker in range(settings.processes):
@@ -162,13 +164,13 @@ def _warm(part: Part, settings: Settings, limit: float, say: Say) -> None:
     say(f"  compiled in {time.monotonic() - began:.0f} s{', not all of it' if waiting else ''}")
 
 
-def _compile(pipe: Connection, part: Part, settings: Settings, worker: int) -> None:
+def _compile(pipe: Connection, part: BenchmarkPart, settings: Settings, worker: int) -> None:
     for call in importlib.import_module(part.module).warm(settings)[worker :: settings.processes]:
         _guarded(call)
     pipe.send("done")
 
 
-def _context(part: Part, settings: Settings) -> Any:
+def _context(part: BenchmarkPart, settings: Settings) -> Any:
     """Processes start from one that has imported the libraries and never touched a device; those whose kernels must not
     be interpreted like the others' start from nothing."""
     if not (part.interpreted or settings.on_gpu):

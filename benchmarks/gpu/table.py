@@ -6,13 +6,13 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
-from . import Part
+from . import BenchmarkPart
 
 MOST = 9_900  # characters
 _CUT = "… cut here: the rest is in the JSON files"
 
 
-def of(results: Mapping[Part, dict[str, Any]], about: dict[str, Any]) -> str:
+def of(results: Mapping[BenchmarkPart, dict[str, Any]], about: dict[str, Any]) -> str:
     """Each part gets its lines; what is too long is cut in the longest part first."""
     head = ["# softkv bench gpu", "", ", ".join(f"{name} {value}" for name, value in about.items()), ""]
     texts = {part: _section(part, records) for part, records in results.items()}
@@ -21,7 +21,7 @@ def of(results: Mapping[Part, dict[str, Any]], about: dict[str, Any]) -> str:
     return "\n".join([*head, ""]) + "".join(_cut(text, share) for text in texts.values())
 
 
-def _section(part: Part, results: dict[str, Any]) -> str:
+def _section(part: BenchmarkPart, results: dict[str, Any]) -> str:
     module = importlib.import_module(part.module)
     good = {job: record for job, record in results.items() if "error" not in record}
     failed = [f"- {job}: {record['error']}" for job, record in results.items() if "error" in record]

@@ -30,7 +30,7 @@ app = typer.Typer(
 )
 
 
-class Device(str, Enum):
+class DeviceName(str, Enum):
     CPU = "cpu"
     CUDA = "cuda"
 
@@ -40,7 +40,7 @@ Output = Annotated[
 ]
 Cases = Annotated[list[str] | None, typer.Option("--case", help="Cases to run, by name; * stands for anything.")]
 OnlyList = Annotated[bool, typer.Option("--list", help="Print the names of the cases.")]
-OnDevice = Annotated[Device, typer.Option(help="cuda selects the large sweep.")]
+OnDevice = Annotated[DeviceName, typer.Option(help="cuda selects the large sweep.")]
 Quick = Annotated[bool, typer.Option("--quick", help="Tiny sizes: a smoke test, not a measurement.")]
 FOLDER = Path("runs/bench")
 
@@ -49,7 +49,7 @@ FOLDER = Path("runs/bench")
 @friendly
 def attention(
     case: Cases = None,
-    device: OnDevice = Device.CPU,
+    device: OnDevice = DeviceName.CPU,
     shape: Annotated[
         list[str] | None,
         typer.Option("--shape", help="Shapes of your own in place of the sweep's: B=8,H=32,G=8,T=2048,P=128,D=128."),
@@ -71,7 +71,7 @@ def attention(
     sweeps = of_user(shape) if shape else benchmark.sweeps(device.value, quick)
     known = {one.name: one for one in cases(sweeps)}
     chosen = [known[name] for name in _chosen(list(known), case, only_list)]
-    settings = benchmark.Settings.of(device.value, quick)
+    settings = benchmark.AttentionSettings.of(device.value, quick)
     if seconds is not None:
         settings = replace(settings, seconds=seconds)
     records = benchmark.run(chosen, settings, _command(), quick)
@@ -84,7 +84,7 @@ def attention(
 @friendly
 def train(
     case: Cases = None,
-    device: OnDevice = Device.CPU,
+    device: OnDevice = DeviceName.CPU,
     steps: Annotated[int, typer.Option(min=1, help="Timed steps of each provider.")] = 3,
     output: Output = FOLDER,
     quick: Quick = False,
@@ -105,7 +105,7 @@ def train(
 @friendly
 def generate(
     case: Cases = None,
-    device: OnDevice = Device.CPU,
+    device: OnDevice = DeviceName.CPU,
     rounds: Annotated[int, typer.Option(min=1, help="Timed rounds of each provider.")] = 3,
     output: Output = FOLDER,
     quick: Quick = False,
@@ -126,7 +126,7 @@ def generate(
 @friendly
 def adapters(
     case: Cases = None,
-    device: OnDevice = Device.CPU,
+    device: OnDevice = DeviceName.CPU,
     seconds: Annotated[float, typer.Option(min=0.0, help="Time for each case's samples; three rounds at least.")] = 4.0,
     output: Output = FOLDER,
     quick: Quick = False,

@@ -80,7 +80,7 @@ def static(
         fail(f"--dtype expects {' or '.join(judge.DTYPES)}, got {dtype!r}")
     if num_warps & (num_warps - 1):
         fail(f"--num-warps expects a power of 2, got {num_warps}")
-    groups: Iterable[list[judge.Subject]]
+    groups: Iterable[list[judge.Candidate]]
     notes: list[str] = []
     if kernel is None:
         if signature or constexprs:
@@ -288,7 +288,7 @@ def plan(
     if tokens is not None and lengths is not None:
         fail("--tokens and --lengths both say how long rows are: give one of them")
     with err.status(f"running the step of {escape(model)} without values…"):
-        job = planning.Job(
+        job = planning.PlannedStep(
             planning.config_of(model),
             method,
             length,

@@ -48,7 +48,7 @@ The options of each method: `softkv methods`. With more processes: `torchrun --n
 """
 
 
-class Task(str, Enum):
+class TaskName(str, Enum):
     SEQ_CLS = "seq-cls"
     TOKEN_CLS = "token-cls"
     QA = "qa"
@@ -83,7 +83,7 @@ def train(
         list[str] | None, typer.Option("--set", "-s", help="NAME=VALUE: any option of the method (softkv methods).")
     ] = None,
     task: Annotated[
-        Task | None,
+        TaskName | None,
         typer.Option(help="Train a task head too: row or word classes, spans (--prompt: the question), masked tokens."),
     ] = None,
     loss: Annotated[Loss, typer.Option(help="Loss on the answers, or on all tokens of a row.")] = Loss.ANSWER,
@@ -177,7 +177,7 @@ def train(
         ending = ending_of(tokenizer, end)
         make = partial(examples_of, soft_model, tokenizer, ending=ending, whole_rows=loss is Loss.ALL)
     else:
-        collator = transformers.DataCollatorForLanguageModeling(tokenizer) if task is Task.MLM else None
+        collator = transformers.DataCollatorForLanguageModeling(tokenizer) if task is TaskName.MLM else None
         make = partial(
             examples, task.value, tokenizer, text=text, answer=answer, classes=classes, max_length=max_length or 256
         )

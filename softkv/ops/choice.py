@@ -16,7 +16,7 @@ DEFAULT = "triton"
 _SPECIAL = ("prefix_index", "prefix_lengths", "key_mask", "key_lengths", "window", "chunk", "softcap")
 
 
-class Row(NamedTuple):
+class MeasuredRow(NamedTuple):
     """Of one device: calls of this head dim, with these many tokens and slots or more, are fastest by `engine`."""
 
     device: str  # torch.cuda.get_device_name()
@@ -30,7 +30,7 @@ class Row(NamedTuple):
 
 
 # Filled from `softkv bench gpu` (docs/benchmarks.md). The first row that fits is taken.
-MEASURED: tuple[Row, ...] = ()
+MEASURED: tuple[MeasuredRow, ...] = ()
 
 
 def engine_for(call: Call) -> str:

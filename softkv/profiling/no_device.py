@@ -60,7 +60,7 @@ def no_device(target: str = "sm_90") -> Iterator[dict[str, int]]:
     RuntimeError under TRITON_INTERPRET: then the kernels are Python functions.
     """
     import softkv.kernels as engine
-    from softkv.kernels.compile import TARGETS
+    from softkv.profiling.compile import TARGETS
 
     if engine.interpreter_enabled():
         raise RuntimeError("no_device: expected TRITON_INTERPRET to be unset: interpreted kernels are not launched")

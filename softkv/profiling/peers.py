@@ -24,8 +24,8 @@ import torch
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
 
-from softkv.kernels.machines import MACHINES
-from softkv.profiling.static import DTYPES, Subject, compile_kernel
+from softkv.profiling.machines import MACHINES
+from softkv.profiling.static import DTYPES, Candidate, compile_kernel
 
 B, H, T = 4, 16, 2048  # of the recorded call; the binaries depend on little of it
 WARPS = (4, 8)
@@ -47,7 +47,7 @@ class Peer:
 
 
 @dataclass(frozen=True)
-class Recorded:
+class RecordedPeer:
     kernel: JITFunction
     arguments: dict[str, Any]
     warps: int
@@ -67,7 +67,7 @@ def missing() -> list[str]:
     return [f"{peer.package} is not installed: {peer.install}" for peer in PEERS if available(peer) is None]
 
 
-def subjects(targets: list[str], dims: list[int], dtype: str) -> Iterator[list[Subject]]:
+def subjects(targets: list[str], dims: list[int], dtype: str) -> Iterator[list[Candidate]]:
     """The kernels of every installed peer; a list holds the configurations of one autotuned kernel."""
     for peer in PEERS:
         version = available(peer)
@@ -77,7 +77,7 @@ def subjects(targets: list[str], dims: list[int], dtype: str) -> Iterator[list[S
             for head_dim in dims:
                 with recording() as launches, redirect_stdout(sys.stderr):
                     peer.call(head_dim, DTYPES[dtype], target)
-                by_pass: dict[str, list[Subject]] = {}
+                by_pass: dict[str, list[Candidate]] = {}
                 for launch in launches:
                     what = peer.passes.get(launch.kernel.__name__)
                     if what is not None:
@@ -86,12 +86,12 @@ def subjects(targets: list[str], dims: list[int], dtype: str) -> Iterator[list[S
                 yield from by_pass.values()
 
 
-def _subject(source: str, what: Pass, launch: Recorded, target: str, head_dim: int, dtype: str) -> Subject:
+def _subject(source: str, what: Pass, launch: RecordedPeer, target: str, head_dim: int, dtype: str) -> Candidate:
     own, step = (launch.arguments[name] for name in what.tile)
     scores = own * step
     if {"V", "BV"} <= launch.arguments.keys():  # fla: a program makes some columns of the output, all scores anew
         scores = scores * launch.arguments["BV"] // launch.arguments["V"]
-    return Subject(
+    return Candidate(
         source=source,
         kernel=what.label,
         case="causal",
@@ -106,15 +106,15 @@ def _subject(source: str, what: Pass, launch: Recorded, target: str, head_dim: i
 
 
 @contextmanager
-def recording() -> Iterator[list[Recorded]]:
+def recording() -> Iterator[list[RecordedPeer]]:
     """Triton's launches as they are asked for; nothing is compiled or run."""
-    launches: list[Recorded] = []
+    launches: list[RecordedPeer] = []
 
     def run(kernel: JITFunction, *values: Any, grid: Any = None, warmup: bool = False, **named: Any) -> None:
         arguments = {p.name: p.default for p in kernel.params if p.has_default}
         arguments |= dict(zip(kernel.arg_names, values, strict=False))
         arguments |= {name: value for name, value in named.items() if name in kernel.arg_names}
-        launches.append(Recorded(kernel, arguments, named.get("num_warps", 4), named.get("num_stages", 3)))
+        launches.append(RecordedPeer(kernel, arguments, named.get("num_warps", 4), named.get("num_stages", 3)))
 
     def tuned(tuner: Autotuner, *values: Any, **named: Any) -> None:
         def area(config: Any) -> int:

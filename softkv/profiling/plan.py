@@ -1,6 +1,6 @@
 """What a training step takes, from a model's config alone: bytes and FLOPs, for softkv and the concatenating way.
 
-The real model runs on the shapes of its tensors (`softkv.profiling.shapes`): every byte that autograd keeps is counted
+The real model runs on the shapes of its tensors (`softkv.profiling.fakes`): every byte that autograd keeps is counted
 (`softkv.profiling.ledger`), and every product (`softkv.profiling.flops`). Two steps run over the same tokens: softkv's,
 whose rows are packed, and the concatenating way's, which pads rows to the longest, puts the soft slots in front of
 every row's K/V (soft tokens in front of its embeddings) as PEFT does, with a fused attention, and makes logits for
@@ -31,10 +31,10 @@ from softkv.io.model import SoftModel, attach
 from softkv.methods import METHODS, PTuningV2
 from softkv.methods.base import BaseShape, FrozenModel, Method, SoftPrompt
 from softkv.methods.placeholder import Placeholder
+from softkv.profiling.fakes import ShapesOnly
 from softkv.profiling.flops import Flops
 from softkv.profiling.ledger import Ledger
 from softkv.profiling.presets import PRESETS
-from softkv.profiling.shapes import ShapesOnly
 from softkv.train.batches import PackingCollator
 from softkv.train.label_logits import label_logits
 
@@ -45,7 +45,7 @@ _TOKEN = 1  # the id of every token: no cost depends on it
 
 
 @dataclass(frozen=True)
-class Job:
+class PlannedStep:
     """A training step.
 
     Args:
@@ -59,7 +59,7 @@ class Job:
         devices: rows and frozen weights are split evenly over them.
         checkpointing: whether each layer is run again in backward.
         encoder: of P-tuning v2, one for all layers: makes K and V of each row from its prompt.
-        target: whose Triton kernels run, by its name in `softkv.kernels.compile.TARGETS`.
+        target: whose Triton kernels run, by its name in `softkv.profiling.compile.TARGETS`.
     """
 
     config: Any
@@ -163,7 +163,7 @@ def config_of(model: str) -> Any:
         raise ValueError(f"no config of {model} was found: expected {ways}") from error
 
 
-def plan(job: Job) -> dict[str, Cost]:
+def plan(job: PlannedStep) -> dict[str, Cost]:
     """The cost of "softkv" and of "concatenating"; not of the latter where it can't be: a prefix is concatenated in
     transformers' cache, which checkpointing drops, and where multi-head latent attention keeps no keys and values."""
     soft, shapes = _model(job)
@@ -174,7 +174,7 @@ def plan(job: Job) -> dict[str, Cost]:
     return {name: _cost(job, soft, _run(job, soft, shapes, step), name) for name, step in steps.items()}
 
 
-def report(job: Job, costs: dict[str, Cost]) -> dict[str, Any]:
+def report(job: PlannedStep, costs: dict[str, Cost]) -> dict[str, Any]:
     """What `--json` prints."""
     settings = {key: value for key, value in vars(job).items() if key != "config"}
     return {
@@ -208,7 +208,7 @@ class _AnyStart(Method):
         return self.method.build(Placeholder(base.shape), folded=folded)
 
 
-def _model(job: Job) -> tuple[SoftModel, ShapesOnly]:
+def _model(job: PlannedStep) -> tuple[SoftModel, ShapesOnly]:
     """The model that is planned, without values."""
     if type(job.config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(f"expected the config of a causal language model, got {job.config.model_type!r}")
@@ -232,7 +232,9 @@ def _model(job: Job) -> tuple[SoftModel, ShapesOnly]:
     return soft, shapes
 
 
-def _run(job: Job, soft: SoftModel, shapes: ShapesOnly, step: Callable[[Job, SoftModel], Tensor]) -> Counted:
+def _run(
+    job: PlannedStep, soft: SoftModel, shapes: ShapesOnly, step: Callable[[PlannedStep, SoftModel], Tensor]
+) -> Counted:
     gradients = [parameter.grad for parameter in soft.parameters() if parameter.grad is not None]
     known = [*soft.parameters(), *soft.buffers(), *gradients]
     with shapes, Flops() as flops, Ledger(known) as ledger:
@@ -242,7 +244,7 @@ def _run(job: Job, soft: SoftModel, shapes: ShapesOnly, step: Callable[[Job, Sof
     return Counted(kept, ledger.peak, forward, flops.total - forward, flops.attention)
 
 
-def _softkv(job: Job, soft: SoftModel) -> Tensor:
+def _softkv(job: PlannedStep, soft: SoftModel) -> Tensor:
     """A step of `softkv.Trainer`: packed rows, logits where a label is."""
     inline = range(-1, -_inline(soft) - 1, -1)
     rows = [
@@ -256,7 +258,7 @@ def _softkv(job: Job, soft: SoftModel) -> Tensor:
     return F.cross_entropy(output.logits.float(), targets)
 
 
-def _concatenating(job: Job, soft: SoftModel) -> Tensor:
+def _concatenating(job: PlannedStep, soft: SoftModel) -> Tensor:
     """The soft prompt in front of every row, rows padded to the longest, and logits for every token."""
     base, prompt, rows = soft.base, soft.soft, job.rows
     embeds = base.get_input_embeddings()(torch.full((rows, job.longest), _TOKEN))
@@ -282,7 +284,7 @@ def _concatenating(job: Job, soft: SoftModel) -> Tensor:
 
 
 @contextmanager
-def _encoding_into(cache: Any, job: Job, soft: SoftModel) -> Iterator[None]:
+def _encoding_into(cache: Any, job: PlannedStep, soft: SoftModel) -> Iterator[None]:
     """Has each attention block find in the cache the K and V that an encoder makes from what enters it."""
     prompts = torch.tensor([length - job.answer for length in job.lengths])
 
@@ -308,7 +310,7 @@ def _inline(soft: SoftModel) -> int:
     return int(soft.soft.config.length) if soft.soft.placement == "inline" else 0  # type: ignore[attr-defined]
 
 
-def _cost(job: Job, soft: SoftModel, counted: Counted, name: str) -> Cost:
+def _cost(job: PlannedStep, soft: SoftModel, counted: Counted, name: str) -> Cost:
     shape, size = soft.base_shape, job.dtype.itemsize
     prompt, token = soft.soft, shape.kv_width * size  # K and V of a layer
     shared = name == "softkv" and not _inline(soft) and not prompt.encodes_rows
@@ -330,7 +332,7 @@ def _cost(job: Job, soft: SoftModel, counted: Counted, name: str) -> Cost:
     )
 
 
-def _kernels(job: Job, shape: BaseShape, *, packed: bool, inline: int = 0) -> int:
+def _kernels(job: PlannedStep, shape: BaseShape, *, packed: bool, inline: int = 0) -> int:
     """Bytes that softkv's Triton launchers allocate for themselves in one layer's backward of attention."""
     if not shape.kv_heads:
         return 0  # the base keeps its own attention, or has layers of several shapes
@@ -341,8 +343,8 @@ def _kernels(job: Job, shape: BaseShape, *, packed: bool, inline: int = 0) -> in
     if not packed or inline or find_spec("triton") is None:
         return statistics
     import softkv.kernels as engine
-    from softkv.kernels.compile import TARGETS
     from softkv.kernels.launch import recording
+    from softkv.profiling.compile import TARGETS
 
     if max(widths) > engine.MOST_HEAD_DIM:
         return statistics

@@ -1,7 +1,7 @@
-"""Judge kernels without a GPU: compile them offline, read their machine code (method: `softkv.kernels.sass`).
+"""Judge kernels without a GPU: compile them offline, read their machine code (method: `softkv.profiling.sass`).
 
-A `Subject` is one kernel as a launcher would start it. softkv's own come from its launchers, run on meta tensors; peers
-and a user's kernel go through the same compiler options and the same analysis.
+A `Candidate` is one kernel as a launcher would start it. softkv's own come from its launchers, run on meta tensors;
+peers and a user's kernel go through the same compiler options and the same analysis.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from triton.compiler import CompilationError
 from triton.runtime.errors import OutOfResources
 
 from softkv import __version__
-from softkv.kernels.compile import COMMON, MATRIX_PASSES, PRODUCTS, TARGETS, build, matrix, name_of, specialise
-from softkv.kernels.machines import MACHINES
-from softkv.kernels.sass import EXPONENTIAL, MATRIX, PIPES, Loop, Report, analyse, overlap, serial
+from softkv.profiling.compile import COMMON, MATRIX_PASSES, PRODUCTS, TARGETS, build, matrix, name_of, specialise
+from softkv.profiling.machines import MACHINES
+from softkv.profiling.sass import EXPONENTIAL, MATRIX, PIPES, Loop, Report, analyse, overlap, serial
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 MOST_OPCODES = 12  # of a loop, in JSON
 
 
 @dataclass(frozen=True)
-class Subject:
+class Candidate:
     source: str  # package and version
     kernel: str
     case: str
@@ -40,12 +40,12 @@ class Subject:
     products: int = 0  # matrix products of a score: 2·products·D FLOP
 
 
-def own(targets: list[str], dims: list[int], dtype: str) -> Iterator[Subject]:
+def own(targets: list[str], dims: list[int], dtype: str) -> Iterator[Candidate]:
     """softkv's kernels, in the cases that differ most: training over a shared prefix, and decoding."""
     for key, launch, target, head_dim in matrix(COMMON, targets, dims, [DTYPES[dtype]]):
         kernel, case = key.split(" | ")[:2]
         tile, name = launch.tile, name_of(launch)
-        yield Subject(
+        yield Candidate(
             source=f"softkv {__version__}",
             kernel=kernel,
             case=case,
@@ -66,7 +66,7 @@ def compile_kernel(kernel: Any, arguments: dict[str, Any], target: str, warps: i
     return triton.compile(specialise(kernel, arguments, target), target=TARGETS[target][0], options=options)
 
 
-def judge(subject: Subject) -> dict[str, Any]:
+def judge(subject: Candidate) -> dict[str, Any]:
     """Compile a subject and say what its binary is like: a row of the table, with the mix of each loop.
 
     `work`: matrix work done for each that attention asks for; above 1 where warps repeat each other's products or where
@@ -103,7 +103,7 @@ def judge(subject: Subject) -> dict[str, Any]:
     }
 
 
-def best(subjects: list[Subject]) -> tuple[dict[str, Any] | None, list[str]]:
+def best(subjects: list[Candidate]) -> tuple[dict[str, Any] | None, list[str]]:
     """(the row with the best serial bound, what could not be compiled) of one kernel's configurations.
 
     A single subject that does not compile raises only where it is softkv's or the user's own."""

@@ -16,8 +16,8 @@ import triton.language as tl
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from softkv.kernels.compile import TARGETS
-from softkv.profiling.static import Subject
+from softkv.profiling.compile import TARGETS
+from softkv.profiling.static import Candidate
 
 NUMBER = r"(?:[iu](?:1|8|16|32|64)|bf16|fp16|fp32|fp64|fp8e4nv|fp8e5)"
 TYPE = re.compile(rf"(?P<type>\*?{NUMBER})(?P<aligned>:16)?|(?P<descriptor>tensordesc<{NUMBER}\[\d+(?:, *\d+)*\]>)")
@@ -108,12 +108,12 @@ def source(kernel: JITFunction, signature: str, given: dict[str, Any]) -> ASTSou
 
 def subjects(
     place: str, signature: str, constexprs: str, targets: list[str], warps: int, stages: int, scores: int | None
-) -> Iterator[Subject]:
+) -> Iterator[Candidate]:
     kernel, given = load(place), constants(constexprs)
     for target in targets:
         made = source(kernel, signature, given)
         options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
-        yield Subject(
+        yield Candidate(
             source=Path(place.rpartition(":")[0]).name,
             kernel=kernel.__name__,
             case="",

@@ -21,7 +21,7 @@ import transformers
 import softkv
 from benchmarks.machine import machine
 from benchmarks.results import read_json, write_json
-from tests.hf.generation_rows import ROWS, Naive, Row, told
+from tests.hf.generation_rows import ROWS, NaiveWay, Way, told
 from tests.hf.tiny import tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,7 +38,7 @@ PROMPTS = [[1, 17, 38, 5, 44], [1, 8, 55, 21, 30], [1, 29, 9, 50, 13]]
 RAGGED = [[1, 17, 38], [1, 8, 55, 21, 30, 12, 40], [1, 29, 9, 50]]
 
 
-def in_peft(row: Row, method: str) -> tuple[Any, Any]:
+def in_peft(row: Way, method: str) -> tuple[Any, Any]:
     """(a soft prompt as PEFT's, the same as softkv's learned parameters) on the row's model."""
     import peft
 
@@ -49,7 +49,7 @@ def in_peft(row: Row, method: str) -> tuple[Any, Any]:
         return peft.PeftModel.from_pretrained(row.base(), folder).eval(), soft.soft
 
 
-def outcome(row: Row, method: str) -> str:
+def outcome(row: Way, method: str) -> str:
     """ "right", "wrong tokens", or the first line of the error."""
     model, soft = in_peft(row, method)
     prompts = RAGGED if row.padding else PROMPTS
@@ -58,7 +58,7 @@ def outcome(row: Row, method: str) -> str:
     except Exception as error:
         first = str(error).strip().splitlines() or [""]
         return f"{type(error).__name__}: {first[0]}"
-    return "right" if row.right(answers, Naive(row.base(), soft, prompts)) else "wrong tokens"
+    return "right" if row.right(answers, NaiveWay(row.base(), soft, prompts)) else "wrong tokens"
 
 
 def rendered(page: str) -> str:

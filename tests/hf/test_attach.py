@@ -188,7 +188,7 @@ def test_parameters_that_change_are_seen() -> None:
 # Errors ---------------------------------------------------------------------------------------------------------------
 
 
-class OwnAttention(nn.Module):
+class ModelsOwnAttention(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.mix = nn.Linear(8, 8)
@@ -212,7 +212,7 @@ class OwnModel(transformers.PreTrainedModel):
 
     def __init__(self, config: OwnConfig) -> None:
         super().__init__(config)
-        self.embed, self.attention = nn.Embedding(11, 8), OwnAttention()
+        self.embed, self.attention = nn.Embedding(11, 8), ModelsOwnAttention()
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import softkv
 from tests.hf.generation_features import PAGE, rendered
-from tests.hf.generation_rows import FED, LLAMA, MISTRAL, ROWS, Naive, Row, batch_of
+from tests.hf.generation_rows import FED, LLAMA, MISTRAL, ROWS, NaiveWay, Way, batch_of
 from tests.hf.naive import close
 from tests.hf.test_generate import prompts_of
 from tests.hf.tiny import METHODS, attach, tokenizer
@@ -39,7 +39,7 @@ def cases() -> list[Any]:
 
 
 @pytest.mark.parametrize(("row", "method"), cases())
-def test_row(row: Row, method: str) -> None:
+def test_row(row: Way, method: str) -> None:
     model = attached(row.model, method, row.base().config.num_hidden_layers)
     prompts = [tokenizer()(text)["input_ids"] for text in TEXTS] if row.texts else prompts_of(method)
     expected = row.refused.get(method, row.error)
@@ -50,7 +50,7 @@ def test_row(row: Row, method: str) -> None:
             raise
         return
     assert not expected or row.excluded.startswith("needs "), "no error, but the table tells of one"
-    assert row.right(answers, Naive(row.base(), model.soft, prompts))
+    assert row.right(answers, NaiveWay(row.base(), model.soft, prompts))
 
 
 def test_the_table_says_what_was_measured() -> None:

@@ -11,8 +11,8 @@ import torch
 from triton import knobs
 from triton.runtime.driver import driver
 
-from softkv.kernels.compile import COMMON, OTHERS, TARGETS, TRAINER, label, record, specialise
 from softkv.kernels.launch import Recorded
+from softkv.profiling.compile import COMMON, OTHERS, TARGETS, TRAINER, label, record, specialise
 from softkv.profiling.no_device import NoDevice
 
 

@@ -1,7 +1,7 @@
 """A stand-in for a GPU: Triton's JIT and softkv's plans run as on a device, but nothing is compiled or launched.
 
-`standing_in()` names a target; every launch is kept as a `Started`, with its arguments (`softkv.profiling.no_device`
-only counts them). To be used in a process without TRITON_INTERPRET.
+`standing_in()` names a target; every launch is kept as a `StartedLaunch` with its arguments (`profiling.no_device` only
+counts them). To be used in a process without TRITON_INTERPRET.
 """
 
 from collections.abc import Iterator
@@ -33,7 +33,7 @@ class Device(NoDevice):
         return self.stream
 
 
-class Started(NamedTuple):
+class StartedLaunch(NamedTuple):
     kernel: Any
     grid: tuple[int, int, int]
     stream: int
@@ -47,21 +47,21 @@ class NoKernel:
 
     function = packed_metadata = None
 
-    def __init__(self, source: Any, options: dict[str, Any], kept: list[Started]):
+    def __init__(self, source: Any, options: dict[str, Any], kept: list[StartedLaunch]):
         self.source, self.options, self.kept = source, options, kept
 
     def launch_metadata(self, grid: Any, stream: int, *arguments: Any) -> Any:
         return {"name": self.source.name, "grid": grid}
 
     def run(self, x: int, y: int, z: int, stream: int, function: Any, meta: Any, about: Any, *rest: Any) -> None:
-        self.kept.append(Started(self, (x, y, z), stream, about, rest[:2], rest[2:]))
+        self.kept.append(StartedLaunch(self, (x, y, z), stream, about, rest[:2], rest[2:]))
 
 
 @contextmanager
-def standing_in() -> Iterator[tuple[Device, list[Started]]]:
+def standing_in() -> Iterator[tuple[Device, list[StartedLaunch]]]:
     """(the driver, what is started)."""
     stand_in: Device = Device(HOPPER)
-    kept: list[Started] = []
+    kept: list[StartedLaunch] = []
 
     def compile(source: Any, target: Any = None, options: Any = None, **_: Any) -> NoKernel:
         return NoKernel(source, options, kept)

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from softkv.kernels.compile import TARGETS
-from softkv.kernels.matrix import line, page, problems
+from softkv.profiling.compile import TARGETS
+from softkv.profiling.matrix import line, page, problems
 
 COMMITTED = Path(__file__).parents[2] / "benchmarks" / "results" / "compile_matrix.json"
 ROWS: dict[str, dict[str, Any]] = json.loads(COMMITTED.read_text())["rows"]
@@ -24,7 +24,7 @@ def _without_interpreter(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_kernel_compiles_as_it_should(target: str) -> None:
     """Shared memory within the limit; no spill, no atomics, no select a score; the target's own matrix instructions."""
-    done = _without_interpreter("-m", "softkv.kernels.compile", "--jobs", "1", "--target", target)
+    done = _without_interpreter("-m", "softkv.profiling.matrix", "--jobs", "1", "--target", target)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("\n") > 10
 
@@ -38,7 +38,7 @@ def test_what_is_compiled_offline_is_what_the_jit_compiles() -> None:
 
 def test_the_committed_table_is_complete() -> None:
     """Every binary that PLAN names, and none that it doesn't; `make compile-matrix` makes what is missing."""
-    names = "from softkv.kernels.matrix import *; print(json.dumps(sorted(wanted(PLAN, list(TARGETS)))))"
+    names = "from softkv.profiling.matrix import *; print(json.dumps(sorted(wanted(PLAN, list(TARGETS)))))"
     done = _without_interpreter("-c", names)
     assert done.returncode == 0, done.stderr
     assert sorted(ROWS) == json.loads(done.stdout)

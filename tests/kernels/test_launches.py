@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import softkv.kernels
-from softkv.kernels.compile import TARGETS, Case, label, name_of, record
 from softkv.kernels.launch import recording, target_of
 from softkv.kernels.tiles import CAPPED, TABLE, block_d, tile
+from softkv.profiling.compile import TARGETS, CallKind, label, name_of, record
 from tests.attention_cases import CASES
 
 KEYWORDS = dict.fromkeys(
@@ -17,34 +17,34 @@ KEYWORDS = dict.fromkeys(
 ) | {"scale": 0.1, "is_causal": True, "window_covers_prefix": False}  # fmt: skip
 
 
-def names(case: Case) -> list[str]:
+def names(case: CallKind) -> list[str]:
     return [label(x) for x in record(case, "sm_90", 64, torch.bfloat16)]
 
 
 def test_forward_is_one_launch_and_backward_at_most_four() -> None:
-    assert names(Case("dense")) == ["forward", "prepare", "dq", "dkv", "add_parts"]
-    assert names(Case("no prefix", P=0)) == ["forward", "prepare", "dq", "dkv"]
-    assert names(Case("prefixes that fill the device", P=2048, A=4)) == ["forward", "prepare", "dq", "dkv"]
+    assert names(CallKind("dense")) == ["forward", "prepare", "dq", "dkv", "add_parts"]
+    assert names(CallKind("no prefix", P=0)) == ["forward", "prepare", "dq", "dkv"]
+    assert names(CallKind("prefixes that fill the device", P=2048, A=4)) == ["forward", "prepare", "dq", "dkv"]
 
 
 @pytest.mark.parametrize(
     ("case", "launches"),
     [
-        (Case("shared prefix, read once for the batch", T=1, P=4096), ["decode", "merge"]),
-        (Case("long cache", T=1, P=0, S=4096), ["decode", "merge"]),
-        (Case("everything is short", T=1, P=64, S=64), ["forward"]),
-        (Case("short, no prefix", T=1, P=0, S=64), ["forward"]),
-        (Case("a prefix a row", T=1, P=64, S=64, A=4), ["forward"]),
+        (CallKind("shared prefix, read once for the batch", T=1, P=4096), ["decode", "merge"]),
+        (CallKind("long cache", T=1, P=0, S=4096), ["decode", "merge"]),
+        (CallKind("everything is short", T=1, P=64, S=64), ["forward"]),
+        (CallKind("short, no prefix", T=1, P=0, S=64), ["forward"]),
+        (CallKind("a prefix a row", T=1, P=64, S=64, A=4), ["forward"]),
     ],
     ids=lambda x: getattr(x, "name", ""),
 )
-def test_decoding_is_two_launches_or_one(case: Case, launches: list[str]) -> None:
+def test_decoding_is_two_launches_or_one(case: CallKind, launches: list[str]) -> None:
     assert names(case) == launches
 
 
 def test_a_gradient_nobody_asked_for_is_not_computed() -> None:
     """With a frozen base, layer 0 asks for dPrefix only: no pass over T × S."""
-    only_prefix = names(Case("dPrefix only", prefix_only=True))
+    only_prefix = names(CallKind("dPrefix only", prefix_only=True))
     assert only_prefix == ["forward", "prepare", "dkv over the prefix", "add_parts"]
 
 
@@ -53,7 +53,7 @@ def test_a_gradient_nobody_asked_for_is_not_computed() -> None:
 def test_workspace_does_not_grow_with_the_batch(P: int, prefix_only: bool) -> None:
     """fp32 partial sums: splits·G·P·D, and no more splits than fill the device."""
     for T in (128, 8192):
-        launches = record(Case("x", T=T, S=T, P=P, prefix_only=prefix_only), "sm_90", 64, torch.bfloat16)
+        launches = record(CallKind("x", T=T, S=T, P=P, prefix_only=prefix_only), "sm_90", 64, torch.bfloat16)
         launch = next(x for x in launches if x.arguments.get("OVER_PREFIX"))
         blocks = -(-P // launch.arguments["PREFIX_N"]) * 8
         assert launch.arguments["parts"] <= max(1, 2 * 132 // blocks)
@@ -100,7 +100,7 @@ def test_a_device_takes_the_tiles_that_fit_it(capability: int, row: int, monkeyp
 def test_a_soft_cap_has_rows_of_its_own() -> None:
     for (name, target, head_dim), row in CAPPED.items():
         assert tile(name, TARGETS[target][1], head_dim, torch.bfloat16) != row
-        used = {name_of(x): x.tile for x in record(Case("capped", softcap=30.0), target, head_dim, torch.bfloat16)}
+        used = {name_of(x): x.tile for x in record(CallKind("capped", softcap=30.0), target, head_dim, torch.bfloat16)}
         assert used[name] == row
 
 

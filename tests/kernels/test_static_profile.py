@@ -15,10 +15,10 @@ from triton.runtime.jit import JITFunction
 from typer.testing import CliRunner
 
 from softkv.cli import app
-from softkv.kernels.compile import TARGETS
-from softkv.kernels.machines import MACHINES
-from softkv.kernels.sass import pipe_of
 from softkv.profiling import peers
+from softkv.profiling.compile import TARGETS
+from softkv.profiling.machines import MACHINES
+from softkv.profiling.sass import pipe_of
 
 
 def static(*arguments: str, **terminal: str) -> subprocess.CompletedProcess[str]:

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="counts in Tri
 
 
 @dataclass
-class Launch:
+class CountedLaunch:
     kernel: str
     bytes: dict[int, set[int]] = field(default_factory=dict)  # element size → addresses
     moved: int = 0  # with what is read again
@@ -30,7 +30,7 @@ class Launch:
 
 
 @contextmanager
-def counting() -> Iterator[list[Launch]]:
+def counting() -> Iterator[list[CountedLaunch]]:
     from triton.runtime import interpreter
 
     builder, launches = interpreter.InterpreterBuilder, []
@@ -51,7 +51,7 @@ def counting() -> Iterator[list[Launch]]:
         return store(self, pointers, value, mask, *rest)
 
     def counted_call(self: Any, *values: Any, **named: Any) -> Any:
-        launches.append(Launch(self.fn.__name__.removesuffix("_kernel")))
+        launches.append(CountedLaunch(self.fn.__name__.removesuffix("_kernel")))
         return call(self, *values, **named)
 
     with (

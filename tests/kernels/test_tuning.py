@@ -25,7 +25,7 @@ def forget() -> Iterator[None]:
     MEASURED.clear()
 
 
-class Clock:
+class TileTimes:
     """Times a call by the tile in use: a short step is fast, the longest does not fit, the table's own is slow."""
 
     def __init__(self) -> None:
@@ -47,7 +47,7 @@ def operands(T: int) -> tuple[Case, list[torch.Tensor]]:
 @pytest.mark.parametrize(("T", "first"), [(20, "forward"), (2, "decode")])
 def test_the_fastest_is_used_and_kept(T: int, first: str, tmp_path: Path) -> None:
     case, tensors = operands(T)
-    clock, file = Clock(), tmp_path / "deep" / "tiles.json"
+    clock, file = TileTimes(), tmp_path / "deep" / "tiles.json"
     defaults = {name: tile(name, HERE, 16, torch.float32) for name in (first, *tuning.BACKWARD)}
     chosen = tuning.tune(*tensors, file=file, timer=clock)
     assert list(chosen) == [first, "dq", "dkv", "dkv_prefix"]
@@ -73,7 +73,7 @@ def test_the_fastest_is_used_and_kept(T: int, first: str, tmp_path: Path) -> Non
 
 def test_another_device_keeps_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, tensors = operands(20)
-    tuning.tune(*tensors, file=tmp_path / "tiles.json", timer=Clock())
+    tuning.tune(*tensors, file=tmp_path / "tiles.json", timer=TileTimes())
     MEASURED.clear()
     monkeypatch.setattr(tuning, "device_of", lambda x: "another")
     assert tuning.load(tmp_path / "tiles.json", tensors[0]) == 0
@@ -99,6 +99,6 @@ def test_not_without_a_gpu_and_not_during_capture(tmp_path: Path, monkeypatch: p
     with pytest.raises(RuntimeError, match="no CUDA graph being captured"):
         tuning.load(tmp_path / "x", tensors[0])
     with pytest.raises(RuntimeError, match="no CUDA graph being captured"):
-        tuning.tune(*tensors, file=tmp_path / "x", timer=Clock())
+        tuning.tune(*tensors, file=tmp_path / "x", timer=TileTimes())
     assert not MEASURED
     assert softkv.kernels.MOST_QUERIES == 16

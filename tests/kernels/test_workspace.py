@@ -8,9 +8,9 @@ import transformers
 from torch.profiler import ProfilerActivity, profile
 
 import softkv.kernels as engine
-from softkv.kernels import compile as offline
 from softkv.kernels.launch import target_of
 from softkv.methods.base import BaseShape
+from softkv.profiling import compile as offline
 from softkv.profiling import plan as planning
 from softkv.profiling.allocations import peak
 from tests.kernels.test_kernels import DEVICE
@@ -39,7 +39,7 @@ def test_a_backward_allocates_what_is_planned(encoder: Any, split: bool, monkeyp
 
     monkeypatch.setitem(offline.TARGETS, "here", (None, target_of(q)))
     config = transformers.LlamaConfig(hidden_size=H * D, num_attention_heads=H, num_key_value_heads=G)
-    job = planning.Job(config, "p-tuning-v2", P, 4, LENGTHS, 1, torch.float32, encoder=encoder, target="here")
+    job = planning.PlannedStep(config, "p-tuning-v2", P, 4, LENGTHS, 1, torch.float32, encoder=encoder, target="here")
     planned = planning._kernels(job, BaseShape(1, G, D, D, H * D, H * D, 100), packed=True)
     if DEVICE == "cuda":  # blocks are rounded up, and more multiprocessors split more
         assert planned <= allocated < planned + BLOCK * MOST_BLOCKS

@@ -27,7 +27,7 @@ from typing_extensions import Unpack
 
 from softkv.ops.engine import Call, Gradients, Needs
 from softkv.ops.torch import decode, piece, small
-from softkv.ops.torch.plan import Geometry, Piece, plan_prefix, plan_tokens
+from softkv.ops.torch.split import Geometry, Piece, plan_prefix, plan_tokens
 
 _SMALLEST_SCALE = 1e-30  # times a score, still more than nothing in float32
 _FEW_QUERIES = 16

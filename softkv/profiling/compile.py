@@ -1,8 +1,8 @@
-"""Compile every kernel for every target, without a GPU: `python -m softkv.kernels.compile`.
+"""Compile any kernel for any target, without a GPU.
 
 The launchers are called on meta tensors while `recording()`, so what is compiled here is what would be launched: the
 same signature, the same specialisation of strides and pointers, the same tile. Each binary is then read back
-(`softkv.kernels.sass`): registers, spills, shared memory, occupancy, matrix instructions, hot loops.
+(`softkv.profiling.sass`): registers, spills, shared memory, occupancy, matrix instructions, hot loops.
 
 It must run without TRITON_INTERPRET.
 """
@@ -10,7 +10,6 @@ It must run without TRITON_INTERPRET.
 from __future__ import annotations
 
 import itertools
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -25,8 +24,8 @@ from triton.compiler.compiler import make_backend
 
 import softkv.kernels as engine
 from softkv.kernels.launch import Recorded, recording
-from softkv.kernels.sass import MATRIX, SELECT, SPILL, analyse
 from softkv.kernels.tiles import Target, block_d
+from softkv.profiling.sass import MATRIX, SELECT, SPILL, analyse
 
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), Target("sm_80", 108)),
@@ -80,7 +79,7 @@ def build(launch: Recorded, target: str) -> Any:
 
 
 @dataclass(frozen=True)
-class Case:
+class CallKind:
     """A call of the op, as far as it makes different binaries."""
 
     name: str
@@ -102,24 +101,24 @@ class Case:
 
 
 COMMON = (
-    Case("causal, shared prefix"),
-    Case("decode, shared prefix", T=1, key_lengths=True),
+    CallKind("causal, shared prefix"),
+    CallKind("decode, shared prefix", T=1, key_lengths=True),
 )
-TRAINER = (Case("packed, shared prefix", packed=True),)
+TRAINER = (CallKind("packed, shared prefix", packed=True),)
 OTHERS = (
-    Case("no prefix", P=0),
-    Case("padding mask, not causal", key_mask=True, causal=False, group=1),
-    Case("padding mask, part-filled cache", key_mask=True, key_lengths=True, group=3),
-    Case("packed, bank", packed=True, A=8, bank=True),
-    Case("window over the prefix", window=512, covers=True),
-    Case("window, sinks, group of 8", window=128, sinks=True, group=8),
-    Case("soft cap, packed", softcap=50.0, packed=True, group=2),
-    Case("decode, bank", T=1, A=8, bank=True),
-    Case("decode, packed, sinks, window", T=4, packed=True, window=512, sinks=True, group=8),
+    CallKind("no prefix", P=0),
+    CallKind("padding mask, not causal", key_mask=True, causal=False, group=1),
+    CallKind("padding mask, part-filled cache", key_mask=True, key_lengths=True, group=3),
+    CallKind("packed, bank", packed=True, A=8, bank=True),
+    CallKind("window over the prefix", window=512, covers=True),
+    CallKind("window, sinks, group of 8", window=128, sinks=True, group=8),
+    CallKind("soft cap, packed", softcap=50.0, packed=True, group=2),
+    CallKind("decode, bank", T=1, A=8, bank=True),
+    CallKind("decode, packed, sinks, window", T=4, packed=True, window=512, sinks=True, group=8),
 )
 
 
-def record(case: Case, target: str, head_dim: int, dtype: torch.dtype) -> list[Recorded]:
+def record(case: CallKind, target: str, head_dim: int, dtype: torch.dtype) -> list[Recorded]:
     """Every launch that forward and backward make for a case."""
     B, G, D = 4, 8, head_dim
     H = G * case.group
@@ -194,7 +193,7 @@ def judge(launch: Recorded, target: str, head_dim: int) -> dict[str, Any]:
 
 
 def matrix(
-    cases: Iterable[Case], targets: Iterable[str], dims: Iterable[int], dtypes: Iterable[torch.dtype]
+    cases: Iterable[CallKind], targets: Iterable[str], dims: Iterable[int], dtypes: Iterable[torch.dtype]
 ) -> Iterator[Any]:
     """(key, launch, target, D) of every binary that differs; the key names it."""
     seen = set()
@@ -213,8 +212,3 @@ def matrix(
 
 
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-
-if __name__ == "__main__":
-    from softkv.kernels.matrix import main
-
-    sys.exit(main())

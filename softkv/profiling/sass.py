@@ -4,7 +4,7 @@ Method (a *static bound*, no measured time): take the innermost loops that hold 
 instructions of each pipe, and turn counts into cycles of one multiprocessor for one pass of the loop by all warps of a
 program:
 
-    cycles(pipe) = instructions · warps · lanes of a warp / lanes a clock            (rates: `softkv.kernels.machines`)
+    cycles(pipe) = instructions · warps · lanes of a warp / lanes a clock           (rates: `softkv.profiling.machines`)
     overlap bound = tensor / max over pipes          serial bound = tensor / (tensor + largest of mufu, fma, alu, issue)
 
 Overlap is what perfect hiding would reach, serial what a program reaches that never overlaps its matrix work with its
@@ -28,7 +28,7 @@ from typing import Any
 
 import triton
 
-from softkv.kernels.machines import KIB, MACHINES, Machine
+from softkv.profiling.machines import KIB, MACHINES, Machine
 
 MATRIX = re.compile(r"^([HIQ]MMA|[HIQ]GMMA|UTC\w*MMA|v_s?mf[am]\w*_)")
 FMA = re.compile(

@@ -1,4 +1,5 @@
-"""The compile matrix: every kernel compiled for every target, read back, judged; kept as JSON, shown as a page.
+"""The compile matrix (`python -m softkv.profiling.matrix`): every kernel compiled for every target, read back, judged;
+kept as JSON, shown as a page.
 
 Rows are written as they come, each with the hash of what it was made from (kernel source, signature, tile, target,
 triton, and the reader of the machine code). So an interrupted run goes on where it stopped, and what has changed since
@@ -23,31 +24,31 @@ from typing import Any
 import torch
 import triton
 
-from softkv.kernels import machines, sass
-from softkv.kernels.compile import (
+from softkv.kernels.launch import Recorded, interpreter_enabled
+from softkv.kernels.tiles import block_d
+from softkv.profiling import machines, sass
+from softkv.profiling.compile import (
     COMMON,
     DTYPES,
     MATRIX_PASSES,
     OTHERS,
     TARGETS,
     TRAINER,
-    Case,
+    CallKind,
     judge,
     label,
     matrix,
     record,
     specialise,
 )
-from softkv.kernels.launch import Recorded, interpreter_enabled
-from softkv.kernels.machines import MACHINES
-from softkv.kernels.sass import MATRIX_KIND
-from softkv.kernels.tiles import block_d
+from softkv.profiling.machines import MACHINES
+from softkv.profiling.sass import MATRIX_KIND
 
 DIMS = (64, 80, 128, 256)
-Part = tuple[tuple[Case, ...], tuple[int, ...], tuple[torch.dtype, ...]]
+PlanPart = tuple[tuple[CallKind, ...], tuple[int, ...], tuple[torch.dtype, ...]]
 # A flag changes edges and addresses, not products: beyond the common calls, one dtype and one or two head dims tell.
-QUICK: tuple[Part, ...] = ((COMMON, (64, 128), (torch.bfloat16,)),)
-PLAN: tuple[Part, ...] = (
+QUICK: tuple[PlanPart, ...] = ((COMMON, (64, 128), (torch.bfloat16,)),)
+PLAN: tuple[PlanPart, ...] = (
     *QUICK,
     (COMMON, (80, 256), (torch.bfloat16,)),
     (COMMON, DIMS, (torch.float16,)),
@@ -99,7 +100,7 @@ def _made_from(launch: Recorded, target: str) -> str:
     return hashlib.sha256(repr(made_from).encode() + _reader()).hexdigest()[:16]
 
 
-def wanted(plan: Iterable[Part], targets: Sequence[str]) -> dict[str, str]:
+def wanted(plan: Iterable[PlanPart], targets: Sequence[str]) -> dict[str, str]:
     """Hashes of a plan's binaries, by name."""
     sources: dict[str, str] = {}
     for cases, dims, dtypes in plan:
