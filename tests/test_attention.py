@@ -66,6 +66,25 @@ def test_small_calls_are_the_same_in_one_piece_and_in_several(name: str, monkeyp
     assert used == {"forward": 2, "backward": 1}
 
 
+@pytest.mark.parametrize("name", SMALL)
+def test_small_calls_whose_out_alone_is_wanted(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case, taken = SMALL[name], []
+    short = small.with_gradients
+    monkeypatch.setattr(small, "with_gradients", lambda call: taken.append(short(call)) or taken[-1])
+    if case.packed:
+        case.options["cu_seqlens_k"] = case.options["cu_seqlens_q"]
+    op: Any = prefix_attention_varlen if case.packed else prefix_attention
+    results = []
+    for backend in (None, "reference"):
+        out = op(**case.leaves, **case.options, backend=backend)
+        direction = torch.randn(out.shape, dtype=out.dtype, generator=torch.Generator().manual_seed(1))
+        results.append((out, *torch.autograd.grad(out, list(case.leaves.values()), direction, create_graph=True)))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-11, atol=1e-11)
+    assert len(taken) == 1
+    with pytest.raises(RuntimeError, match="double backward is not supported"):
+        sum(grad.sum() for grad in results[0][1:]).backward()
+
+
 @pytest.mark.parametrize("name", ALL_CASES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 def test_half_precision_errs_no_more_than_twice_the_oracle(name: str, dtype: torch.dtype) -> None:

@@ -105,7 +105,7 @@ class CheckedCall:
         if plain:  # the operator has nothing to add
             out, _ = load_engine(self.engine).forward(**call)
         else:
-            out, _ = attention(cast(Call, call), self.engine)
+            out, _ = attention(cast(Call, call), self.engine, out_alone=True)
         return out.unsqueeze(0) if self.rows is not None else out.transpose(1, 2)
 
 

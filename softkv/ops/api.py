@@ -181,7 +181,7 @@ def _attend(call: Call, backend: str | None, return_lse: bool) -> Tensor | tuple
             x = call[name]
             if x is not None:
                 call[name] = rows_of_memory(x)
-        out, lse = attention(call, engine)
+        out, lse = attention(call, engine, out_alone=not return_lse)  # type: ignore[assignment]
     return (out, lse) if return_lse else out
 
 

@@ -50,11 +50,14 @@ class Needs(NamedTuple):
     sinks: bool
 
 
+NO_DOUBLE_BACKWARD = "prefix_attention: double backward is not supported; backend='reference' is"
+
 Gradients: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 class Engine(Protocol):
-    """A module with these two functions. It trusts its arguments, and raises NotImplementedError, naming backend and
+    """A module with these two functions, and where it has shorter ways for some calls, `step` and `with_gradients` (see
+    `softkv.ops.torch`). It trusts its arguments, and raises NotImplementedError, naming backend and
     option, for a valid call that it cannot serve.
 
     There is at least one query. The prefix is None or [A, G, P, D] and [A, G, P, Dv] with P ≥ 1; without an index A is

@@ -18,7 +18,7 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from softkv import ranges
-from softkv.ops.engine import Call, Engine, Gradients, Needs, empty_out
+from softkv.ops.engine import NO_DOUBLE_BACKWARD, Call, Engine, Gradients, Needs, empty_out
 
 ENGINES = {
     "torch": "softkv.ops.torch",
@@ -37,14 +37,18 @@ def load_engine(name: str) -> Any:
     return _loaded[name]
 
 
-def attention(call: Call, engine: str) -> tuple[Tensor, Tensor]:
-    """(out, lse) of a checked call."""
+def attention(call: Call, engine: str, out_alone: bool = False) -> tuple[Tensor, Tensor | None]:
+    """(out, lse) of a checked call; lse may be missing where out alone is wanted."""
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode()
     if traced or not all(_plain(x) for x in call.values() if isinstance(x, Tensor)):
         return _attention_op(*_operands(call), engine)
     if torch.is_grad_enabled():
         leaves = _leaves(call)
         if any(x is not None and x.requires_grad for x in leaves):
+            shorter = getattr(load_engine(engine), "with_gradients", None) if out_alone else None
+            out = None if shorter is None else shorter(call)
+            if out is not None:
+                return out, None
             return _Attention.apply(call, engine, *leaves)
     return _forward(call, engine)
 
@@ -209,7 +213,7 @@ def _derive_operands(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None)
 
 
 def _refuse_double_backward(ctx: Any, *grads: Tensor | None) -> None:
-    raise RuntimeError("prefix_attention: double backward is not supported; backend='reference' is")
+    raise RuntimeError(NO_DOUBLE_BACKWARD)
 
 
 for _name, _kernel, _fake in (

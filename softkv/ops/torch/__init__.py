@@ -72,6 +72,15 @@ def step(call: Call) -> Callable[..., Tensor] | None:
     return partial(decode.out_alone, scale=call["scale"])
 
 
+def with_gradients(call: Call) -> Tensor | None:
+    """out alone, differentiable, of a small call whose tokens take gradients; None for others."""
+    if not small.serves(call) or not _fused(call) or torch.is_autocast_enabled("cpu"):
+        return None
+    if call["q"].numel() == 0 or not any(x.requires_grad for x in (call["q"], call["k"], call["v"])):
+        return None
+    return small.with_gradients(call)
+
+
 def backward(
     grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, *, needs: Needs, **call: Unpack[Call]
 ) -> Gradients:

@@ -4,13 +4,16 @@ Up to some thousand numbers, copying keys and values costs less than a second li
 copied that nothing else notices; larger calls keep the prefix an operand of its own.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from softkv.ops.engine import Call, Gradients, Needs
+from softkv import ranges
+from softkv.ops.engine import NO_DOUBLE_BACKWARD, Call, Gradients, Needs
 from softkv.ops.torch import piece
 
 MOST = 1 << 14  # numbers in the copy of the keys, and scores of packed rows, which see each other's
@@ -37,51 +40,95 @@ def fits(k: Tensor, prefix_k: Tensor) -> bool:
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
-    q, k, v = _batch(call)
+    q, k, v = _batch(call["q"]), _batch(call["k"]), _batch(call["v"])
     keys, values = side_by_side(call["prefix_k"], k), side_by_side(call["prefix_v"], v)
     out, lse = piece.fused_forward(q, keys, values, _mask(call), False, call["scale"])
-    if call["q"].dim() == 3:
-        out, lse = out[0].transpose(0, 1), lse[0]
-    if out.stride() != call["q"].stride():
-        out = torch.empty_like(call["q"]).copy_(out)
-    return out, lse.contiguous()
+    return _like(call["q"], out), (lse if call["q"].dim() == 4 else lse[0]).contiguous()
 
 
 def backward(grad_out: Tensor, out: Tensor, lse: Tensor, needs: Needs, call: Call) -> Gradients:
-    q, k, v = _batch(call)
+    q, k, v, grad_out, out = (_batch(x) for x in (call["q"], call["k"], call["v"], grad_out, out))
     keys, values = side_by_side(call["prefix_k"], k), side_by_side(call["prefix_v"], v)
-    if call["q"].dim() == 3:
-        grad_out, out, lse = grad_out.transpose(0, 1)[None], out.transpose(0, 1)[None], lse[None]
-    dq, dk, dv = piece.fused_backward(grad_out, q, keys, values, out, lse, _mask(call), False, call["scale"])
-    P = keys.shape[2] - k.shape[2]
-    packed = call["q"].dim() == 3
+    lse = lse if lse.dim() == 3 else lse[None]
+    grads = piece.fused_backward(grad_out, q, keys, values, out, lse, _mask(call), False, call["scale"])
+    P, packed = keys.shape[2] - k.shape[2], call["q"].dim() == 3
+    return *_parted(grads, P, packed, (needs.q, needs.k, needs.v, needs.prefix_k, needs.prefix_v)), None
+
+
+def with_gradients(call: Call) -> Tensor:
+    """out alone, differentiable."""
+    operands = call["q"], call["k"], call["v"], call["prefix_k"], call["prefix_v"]
+    return cast(Tensor, _Small.apply(*operands, _mask(call), call["scale"]))
+
+
+class _Small(torch.autograd.Function):
+    """`forward` and `backward` with nothing between them and torch: small calls are many, and wait for the host."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, mask: Tensor | None, scale: float
+    ) -> Tensor:
+        queries, keys, values = _batch(q), side_by_side(prefix_k, _batch(k)), side_by_side(prefix_v, _batch(v))
+        out, lse = piece.flash(queries, keys, values, 0.0, False, attn_mask=mask, scale=scale)
+        ctx.save_for_backward(queries, keys, values, out, lse)
+        ctx.options = mask, scale, prefix_k.shape[2], q.dim() == 3, ranges.current()
+        return _like(q, out)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> Any:
+        queries, keys, values, out, lse = ctx.saved_tensors
+        mask, scale, P, packed, name = ctx.options
+        with ranges.backward_of(name):
+            grads = piece.fused_backward(_batch(grad_out), queries, keys, values, out, lse, mask, False, scale)
+            parts = _parted(grads, P, packed, ctx.needs_input_grad)
+        return *(_Once.apply(*parts) if torch.is_grad_enabled() else parts), None, None
+
+
+class _Once(torch.autograd.Function):
+    """Gradients that are not to be differentiated again."""
+
+    @staticmethod
+    def forward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tuple(None if grad is None else grad.view_as(grad) for grad in grads)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        raise RuntimeError(NO_DOUBLE_BACKWARD)
+
+
+def _parted(
+    grads: tuple[Tensor, Tensor, Tensor], P: int, packed: bool, needs: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of queries, keys, values and the prefix's keys and values from those of what stood side by side."""
+    dq, dk, dv = grads
     return (
-        None if not needs.q else dq[0].transpose(0, 1) if packed else dq,
-        _of_tokens(dk, P, packed) if needs.k else None,
-        _of_tokens(dv, P, packed) if needs.v else None,
-        _of_slots(dk, P) if needs.prefix_k else None,
-        _of_slots(dv, P) if needs.prefix_v else None,
-        None,
+        _unbatch(dq, packed) if needs[0] else None,
+        _unbatch(dk[:, :, P:], packed) if needs[1] else None,
+        _unbatch(dv[:, :, P:], packed) if needs[2] else None,
+        _of_slots(dk, P) if needs[3] else None,
+        _of_slots(dv, P) if needs[4] else None,
     )
 
 
-def _batch(call: Call) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values `[B, ., T or S, D]`; packed rows are one."""
-    q, k, v = call["q"], call["k"], call["v"]
-    if q.dim() == 4:
-        return q, k, v
-    return q.transpose(0, 1)[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None]
+def _batch(x: Tensor) -> Tensor:
+    """`[B, ., T, D]`; packed rows `[N, ., D]` are one."""
+    return x if x.dim() == 4 else x.transpose(0, 1)[None]
+
+
+def _unbatch(x: Tensor, packed: bool) -> Tensor:
+    return x[0].transpose(0, 1) if packed else x
+
+
+def _like(q: Tensor, out: Tensor) -> Tensor:
+    """out `[B, H, T, D]` in the shape and layout of q."""
+    out = _unbatch(out, q.dim() == 3)
+    return out if out.stride() == q.stride() else torch.empty_like(q).copy_(out)
 
 
 def side_by_side(prefix: Tensor | None, tokens: Tensor) -> Tensor:
     """`[B, G, P + S, D]`"""
     assert prefix is not None
     return torch.cat([prefix if len(tokens) == 1 else prefix.expand(len(tokens), -1, -1, -1), tokens], 2)
-
-
-def _of_tokens(grad: Tensor, P: int, packed: bool) -> Tensor:
-    grad = grad[:, :, P:]
-    return grad[0].transpose(0, 1) if packed else grad
 
 
 def _of_slots(grad: Tensor, P: int) -> Tensor:
