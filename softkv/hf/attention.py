@@ -145,7 +145,7 @@ def _checked(
         of_one_row = apart(query, key, context.restarts)
         allowed = of_one_row if of_one_row is None else of_one_row & keys.matrix(causal, window, query.shape[2], key)
     elif rows is None and (keys.packed or (context is _BARE and keys.may_be_packed(cu_seq_lens_q))):
-        rows = rows_of_line(query, key, position_ids, cu_seq_lens_q, max_length_q)
+        rows = rows_of_line(query, key, position_ids, cu_seq_lens_q, max_length_q, attention_mask)
         if rows is None and torch.compiler.is_compiling():
             of_one_row = apart(query, key, position_ids)
             allowed = (

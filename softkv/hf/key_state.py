@@ -34,7 +34,13 @@ class AllReal(Tensor):
 
 
 class KeyState(Tensor):
-    """A tensor that can be moved and asked for its shape, and not computed with."""
+    """A tensor that can be moved and asked for its shape, and not computed with.
+
+    Attributes:
+        rows: position ids, and the packed rows that a block has found in them (`softkv.hf.packing`), or None.
+    """
+
+    rows: tuple[Any, Any] | None = None
 
     @classmethod
     def __torch_function__(

@@ -97,7 +97,7 @@ def key_state(
         count = torch.as_tensor(end, dtype=torch.int32, device=device).view(1, 1, 1, 1)
         return _made(count.expand(1, pattern, rows, 1), guarded)
     if seen is None or (not part_filled and _all_real(seen)):
-        if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+        if q_length > 1 or torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
             return _made(torch.empty(1, pattern, rows, 0, dtype=torch.int8, device=device), guarded)
         return _all_seen(pattern, rows, torch.device(device), guarded)
     exists = (torch.arange(kv_length, device=device) < end).view(1, -1)
@@ -118,7 +118,7 @@ _constant: set[int] = set()
 
 
 def is_constant(state: Tensor | None) -> bool:
-    """Whether a key state says the same, that all keys are seen, in every forward pass."""
+    """Whether a key state is that of every decoding step in which all keys are seen."""
     return state is None or id(state) in _constant
 
 

@@ -7,18 +7,33 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from softkv.hf.context import PackedRows
+from softkv.hf.key_state import KeyState
+from softkv.hf.masks import is_constant
 
 
 def rows_of_line(
-    query: Tensor, key: Tensor, position_ids: Tensor | None, cu_seqlens: Tensor | None, longest: int | None
+    query: Tensor,
+    key: Tensor,
+    position_ids: Tensor | None,
+    cu_seqlens: Tensor | None,
+    longest: int | None,
+    mask: Tensor | None,
 ) -> PackedRows | None:
     """The packed rows of a batch of one line, as transformers' collators give them: cumulative lengths, or
-    position ids that restart."""
+    position ids that restart, which are read once a forward pass.
+
+    Args:
+        mask: what all blocks of the pass are given: it keeps what was found for those that follow.
+    """
     if len(query) != 1 or query.shape[2] != key.shape[2]:
         return None
     if cu_seqlens is not None and longest is not None:
         return PackedRows(cu_seqlens.to(torch.int32), longest)
-    return packed_rows(position_ids)
+    if torch.compiler.is_compiling() or not isinstance(mask, KeyState) or is_constant(mask):
+        return packed_rows(position_ids)
+    if mask.rows is None or mask.rows[0] is not position_ids:
+        mask.rows = position_ids, packed_rows(position_ids)
+    return mask.rows[1]
 
 
 def apart(query: Tensor, key: Tensor, position_ids: Tensor | None) -> Tensor | None:

@@ -28,11 +28,14 @@ class SoftRows:
         names: the adapter of each row, None for the bare model; one name alone is that of all rows.
         softs: the soft prompts named, in the order of their first rows.
         order: which of `names` each row has, where a cache's rows were reordered or selected.
+        encodes: whether K and V of some rows are made inside the attention blocks. (A field: compiled code would guard
+            on the names that a property looks through.)
     """
 
     names: Names
     softs: dict[str, SoftPrompt]
     order: tuple[int, ...] | None = None
+    encodes: bool = False
 
     @classmethod
     def of(cls, names: Sequence[str | None], adapters: nn.ModuleDict, order: Sequence[int] | None = None) -> SoftRows:
@@ -46,9 +49,10 @@ class SoftRows:
             if name is not None:
                 check_known(name, adapters)
         softs = {name: cast(SoftPrompt, adapters[name]) for name in different if name is not None}
+        encodes = any(soft.encodes_rows for soft in softs.values())
         if len(different) == 1:
-            return cls(tuple(different), softs)
-        return cls(tuple(names), softs, None if order is None else tuple(order))
+            return cls(tuple(different), softs, None, encodes)
+        return cls(tuple(names), softs, None if order is None else tuple(order), encodes)
 
     @property
     def alone(self) -> SoftPrompt | None:
@@ -64,11 +68,6 @@ class SoftRows:
     def leads(self) -> bool:
         """Whether soft tokens stand before some rows."""
         return any(soft.placement == "before" for soft in self.softs.values())
-
-    @property
-    def encodes(self) -> bool:
-        """Whether K and V of some rows are made inside the attention blocks."""
-        return any(soft.encodes_rows for soft in self.softs.values())
 
     @property
     def reading_prompts(self) -> str:

@@ -88,3 +88,24 @@ def test_prefill_reads_at_most_once() -> None:
     with torch.no_grad(), Reads() as reads:
         model(IDS.expand(2, -1), attention_mask=mask, past_key_values=transformers.DynamicCache())
     assert sum(reads.seen.values()) <= 1
+
+
+def test_packed_rows_of_a_drop_in_are_found_once() -> None:
+    """Position ids that restart are read once a forward pass, however many layers there are; rows are kept apart in
+    every one, and a second pass looks again."""
+    ids, counts = torch.arange(10)[None] + 3, []
+    for layers in (1, 4):
+        model = llama(layers)
+        model.set_attn_implementation("softkv")
+        positions = torch.cat([torch.arange(4), torch.arange(6)])[None]
+        with torch.no_grad():
+            with Reads() as reads:
+                packed = model(ids, position_ids=positions, use_cache=False).logits
+            alone = [model(part, use_cache=False).logits for part in ids.split([4, 6], 1)]
+            torch.testing.assert_close(packed, torch.cat(alone, 1), rtol=0, atol=1e-5)
+            positions[0, 4:] += 4  # in place: one row
+            torch.testing.assert_close(
+                model(ids, position_ids=positions, use_cache=False).logits, model(ids, use_cache=False).logits
+            )
+        counts.append(sum(reads.seen.values()))
+    assert counts[0] == counts[1]
