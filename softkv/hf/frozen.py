@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -183,22 +181,16 @@ class BaseState:
             module.training = self.training.get(name, module.training)
 
 
-@contextmanager
-def released_on_error(model: Any) -> Iterator[None]:
-    """Takes off what was attached within this context, should it end in an error: an interrupt may come between the end
-    of an attach and the assignment of its result."""
-    held = _holders(model)
-    try:
-        yield
-    except BaseException:
-        for holder in _holders(model):
-            if not any(holder is each for each in held):
-                holder.remove()
-                BaseState.release(model, holder)
-        raise
+def take_off_others(model: Any, held: list[Any]) -> None:
+    """Takes off what was attached after `holders_of` a model: an interrupt may come between the end of an attach and
+    the assignment of its result."""
+    for holder in holders_of(model):
+        if not any(holder is each for each in held):
+            holder.remove()
+            BaseState.release(model, holder)
 
 
-def _holders(model: Any) -> list[Any]:
+def holders_of(model: Any) -> list[Any]:
     state = getattr(model, "__dict__", {}).get(_ATTRIBUTE)
     return [] if state is None else list(state.holders)
 

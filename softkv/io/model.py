@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from softkv.hf.frozen import released_on_error
+from softkv.hf.frozen import holders_of, take_off_others
 from softkv.hf.learned import check_learned, inject, put_learned
 from softkv.hf.model import PromptedModel
 from softkv.hf.pipelines import say_known
@@ -55,10 +55,14 @@ def attach(
         >>> sorted(name for name, parameter in model.named_parameters() if parameter.requires_grad)
         ['adapters.default.k', 'adapters.default.v']
     """
-    with released_on_error(model):
+    held = holders_of(model)
+    try:  # not a context manager: an interrupt may come between its end and the return
         return _class_for(model)(
             model, method, tokenizer=tokenizer, backend=backend, head_once=head_once, modules_to_save=modules_to_save
         )
+    except BaseException:
+        take_off_others(model, held)
+        raise
 
 
 say_known()
@@ -170,11 +174,10 @@ def load(
         4
     """
     config, tensors = checkpoint.read(hub.local(directory, revision, token))
-    soft_model = assemble(model, config, tensors, encoder=encoder, backend=backend)
     name, trained_on = model.config.name_or_path, config["base"]["name"]
     if name and trained_on and Path(name).name != Path(trained_on).name:
         warnings.warn(f"this soft prompt was trained on {trained_on}, not on {name}", stacklevel=2)
-    return soft_model
+    return assemble(model, config, tensors, encoder=encoder, backend=backend)
 
 
 def assemble(
@@ -191,15 +194,16 @@ def assemble(
         ValueError: when config, tensors and model don't fit together. Nothing is attached then.
     """
     prompt, in_base = checkpoint.parted(tensors)
+    held = holders_of(model)
     injected = inject(model, config.get("peft", {}))
     try:
-        with released_on_error(model):
-            method = checkpoint.saved(model, config, prompt, encoder=encoder)
-            soft_model = _class_for(model)(model, method, backend=backend).eval()
-            check_learned(model, in_base)
-            put_learned(model, in_base)
-            return soft_model
+        method = checkpoint.saved(model, config, prompt, encoder=encoder)
+        soft_model = _class_for(model)(model, method, backend=backend).eval()
+        check_learned(model, in_base)
+        put_learned(model, in_base)
+        return soft_model
     except BaseException:
+        take_off_others(model, held)
         if injected:
             model.delete_adapter(injected)
         raise

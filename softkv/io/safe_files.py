@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+_DAMAGE = (SafetensorError, OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -31,12 +32,18 @@ def open_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         ValueError: when the file is damaged.
     """
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
+        return _opened(path)
+    except _DAMAGE:
+        pass  # or an interrupt, which torch turns into a TypeError: what is damaged is so again
+    try:
+        return _opened(path)
+    except _DAMAGE as error:
         raise ValueError(f"{path} is damaged: {error}") from error
-    return metadata, tensors
+
+
+def _opened(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    with safe_open(path, framework="pt") as file:
+        return file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
 def check_values(tensors: Mapping[str, Tensor], where: str) -> None:

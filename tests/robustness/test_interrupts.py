@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -118,6 +119,20 @@ def test_load(tmp_path: Any) -> None:
             held.pop().detach()
         assert state_of(base) == before
     assert torch.equal(softkv.load(base, tmp_path)(IDS).logits, want)
+
+
+def test_a_warning_that_is_an_error_attaches_nothing(tmp_path: Any) -> None:
+    saved = attached()
+    saved.base.config.name_or_path = "one"
+    saved.save_pretrained(tmp_path)
+    base = llama()
+    base.config.name_or_path = "another"
+    before = state_of(base)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="was trained on one, not on another"):
+            softkv.load(base, tmp_path)
+    assert state_of(base) == before
 
 
 @pytest.mark.parametrize("method", METHODS)
