@@ -91,6 +91,10 @@ def check_mask(mask: Any, rows: int, widths: Sequence[int]) -> None:
             f"attention_mask expects [{rows}, {columns}], a column for each token (none for soft prompts), "
             f"got {list(mask.shape)}"
         )
+    if mask.dtype != torch.bool and is_readable(mask) and not bool(((mask == 0) | (mask == 1)).all()):
+        raise ValueError(
+            f"attention_mask expects 1 for a token and 0 for padding, got values from {mask.min()} to {mask.max()}"
+        )
 
 
 def check_positions(positions: Any, shape: tuple[int, int]) -> None:
@@ -99,8 +103,9 @@ def check_positions(positions: Any, shape: tuple[int, int]) -> None:
         return
     B, T = shape
     fits = isinstance(positions, Tensor) and positions.dim() >= 2 and positions.shape[-1] == T
+    fits = fits and (positions.dtype == torch.int64 or positions.dtype == torch.int32)
     if not fits or (positions.shape[-2] != B and positions.shape[-2] != 1):
-        raise ValueError(f"position_ids expects [{B}, {T}] or [1, {T}], got {described(positions)}")
+        raise ValueError(f"position_ids expects integers [{B}, {T}] or [1, {T}], got {described(positions)}")
 
 
 def check_labels(labels: Any, shape: tuple[int, int]) -> None:
@@ -137,7 +142,10 @@ def refuse_restarts() -> None:
 def check_prompt_lengths(lengths: Any, layout: RowLayout) -> Tensor:
     """`prompt_lengths` `[R]` as the layout's numbers."""
     rows = layout.rows
-    lengths = torch.as_tensor(lengths, device=layout.first.device)
+    try:
+        lengths = torch.as_tensor(lengths, device=layout.first.device)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise ValueError(f"prompt_lengths expects [{rows}] integers, got {lengths!r:.100}") from None
     if lengths.shape != (rows,) or lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
         raise ValueError(f"prompt_lengths expects [{rows}] integers, got {described(lengths)}")
     if is_readable(lengths):  # elsewhere a look would wait

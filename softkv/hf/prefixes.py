@@ -287,7 +287,7 @@ def bank(prefixes: Sequence[Prefix]) -> Prefix:
 def check_known(name: str, adapters: nn.ModuleDict) -> None:
     """Raise unless there is an adapter of this name."""
     if name not in adapters:
-        raise ValueError(f"this model has no adapter {name!r}: expected one of {', '.join(map(repr, adapters))}")
+        raise ValueError(f"this model has no adapter {name!r:.300}: expected one of {', '.join(map(repr, adapters))}")
 
 
 def of_one_length(heads: Iterable[Tensor]) -> Tensor:
