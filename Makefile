@@ -34,7 +34,7 @@ threads: $(READY)
 # Threads, saves and interrupts for half an hour: answers as of one thread, memory flat.
 soak: $(READY)
 	OMP_NUM_THREADS=1 SOFTKV_ROUNDS=1000 SOFTKV_POINTS=400 $(BIN)/python -m pytest tests/robustness
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.robustness.soak --minutes 30
+	OMP_NUM_THREADS=1 $(BIN)/python -m tools.soak --minutes 30
 
 # softkv beside what it replaces: tables, plots and runs/bench/report.html (about 22 minutes on 2 cores).
 bench: $(READY)
@@ -68,7 +68,7 @@ compile-matrix: $(READY)
 
 # Breaks the kernels on purpose, one line at a time: every mutant must be caught (about 10 minutes).
 mutants: $(READY)
-	$(BIN)/python -m tests.kernels.mutate --write docs/kernel_mutants.md
+	$(BIN)/python -m tools.mutate --write docs/kernel_mutants.md
 
 # Every model of transformers' mappings, tiny and random, with every method: docs/models.md. Goes on where it
 # stopped (about 40 minutes).

@@ -9,7 +9,7 @@ import transformers
 
 import softkv
 from tests.hf.encoders import encoder
-from tests.hf.test_task_heads import decoder
+from tests.hf.task_decoders import decoder
 
 ROWS = [[5, 6, 7, 8, 9], [10, 11], [12, 13, 14]]
 

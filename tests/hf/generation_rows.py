@@ -12,7 +12,7 @@ import transformers
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from tests.hf.naive import Way as TokenRow
+from tests.hf.naive import Row as TokenRow
 from tests.hf.naive import greedy, recomputing, row_logits
 from tests.hf.tiny import VOCAB, model_of, tokenizer
 
@@ -24,7 +24,7 @@ Way = Callable[[Any, Prompts], Answers]
 
 
 @dataclass(frozen=True)
-class NaiveWay:
+class NaiveRows:
     """The truth: everything recomputed, row by row, in eager attention."""
 
     model: Any
@@ -62,7 +62,7 @@ class NaiveWay:
 
 
 @dataclass(frozen=True)
-class Way:
+class GenerationRow:
     """One way to generate.
 
     Attributes:
@@ -80,7 +80,7 @@ class Way:
 
     name: str
     way: Way
-    truth: Callable[[NaiveWay], Answers] = NaiveWay.greedy
+    truth: Callable[[NaiveRows], Answers] = NaiveRows.greedy
     excluded: str = ""
     error: str = ""
     refused: dict[str, str] = field(default_factory=dict)
@@ -99,7 +99,7 @@ class Way:
         """The frozen model, in eager attention."""
         return model_of(self.model, **self.changes)
 
-    def right(self, answers: Answers, naive: NaiveWay) -> bool:
+    def right(self, answers: Answers, naive: NaiveRows) -> bool:
         """Whether the answers are the truth."""
         if self.lossy:
             return max(map(max, naive.shortfall(answers))) < 0.1
@@ -273,7 +273,7 @@ def continued(model: Any, prompts: Prompts) -> Answers:
     return got
 
 
-def continued_truth(naive: NaiveWay) -> Answers:
+def continued_truth(naive: NaiveRows) -> Answers:
     got = []
     for prompt, answer in zip(naive.prompts, naive.greedy(), strict=True):
         row = TokenRow([*prompt, *answer, *FED], len(prompt))  # an encoder has read the first prompt
@@ -379,7 +379,7 @@ def guided(model: Any, prompts: Prompts) -> Answers:
 
 
 @torch.no_grad()
-def guided_truth(naive: NaiveWay) -> Answers:
+def guided_truth(naive: NaiveRows) -> Answers:
     """Classifier-free guidance: the unconditional prompt is the last token, under the same soft prompt."""
     got = []
     for prompt in naive.prompts:
@@ -451,146 +451,150 @@ def needs_remote_code(**options: Any) -> dict[str, Any]:
 WHOLE_PROMPTS = {"p-tuning v2 encoder": "reads whole prompts at once"}
 
 ROWS = [
-    Way("greedy, left padding", with_options(), padding=True),
-    Way("greedy, right padding", with_options("right"), padding=True),
-    Way("dynamic cache", with_options(cache_implementation="dynamic")),
-    Way("a cache object of the user's", own_cache(lambda config: transformers.DynamicCache())),
-    Way("static cache", with_options(cache_implementation="static")),
-    Way(
+    GenerationRow("greedy, left padding", with_options(), padding=True),
+    GenerationRow("greedy, right padding", with_options("right"), padding=True),
+    GenerationRow("dynamic cache", with_options(cache_implementation="dynamic")),
+    GenerationRow("a cache object of the user's", own_cache(lambda config: transformers.DynamicCache())),
+    GenerationRow("static cache", with_options(cache_implementation="static")),
+    GenerationRow(
         "a static cache object of the user's",
         own_cache(lambda config: transformers.StaticCache(config=config, max_cache_len=32)),
     ),
-    Way("sliding windows, dynamic cache", with_options(), model=MISTRAL),
-    Way("sliding windows, static cache", with_options(cache_implementation="static"), model=MISTRAL),
-    Way("alternating windows, static cache", with_options(cache_implementation="static"), model=GEMMA),
-    Way("no cache", with_options(use_cache=False)),
-    Way(
+    GenerationRow("sliding windows, dynamic cache", with_options(), model=MISTRAL),
+    GenerationRow("sliding windows, static cache", with_options(cache_implementation="static"), model=MISTRAL),
+    GenerationRow("alternating windows, static cache", with_options(cache_implementation="static"), model=GEMMA),
+    GenerationRow("no cache", with_options(use_cache=False)),
+    GenerationRow(
         "quantised cache, fp8",
         with_options(cache_implementation="quantized", cache_config={"backend": "fp8"}),
         lossy=True,
     ),
-    Way(
+    GenerationRow(
         "quantised cache, quanto",
         with_options(cache_implementation="quantized", cache_config={"backend": "quanto"}),
         excluded="needs optimum-quanto",
         error="quanto",
         lossy=True,
     ),
-    Way(
+    GenerationRow(
         "quantised cache, HQQ",
         with_options(cache_implementation="quantized", cache_config={"backend": "hqq"}),
         excluded="needs hqq",
         error="(?i)hqq",
         lossy=True,
     ),
-    Way("offloaded cache", with_options(cache_implementation="offloaded"), excluded="needs CUDA", error="CUDA"),
-    Way(
+    GenerationRow(
+        "offloaded cache", with_options(cache_implementation="offloaded"), excluded="needs CUDA", error="CUDA"
+    ),
+    GenerationRow(
         "offloaded static cache",
         with_options(cache_implementation="offloaded_static"),
         excluded="needs CUDA",
         error="CUDA",
     ),
-    Way("chunked prefill", with_options(prefill_chunk_size=2), refused=WHOLE_PROMPTS),
-    Way(
+    GenerationRow("chunked prefill", with_options(prefill_chunk_size=2), refused=WHOLE_PROMPTS),
+    GenerationRow(
         "chunked prefill into a static cache",
         with_options(prefill_chunk_size=2, cache_implementation="static"),
         refused=WHOLE_PROMPTS,
     ),
-    Way("compiled decoding, static cache, full graph", compiled, slow=True),
-    Way("sampling", **searched(do_sample=True, temperature=1.3, top_k=20, top_p=0.9)),
-    Way(
+    GenerationRow("compiled decoding, static cache, full graph", compiled, slow=True),
+    GenerationRow("sampling", **searched(do_sample=True, temperature=1.3, top_k=20, top_p=0.9)),
+    GenerationRow(
         "sampling: min_p, typical_p, epsilon and eta cutoffs",
         **searched(do_sample=True, min_p=0.01, typical_p=0.9, epsilon_cutoff=3e-4, eta_cutoff=3e-4),
     ),
-    Way("several sequences a row", **searched(do_sample=True, num_return_sequences=3)),
-    Way("beam search", **searched(num_beams=3)),
-    Way(
+    GenerationRow("several sequences a row", **searched(do_sample=True, num_return_sequences=3)),
+    GenerationRow("beam search", **searched(num_beams=3)),
+    GenerationRow(
         "beam search, all beams, an end token",
         **searched(num_beams=3, num_return_sequences=3, eos_token_id=list(range(2, 12)), length_penalty=0.5),
     ),
-    Way("beam search, static cache", **searched(num_beams=3, cache_implementation="static")),
-    Way("beam search, no cache", **searched(num_beams=3, use_cache=False)),
-    Way("beam search, sliding windows", **searched(num_beams=3), model=MISTRAL),
-    Way("beam sampling", **searched(num_beams=2, do_sample=True)),
-    Way("group beam search", **needs_remote_code(num_beams=2, num_beam_groups=2, diversity_penalty=1.0)),
-    Way("constrained beam search", **needs_remote_code(num_beams=2, force_words_ids=[[5]])),
-    Way("contrastive search", **needs_remote_code(penalty_alpha=0.6, top_k=4)),
-    Way("DoLa", **needs_remote_code(dola_layers="low")),
-    Way("prompt lookup", row_by_row(prompt_lookup_num_tokens=3)),
-    Way("prompt lookup, sliding windows", row_by_row(prompt_lookup_num_tokens=3), model=MISTRAL),
-    Way("an assistant model", with_a_draft()),
-    Way("an assistant model, sampling", with_a_draft(do_sample=True, top_k=1)),
-    Way("its own base as assistant", with_its_base),
-    Way("early exit as assistant", early_exit),
-    Way("`inputs_embeds`", from_embeddings, texts=True),
-    Way("scores and logits", scores),
-    Way("manual decoding, left padding", manual("left"), padding=True),
-    Way("manual decoding, right padding", manual("right"), padding=True),
-    Way("manual decoding, right padding, sliding windows", manual("right"), model=MISTRAL, padding=True),
-    Way(
+    GenerationRow("beam search, static cache", **searched(num_beams=3, cache_implementation="static")),
+    GenerationRow("beam search, no cache", **searched(num_beams=3, use_cache=False)),
+    GenerationRow("beam search, sliding windows", **searched(num_beams=3), model=MISTRAL),
+    GenerationRow("beam sampling", **searched(num_beams=2, do_sample=True)),
+    GenerationRow("group beam search", **needs_remote_code(num_beams=2, num_beam_groups=2, diversity_penalty=1.0)),
+    GenerationRow("constrained beam search", **needs_remote_code(num_beams=2, force_words_ids=[[5]])),
+    GenerationRow("contrastive search", **needs_remote_code(penalty_alpha=0.6, top_k=4)),
+    GenerationRow("DoLa", **needs_remote_code(dola_layers="low")),
+    GenerationRow("prompt lookup", row_by_row(prompt_lookup_num_tokens=3)),
+    GenerationRow("prompt lookup, sliding windows", row_by_row(prompt_lookup_num_tokens=3), model=MISTRAL),
+    GenerationRow("an assistant model", with_a_draft()),
+    GenerationRow("an assistant model, sampling", with_a_draft(do_sample=True, top_k=1)),
+    GenerationRow("its own base as assistant", with_its_base),
+    GenerationRow("early exit as assistant", early_exit),
+    GenerationRow("`inputs_embeds`", from_embeddings, texts=True),
+    GenerationRow("scores and logits", scores),
+    GenerationRow("manual decoding, left padding", manual("left"), padding=True),
+    GenerationRow("manual decoding, right padding", manual("right"), padding=True),
+    GenerationRow("manual decoding, right padding, sliding windows", manual("right"), model=MISTRAL, padding=True),
+    GenerationRow(
         "manual decoding, static cache",
         manual("left", lambda config: transformers.StaticCache(config=config, max_cache_len=32)),
     ),
-    Way(
+    GenerationRow(
         "several tokens at once against a cache",
         several_at_once,
         lambda naive: [naive.next(r, FED) for r in range(len(naive.prompts))],
     ),
-    Way("a cropped cache", cropped, lambda naive: [naive.next(r, FED) for r in range(len(naive.prompts))]),
-    Way("a reordered cache", reordered, lambda naive: [naive.next(r, FED)[2:] for r in ORDER]),
-    Way(
+    GenerationRow("a cropped cache", cropped, lambda naive: [naive.next(r, FED) for r in range(len(naive.prompts))]),
+    GenerationRow("a reordered cache", reordered, lambda naive: [naive.next(r, FED)[2:] for r in ORDER]),
+    GenerationRow(
         "a copied cache, rows chosen and repeated",
         chosen_and_repeated,
         lambda naive: [naive.next(r, FED)[1:] for r in (2, 2, 0, 0)],
     ),
-    Way(
+    GenerationRow(
         "several turns from one cache",
         continued,
         continued_truth,
         refused={"prompt-tuning after": "expects an empty cache"},
     ),
-    Way(
+    GenerationRow(
         "continuous batching",
         continuous_batching,
         excluded="runs only attention that transformers names itself, which knows no prefix",
         error="continuous batching runs only attention that transformers names itself",
     ),
-    Way("`TextStreamer`", text_streamer),
-    Way("`TextIteratorStreamer`", iterator_streamer),
-    Way("a chat template", chat, texts=True),
-    Way('`pipeline("text-generation")`', pipeline, texts=True),
-    Way("an end token, rows finish apart", **searched(eos_token_id=list(range(2, 20)))),
-    Way(
+    GenerationRow("`TextStreamer`", text_streamer),
+    GenerationRow("`TextIteratorStreamer`", iterator_streamer),
+    GenerationRow("a chat template", chat, texts=True),
+    GenerationRow('`pipeline("text-generation")`', pipeline, texts=True),
+    GenerationRow("an end token, rows finish apart", **searched(eos_token_id=list(range(2, 20)))),
+    GenerationRow(
         "least length, forced end",
         **searched(max_new_tokens=5, min_new_tokens=3, eos_token_id=list(range(2, 20)), forced_eos_token_id=7),
     ),
-    Way("stop strings", **searched(**with_stop_strings())),
-    Way("a stopping criterion of the user's", **searched(stopping_criteria=[SeenEnough()])),
-    Way("repetition penalty", **searched(repetition_penalty=1.7)),
-    Way("no repeated n-grams", **searched(no_repeat_ngram_size=2)),
-    Way(
+    GenerationRow("stop strings", **searched(**with_stop_strings())),
+    GenerationRow("a stopping criterion of the user's", **searched(stopping_criteria=[SeenEnough()])),
+    GenerationRow("repetition penalty", **searched(repetition_penalty=1.7)),
+    GenerationRow("no repeated n-grams", **searched(no_repeat_ngram_size=2)),
+    GenerationRow(
         "prompt's n-grams and tokens penalised",
         **searched(encoder_no_repeat_ngram_size=1, encoder_repetition_penalty=1.5),
     ),
-    Way(
+    GenerationRow(
         "bad words, biases, suppressed tokens",
         **searched(
             bad_words_ids=[[9, 10], [11]], sequence_bias=[[[5], 2.0]], suppress_tokens=[12], begin_suppress_tokens=[13]
         ),
     ),
-    Way("allowed tokens by function", **searched(prefix_allowed_tokens_fn=every_other_token)),
-    Way(
+    GenerationRow("allowed tokens by function", **searched(prefix_allowed_tokens_fn=every_other_token)),
+    GenerationRow(
         "a logits processor of the user's",
         own_processor,
         lambda naive: naive.generate(logits_processor=[FewerThanSeen()]),
     ),
-    Way("watermark", **searched(watermarking_config={"bias": 3.0, "seeding_scheme": "selfhash", "context_width": 2})),
-    Way("classifier-free guidance", guided, guided_truth),
-    Way("a decoding loop of the user's (`custom_generate`)", with_options(custom_generate=custom_loop)),
+    GenerationRow(
+        "watermark", **searched(watermarking_config={"bias": 3.0, "seeding_scheme": "selfhash", "context_width": 2})
+    ),
+    GenerationRow("classifier-free guidance", guided, guided_truth),
+    GenerationRow("a decoding loop of the user's (`custom_generate`)", with_options(custom_generate=custom_loop)),
 ]
 
 
-def told(row: Way) -> str:
+def told(row: GenerationRow) -> str:
     """softkv's result, in the table; the tests hold it to that."""
     if row.excluded:
         return f"excluded: {row.excluded}"

@@ -12,9 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import softkv
 from softkv.methods import PTuning
 from softkv.methods.base import Method, SoftPrompt
+from tests.hf.continuations import batch_of
 from tests.hf.naive import Row, close, greedy, row_logits
-from tests.hf.test_generate import batch_of
-from tests.hf.test_methods_on_models import LAYOUTS, direction, rows_for
+from tests.hf.rows import LAYOUTS, direction, rows_for
 from tests.hf.tiny import METHODS, VOCAB, attach, model_of, tokenizer
 
 # Beside the methods: other lengths and other numbers of soft tokens than theirs.

@@ -15,34 +15,13 @@ from torch import nn
 
 import softkv
 from softkv.hf import calls, checkpointing
-from tests.hf.test_generate import batch_of
-from tests.hf.test_methods_on_models import padded, rows_for
+from tests.hf.base_state import assert_same_state, state_of
+from tests.hf.continuations import batch_of
+from tests.hf.rows import padded, rows_for
 from tests.hf.tiny import METHODS, attach, model_of, tokenizer
 
 LABELLED = padded(rows_for("no soft tokens"), "left")[0]
 PROMPTS = batch_of([row.ids[: row.prompt] for row in rows_for("no soft tokens")], "left")
-
-
-def state_of(model: Any) -> list[Any]:
-    """Everything that detaching gives back."""
-    return [
-        {name: parameter.detach().clone() for name, parameter in model.named_parameters()},
-        {name: parameter.requires_grad for name, parameter in model.named_parameters()},
-        {name: module.training for name, module in model.named_modules()},
-        {name: module.p for name, module in model.named_modules() if isinstance(module, nn.Dropout)},
-        {name: module._forward_pre_hooks.copy() for name, module in model.named_modules()},
-        {name: module._forward_hooks.copy() for name, module in model.named_modules()},
-        {name: sorted(module.__dict__) for name, module in model.named_modules()},
-        model.config._attn_implementation,
-        model.config.to_dict(),
-        checkpointing.is_on(model),
-    ]
-
-
-def assert_same_state(got: list[Any], want: list[Any]) -> None:
-    for name, parameter in want[0].items():
-        assert torch.equal(got[0][name], parameter), name
-    assert got[1:] == want[1:]
 
 
 def mixed(attention: str = "eager") -> Any:

@@ -9,9 +9,9 @@ import torch
 import transformers
 
 import softkv.hf.attention
+from tests.hf.continuations import batch_of
 from tests.hf.naive import close
-from tests.hf.test_generate import batch_of
-from tests.hf.test_methods_on_models import LAYOUTS, packed, rows_for
+from tests.hf.rows import LAYOUTS, packed, rows_for
 from tests.hf.tiny import NAMES, model_of
 
 ROWS = rows_for("no soft tokens")

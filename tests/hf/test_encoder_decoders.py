@@ -9,11 +9,9 @@ from torch import Tensor
 
 import softkv
 from softkv.methods.base import Method
-from tests.hf.encoder_decoders import EOS, KV, NAMES, Naive, embedded, model_of, padded, self_attention
+from tests.hf.encoder_decoder_rows import READ, WRITTEN, labels_of
+from tests.hf.encoder_decoders import KV, NAMES, Naive, embedded, model_of, padded, self_attention
 from tests.hf.naive import close
-
-READ = [[5, 6, 7, 8, 9, EOS], [10, 11, EOS], [12, 13, 14, 15, EOS]]
-WRITTEN = [[4, 5, EOS], [7, EOS], [20, 21, 22, EOS]]
 
 METHODS: dict[str, Method] = {
     "v2 everywhere": softkv.PTuningV2(length=5, init_std=1.0),
@@ -70,11 +68,6 @@ def begun(bare: Any, written: list[int]) -> list[int]:
     if shifted is None:
         return [bare.config.decoder_start_token_id, *written[:-1]]
     return shifted(torch.tensor([written]))[0].tolist()
-
-
-def labels_of(written: list[list[int]]) -> Tensor:
-    width = max(map(len, written))
-    return torch.tensor([row + [-100] * (width - len(row)) for row in written])
 
 
 # Every method where position biases, scales and the start of a decoder differ; elsewhere one of each kind.

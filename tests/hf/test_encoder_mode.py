@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import softkv
 from tests.hf.naive import close, row_logits
-from tests.hf.test_methods_on_models import LAYOUTS, direction, rows_for
+from tests.hf.rows import LAYOUTS, direction, rows_for
 from tests.hf.tiny import VOCAB, model_of
 
 

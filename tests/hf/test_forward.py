@@ -10,9 +10,9 @@ import torch
 import softkv
 from softkv.methods.base import BaseShape, FrozenModel, Method, SoftPrompt
 from softkv.prefix import Prefix
+from tests.hf.continuations import batch_of
 from tests.hf.naive import Row, close, row_logits
-from tests.hf.test_generate import batch_of
-from tests.hf.test_methods_on_models import LAYOUTS, padded, rows_for, truth
+from tests.hf.rows import LAYOUTS, padded, rows_for, truth
 from tests.hf.tiny import METHODS, NAMES, VOCAB, attach, model_of
 
 MODELS = ["Llama", "Mistral: a sliding window", "GPT2: learned positions"]

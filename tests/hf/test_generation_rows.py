@@ -10,11 +10,11 @@ import transformers
 from torch import Tensor
 
 import softkv
-from tests.hf.generation_features import PAGE, rendered
-from tests.hf.generation_rows import FED, LLAMA, MISTRAL, ROWS, NaiveWay, Way, batch_of
+from tests.hf.continuations import prompts_of
+from tests.hf.generation_rows import FED, LLAMA, MISTRAL, ROWS, GenerationRow, NaiveRows, batch_of
 from tests.hf.naive import close
-from tests.hf.test_generate import prompts_of
 from tests.hf.tiny import METHODS, attach, tokenizer
+from tools.generation_features import PAGE, rendered
 
 NAMES = [method for method in METHODS if method != "p-tuning v2 of a text"]
 SLOW = ["prompt-tuning after", "p-tuning v2", "p-tuning v2 encoder"]
@@ -39,7 +39,7 @@ def cases() -> list[Any]:
 
 
 @pytest.mark.parametrize(("row", "method"), cases())
-def test_row(row: Way, method: str) -> None:
+def test_row(row: GenerationRow, method: str) -> None:
     model = attached(row.model, method, row.base().config.num_hidden_layers)
     prompts = [tokenizer()(text)["input_ids"] for text in TEXTS] if row.texts else prompts_of(method)
     expected = row.refused.get(method, row.error)
@@ -50,12 +50,12 @@ def test_row(row: Way, method: str) -> None:
             raise
         return
     assert not expected or row.excluded.startswith("needs "), "no error, but the table tells of one"
-    assert row.right(answers, NaiveWay(row.base(), model.soft, prompts))
+    assert row.right(answers, NaiveRows(row.base(), model.soft, prompts))
 
 
 def test_the_table_says_what_was_measured() -> None:
     page = PAGE.read_text(encoding="utf-8")
-    assert rendered(page) == page, "run `python -m tests.hf.generation_features --write`"
+    assert rendered(page) == page, "run `python -m tools.generation_features --write`"
     assert f"{len(ROWS)} rows" in page
 
 

@@ -8,7 +8,7 @@ import transformers
 
 import softkv
 from tests.hf.naive import close, greedy, row_logits
-from tests.hf.test_methods_on_models import LAYOUTS, rows_for
+from tests.hf.rows import LAYOUTS, rows_for
 from tests.hf.tiny import METHODS, TEXT, WINDOW, tokenizer
 
 SIZES = {

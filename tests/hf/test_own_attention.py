@@ -12,9 +12,9 @@ from torch import Tensor
 
 import softkv
 from softkv.methods.base import SoftPrompt
+from tests.hf.base_state import assert_same_state, state_of
 from tests.hf.naive import Row, close
 from tests.hf.own_attention import KINDS, base_of, config_of
-from tests.hf.test_attach import assert_same_state, state_of
 from tests.hf.tiny import METHODS, tokenizer
 
 IN_ROWS = ["prompt-tuning before", "prompt-tuning after", "p-tuning"]

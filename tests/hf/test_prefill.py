@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from softkv.hf.generation.prefill import Unpadded
-from tests.hf.test_generate import batch_of, prompts_of
+from tests.hf.continuations import batch_of, prompts_of
 from tests.hf.tiny import attach
 
 PACKED = ["prompt-tuning after", "prompt-tuning before", "p-tuning", "prefix-tuning", "p-tuning v2"]

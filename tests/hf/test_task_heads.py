@@ -6,29 +6,15 @@ from typing import Any
 import peft
 import pytest
 import torch
-import transformers
 
 import softkv
-from tests.hf.encoders import DECODERS, PAD, TABLE, encoder, outputs_of, row_output, shaken
+from tests.hf.encoder_rows import ROWS, of_rows, padded
+from tests.hf.encoders import DECODERS, PAD, TABLE, encoder, outputs_of, row_output
 from tests.hf.naive import close
-from tests.hf.test_encoders import ROWS, of_rows, padded
-from tests.hf.tiny import config_of
+from tests.hf.task_decoders import decoder
 
 TASKS = [(family, head) for family, head in TABLE if head != "MaskedLM"]
 SOME = [("Bert", "SequenceClassification"), ("Roberta", "TokenClassification"), ("DistilBert", "QuestionAnswering")]
-
-
-def decoder(family: str, head: str = "SequenceClassification") -> Any:
-    labels = {} if head == "QuestionAnswering" else {"num_labels": 3}
-    name = next(name for name in ("Llama", "Qwen3", "GPT2", "GPTNeoX", "Mistral") if name == family)
-    full = next(full for full in _NAMES if full.split(":")[0] == name)
-    config = config_of(full, **labels)
-    config.pad_token_id = PAD
-    return shaken(getattr(transformers, f"{family}For{head}"), config)
-
-
-_NAMES = ("Llama", "Qwen3: q/k-norm, head_dim is not C/H", "GPT2: learned positions",
-          "GPTNeoX: parallel residual, partial rotary", "Mistral: a sliding window")  # fmt: skip
 
 
 def labels_of(head: str, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -8,9 +8,9 @@ import transformers
 
 import softkv
 from softkv.prefix import Prefix
+from tests.hf.continuations import batch_of
 from tests.hf.naive import close
-from tests.hf.test_generate import batch_of
-from tests.hf.test_methods_on_models import LAYOUTS, padded, rows_for
+from tests.hf.rows import LAYOUTS, padded, rows_for
 from tests.hf.tiny import NAMES, TEXT, WINDOW, model_of, tokenizer
 
 ROWS = rows_for("no soft tokens")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import softkv
 from tests.hf.naive import close
-from tests.hf.test_methods_on_models import LAYOUTS, rows_for
+from tests.hf.rows import LAYOUTS, rows_for
 from tests.hf.tiny import METHODS, attach, model_of, tokenizer
 
 

@@ -10,10 +10,10 @@ from torch import Tensor
 import softkv
 from softkv.io import checkpoint
 from softkv.methods.base import Method
+from tests.hf.continuations import batch_of
 from tests.hf.latent import DV, C, D, G, L, fresh, greedy, row_logits
 from tests.hf.naive import Row, close
-from tests.hf.test_generate import batch_of
-from tests.hf.test_methods_on_models import LAYOUTS, direction, rows_for
+from tests.hf.rows import LAYOUTS, direction, rows_for
 from tests.hf.tiny import METHODS, TEXT, VOCAB, tokenizer
 
 MODELS = ["DeepseekV3", "MiniCPM3"]

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 import transformers
 
+from tests.hf.continuations import STEPS, alone, answers, batch_of, prompts_of, truth
 from tests.hf.naive import close
-from tests.hf.test_generate import STEPS, alone, answers, batch_of, prompts_of, truth
 from tests.hf.tiny import METHODS, attach, model_of, tokenizer
 
 PLAIN = [method for method in METHODS if method != "p-tuning"]  # its prompts hold ids that texts don't

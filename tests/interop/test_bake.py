@@ -7,9 +7,9 @@ import torch
 
 import softkv
 from softkv.methods import PTuning
+from tests.hf.continuations import batch_of
 from tests.hf.naive import close
-from tests.hf.test_generate import batch_of
-from tests.hf.test_methods_on_models import rows_for
+from tests.hf.rows import rows_for
 from tests.hf.tiny import METHODS, NAMES, TEXT, WINDOW, model_of, tokenizer
 
 ROWS = [row.ids for row in rows_for("no soft tokens")]

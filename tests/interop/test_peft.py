@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import softkv
+from tests.hf.continuations import batch_of
 from tests.hf.naive import close
-from tests.hf.test_generate import batch_of
-from tests.hf.test_methods_on_models import rows_for
+from tests.hf.rows import rows_for
 from tests.hf.tiny import NAMES, WINDOW, model_of
 
 MODELS = [name for name in NAMES if name.startswith(("Llama", "Qwen3", "Mistral", "Gemma2", "GPT2"))]

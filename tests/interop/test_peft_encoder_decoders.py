@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 import softkv
+from tests.hf.encoder_decoder_rows import READ, WRITTEN, labels_of
 from tests.hf.encoder_decoders import NAMES, model_of, padded
 from tests.hf.naive import close
-from tests.hf.test_encoder_decoders import READ, WRITTEN, labels_of
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "prefix tuning": ("PrefixTuningConfig", {}),

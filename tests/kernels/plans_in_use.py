@@ -26,7 +26,7 @@ from softkv.kernels.launch import Launch
 from softkv.kernels.prepare import prepare_kernel
 from softkv.kernels.reduce import add_parts_kernel
 from softkv.kernels.tiles import MEASURED, Target, tile
-from tests.kernels.stand_in import OPTIONS, Device, Started, standing_in, tiny
+from tests.kernels.stand_in import OPTIONS, Device, StartedLaunch, standing_in, tiny
 
 NEEDS = (True,) * 5 + (False,)
 HERE = Target("interpreter", 4)
@@ -46,7 +46,7 @@ def through_the_jit() -> mock._patch:
     return mock.patch.object(Launch, "through_the_jit", autospec=True, side_effect=Launch.through_the_jit)
 
 
-def later_calls_go_past_the_jit(device: Device, started: list[Started]) -> None:
+def later_calls_go_past_the_jit(device: Device, started: list[StartedLaunch]) -> None:
     with through_the_jit() as slow:
         both_ways(tiny())
         first = slow.call_count
@@ -60,7 +60,7 @@ def later_calls_go_past_the_jit(device: Device, started: list[Started]) -> None:
         assert before.arguments[1:] == after.arguments[1:]  # all but the addresses
 
 
-def addresses_are_those_of_each_call(device: Device, started: list[Started]) -> None:
+def addresses_are_those_of_each_call(device: Device, started: list[StartedLaunch]) -> None:
     for _ in range(3):
         x = tiny()
         out, lse, *gradients = both_ways(x)
@@ -75,7 +75,7 @@ def addresses_are_those_of_each_call(device: Device, started: list[Started]) -> 
         assert seen == set(given)
 
 
-def a_plan_keeps_no_tensor(device: Device, started: list[Started]) -> None:
+def a_plan_keeps_no_tensor(device: Device, started: list[StartedLaunch]) -> None:
     for _ in range(2):
         x = tiny()
         made = [weakref.ref(tensor) for tensor in (*x, *both_ways(x))]
@@ -85,7 +85,7 @@ def a_plan_keeps_no_tensor(device: Device, started: list[Started]) -> None:
         assert not any(ref() is not None for ref in made)
 
 
-def what_a_graph_captures_is_its_own(device: Device, started: list[Started]) -> None:
+def what_a_graph_captures_is_its_own(device: Device, started: list[StartedLaunch]) -> None:
     """A call that is captured allocates all it writes to, and starts on the stream that is current then."""
     both_ways(tiny())
     plain, made = torch.Tensor.new_empty_strided, []
@@ -103,14 +103,14 @@ def what_a_graph_captures_is_its_own(device: Device, started: list[Started]) -> 
         assert {address_of(x) for x in one.arguments[0] if x is not None} <= known
 
 
-def the_stream_is_looked_up_at_each_launch(device: Device, started: list[Started]) -> None:
+def the_stream_is_looked_up_at_each_launch(device: Device, started: list[StartedLaunch]) -> None:
     for stream in (0, 5, 6):
         device.stream = stream
         forward(*tiny(), **OPTIONS)
         assert started[-1].stream == stream
 
 
-def another_device_has_kernels_of_its_own(device: Device, started: list[Started]) -> None:
+def another_device_has_kernels_of_its_own(device: Device, started: list[StartedLaunch]) -> None:
     for index in (0, 1, 0, 1):
         device.device = index
         forward(*tiny(), **OPTIONS)
@@ -119,7 +119,7 @@ def another_device_has_kernels_of_its_own(device: Device, started: list[Started]
     assert started[0].kernel is not started[1].kernel
 
 
-def tiles_that_change_make_a_new_plan(device: Device, started: list[Started]) -> None:
+def tiles_that_change_make_a_new_plan(device: Device, started: list[StartedLaunch]) -> None:
     forward(*tiny(), **OPTIONS)
     key = ("forward", HERE.arch, 16, torch.float32)
     MEASURED[key] = tile("forward", HERE, 16, torch.float32)._replace(own=16, warps=2)
@@ -130,7 +130,7 @@ def tiles_that_change_make_a_new_plan(device: Device, started: list[Started]) ->
     assert [one.grid[0] for one in started] == [2, 4, 2]
 
 
-def launch_hooks_are_called_while_there_are_any(device: Device, started: list[Started]) -> None:
+def launch_hooks_are_called_while_there_are_any(device: Device, started: list[StartedLaunch]) -> None:
     def hook(*_):
         pass
 
@@ -146,7 +146,7 @@ def launch_hooks_are_called_while_there_are_any(device: Device, started: list[St
     assert without.about is None
 
 
-def a_kernels_own_hooks_are_run(device: Device, started: list[Started]) -> None:
+def a_kernels_own_hooks_are_run(device: Device, started: list[StartedLaunch]) -> None:
     seen = []
     forward(*tiny(), **OPTIONS)
     forward_kernel.add_pre_run_hook(lambda *a, **k: seen.append(k["ptr"]))
@@ -158,7 +158,7 @@ def a_kernels_own_hooks_are_run(device: Device, started: list[Started]) -> None:
     assert seen[0].q is x[0]
 
 
-def another_alignment_is_another_plan(device: Device, started: list[Started]) -> None:
+def another_alignment_is_another_plan(device: Device, started: list[StartedLaunch]) -> None:
     x = tiny()
     odd = torch.randn(x[0].numel() + 1)[1:].view(x[0].shape)
     for q in (x[0], odd, x[0], odd):
@@ -170,7 +170,7 @@ def another_alignment_is_another_plan(device: Device, started: list[Started]) ->
     assert aligned == [True, False]
 
 
-def tf32_is_a_matter_of_the_moment(device: Device, started: list[Started]) -> None:
+def tf32_is_a_matter_of_the_moment(device: Device, started: list[StartedLaunch]) -> None:
     with mock.patch("softkv.kernels.problem.target_of", return_value=HERE._replace(arch="sm_90")):
         for precision in ("highest", "high", "highest"):
             torch.set_float32_matmul_precision(precision)
@@ -178,7 +178,7 @@ def tf32_is_a_matter_of_the_moment(device: Device, started: list[Started]) -> No
     assert [one.arguments[-1] for one in started] == ["ieee", "tf32", "ieee"]
 
 
-def no_more_plans_are_kept_than_so_many(device: Device, started: list[Started]) -> None:
+def no_more_plans_are_kept_than_so_many(device: Device, started: list[StartedLaunch]) -> None:
     with mock.patch.object(plans, "MOST_PLANS", 3), through_the_jit() as slow:
         for T in (17, 18, 19, 20, 20, 19, 17):
             forward(*tiny(T), **OPTIONS)

@@ -31,7 +31,7 @@ def test_every_kernel_compiles_as_it_should(target: str) -> None:
 
 def test_what_is_compiled_offline_is_what_the_jit_compiles() -> None:
     """The same signature, constants and alignment of every argument."""
-    done = _without_interpreter("-m", "tests.kernels.jit")
+    done = _without_interpreter("-m", "tools.jit")
     assert done.returncode == 0, done.stdout + done.stderr
     assert int(done.stdout.split()[-2]) > 200
 

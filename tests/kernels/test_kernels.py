@@ -8,8 +8,8 @@ import torch
 
 import softkv.kernels
 from tests.attention_cases import CASES, CHUNKS_AND_WIDTHS, Case, dense, index, mask, packed
+from tests.kernels.device import DEVICE, on_device
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Hundreds of queries: on a GPU only.
 SLOW = ("tiles of queries", "long queries", "chunks of q", "packed, tiles", "chunks that share", "chunks longer than",
         "chunks, many queries, padded")  # fmt: skip
@@ -59,11 +59,6 @@ def large(case: Case) -> Case:
     with torch.no_grad():
         case.leaves["q"] *= 4
     return case
-
-
-def on_device(case: Case) -> Case:
-    leaves = {name: x.detach().to(DEVICE).requires_grad_() for name, x in case.leaves.items()}
-    return Case(leaves, {n: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for n, x in case.options.items()})
 
 
 def check(case: Case, dtype: torch.dtype, gradients: bool = True) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from softkv.ops.library import flash, merge, parts
 from tests.attention_cases import CASES, Case, dense, packed
-from tests.kernels.test_kernels import DEVICE, on_device
+from tests.kernels.device import DEVICE, on_device
 
 
 def scores(q: Tensor, k: Tensor, scale: float, causal: bool, left: int, softcap: float) -> tuple[Tensor, Tensor]:

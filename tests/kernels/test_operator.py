@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.attention_cases import CASES, Case
-from tests.kernels.test_kernels import DEVICE, on_device
+from tests.kernels.device import DEVICE, on_device
 
 
 def operator_calls(case: Case) -> dict[str, tuple[tuple, dict]]:

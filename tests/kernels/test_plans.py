@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from softkv.kernels import plans
 from tests.attention_cases import Case, dense, index, packed
+from tests.kernels.device import on_device
 from tests.kernels.plans_in_use import CHECKS
-from tests.kernels.test_kernels import on_device
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from softkv.kernels import tuning
 from softkv.kernels.launch import target_of
 from softkv.kernels.tiles import MEASURED, TABLE, Target, Tile, tile
 from tests.attention_cases import Case, dense
-from tests.kernels.test_kernels import DEVICE, on_device
+from tests.kernels.device import DEVICE, on_device
 
 HERE = target_of(torch.empty(0, device=DEVICE))
 

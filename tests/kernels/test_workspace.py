@@ -13,7 +13,7 @@ from softkv.methods.base import BaseShape
 from softkv.profiling import compile as offline
 from softkv.profiling import plan as planning
 from softkv.profiling.allocations import peak
-from tests.kernels.test_kernels import DEVICE
+from tests.kernels.device import DEVICE
 
 H, G, D, P = 4, 2, 16, 20
 LENGTHS = (5, 30, 12, 30)

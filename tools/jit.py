@@ -1,4 +1,4 @@
-"""What Triton's JIT would compile for every launch, beside what is compiled offline: `python -m tests.kernels.jit`.
+"""What Triton's JIT would compile for every launch, beside what is compiled offline: `python -m tools.jit`.
 
 A stand-in driver names the target; the JIT binds and specialises the arguments of each launch as on a GPU, and is
 stopped before it compiles. Prints each difference, then how many launches there were.
@@ -18,7 +18,12 @@ from softkv.profiling.no_device import NoDevice
 
 def asked_of_the_jit(launch: Recorded) -> dict[str, Any]:
     asked: list[dict[str, Any]] = []
-    knobs.runtime.jit_cache_hook = lambda compile, **_: bool(asked.append(compile) or True)
+
+    def note(*, compile: dict[str, Any], **_: Any) -> bool:
+        asked.append(compile)
+        return True  # stops before it compiles
+
+    knobs.runtime.jit_cache_hook = note
     launch.kernel.device_caches.clear()
     launch.kernel.warmup(
         **launch.arguments, grid=(launch.grid,), num_warps=launch.tile.warps, num_stages=launch.tile.stages,

@@ -1,4 +1,4 @@
-"""`python -m tests.hf.generation_features --write`: PEFT through every way to generate that softkv is tested in, and
+"""`python -m tools.generation_features --write`: PEFT through every way to generate that softkv is tested in, and
 the table of both in docs/generation.md.
 
 The rows are those of tests/hf/generation_rows.py: the same calls, and the same truth, everything recomputed without a
@@ -21,10 +21,10 @@ import transformers
 import softkv
 from benchmarks.machine import machine
 from benchmarks.results import read_json, write_json
-from tests.hf.generation_rows import ROWS, NaiveWay, Way, told
+from tests.hf.generation_rows import ROWS, GenerationRow, NaiveRows, told
 from tests.hf.tiny import tokenizer
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "generation_features.json"
 PAGE = ROOT / "docs" / "generation.md"
 BEGIN, END = "<!-- rows: begin -->\n", "<!-- rows: end -->\n"
@@ -38,7 +38,7 @@ PROMPTS = [[1, 17, 38, 5, 44], [1, 8, 55, 21, 30], [1, 29, 9, 50, 13]]
 RAGGED = [[1, 17, 38], [1, 8, 55, 21, 30, 12, 40], [1, 29, 9, 50]]
 
 
-def in_peft(row: Way, method: str) -> tuple[Any, Any]:
+def in_peft(row: GenerationRow, method: str) -> tuple[Any, Any]:
     """(a soft prompt as PEFT's, the same as softkv's learned parameters) on the row's model."""
     import peft
 
@@ -49,7 +49,7 @@ def in_peft(row: Way, method: str) -> tuple[Any, Any]:
         return peft.PeftModel.from_pretrained(row.base(), folder).eval(), soft.soft
 
 
-def outcome(row: Way, method: str) -> str:
+def outcome(row: GenerationRow, method: str) -> str:
     """ "right", "wrong tokens", or the first line of the error."""
     model, soft = in_peft(row, method)
     prompts = RAGGED if row.padding else PROMPTS
@@ -58,7 +58,7 @@ def outcome(row: Way, method: str) -> str:
     except Exception as error:
         first = str(error).strip().splitlines() or [""]
         return f"{type(error).__name__}: {first[0]}"
-    return "right" if row.right(answers, NaiveWay(row.base(), soft, prompts)) else "wrong tokens"
+    return "right" if row.right(answers, NaiveRows(row.base(), soft, prompts)) else "wrong tokens"
 
 
 def rendered(page: str) -> str:

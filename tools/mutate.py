@@ -1,5 +1,5 @@
 # ruff: noqa: E501
-"""Break the kernels on purpose, one place at a time; the tests must notice: `python -m tests.kernels.mutate`.
+"""Break the kernels on purpose, one place at a time; the tests must notice: `python -m tools.mutate`.
 
 Each mutant is one replacement in a copy of the package, run in a process of its own on a handful of awkward calls against
 the fp64 oracle. Prints (and with --write keeps) a table: what was broken, and which output or gradient showed it first.
@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 
 
 class Mutant(NamedTuple):
@@ -152,7 +152,7 @@ def main() -> int:
         lines.append(f"| {mutant.what} | {mutant.file} | {result} |")
         print(lines[-1], flush=True)
     if options.write:
-        intro = "Mutants of the kernels, one replacement each (`python -m tests.kernels.mutate`).\n\n"
+        intro = "Mutants of the kernels, one replacement each (`python -m tools.mutate`).\n\n"
         Path(options.write).write_text(intro + "\n".join(lines) + "\n")
     return survivors > 0
 

@@ -1,7 +1,7 @@
 """Hours of service in minutes: threads generate and answer with mixed adapters and lengths while others save, load,
 add, delete and make text prefixes. Every answer must be that of a single thread, and memory must stay flat.
 
-    python -m tests.robustness.soak --minutes 30
+    python -m tools.soak --minutes 30
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Micro-benchmarks of the op, comparable between commits: `pytest tests/benchmark_op.py --benchmark-autosave`, then on
-another commit `pytest tests/benchmark_op.py --benchmark-compare`.
+"""Micro-benchmarks of the op, comparable between commits: `pytest benchmarks/benchmark_op.py --benchmark-autosave`,
+then on another commit `pytest benchmarks/benchmark_op.py --benchmark-compare`.
 
 On a GPU machine the tensors lie on the GPU; each call waits for it.
 """
