@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import softkv
 from softkv.hf.heads import HeadLine
 from tests.hf.naive import close
-from tests.hf.test_methods_on_models import LAYOUTS, rows_for
+from tests.hf.rows import LAYOUTS, rows_for
 from tests.hf.tiny import NAMES, VOCAB, model_of
 from tests.robustness.models import scatter
 
