@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from softkv.io.baking import bake
-    from softkv.io.model import SoftModel, attach, load
+    from softkv.io.model import attach, load
     from softkv.io.peft_model import from_peft
+    from softkv.io.soft_model import SoftModel
     from softkv.methods import PrefixTuning, PromptTuning, PTuning, PTuningV2, Template
     from softkv.ops.api import prefix_attention, prefix_attention_varlen
     from softkv.prefix import Prefix
@@ -49,7 +50,7 @@ _LAZY = {
     "PromptTuning": "softkv.methods",
     "Seq2SeqCollator": "softkv.train.batches",
     "Seq2SeqTrainer": "softkv.train.seq2seq",
-    "SoftModel": "softkv.io.model",
+    "SoftModel": "softkv.io.soft_model",
     "TaskCollator": "softkv.train.batches",
     "Template": "softkv.methods",
     "Trainer": "softkv.train.trainer",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from softkv.cli.console import fail
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import
-    from softkv.io.model import SoftModel
+    from softkv.io.soft_model import SoftModel
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 

@@ -8,7 +8,7 @@ from softkv.cli.options import pairs
 from softkv.train.data import Columns, Filled
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import
-    from softkv.io.model import SoftModel
+    from softkv.io.soft_model import SoftModel
 
 
 def columns_of(

@@ -8,7 +8,7 @@ from softkv.hf.encoder_decoder.model import PromptedEncoderDecoder
 from softkv.hf.frozen import FrozenBase
 from softkv.io import peft
 from softkv.io.checkpoint import Saved
-from softkv.io.model import SoftModel
+from softkv.io.soft_model import SoftModel
 
 
 class SoftEncoderDecoder(SoftModel, PromptedEncoderDecoder):

@@ -9,7 +9,8 @@ import torch
 from softkv.evaluation import in_evaluation
 from softkv.io import peft
 from softkv.io.config import MODULES
-from softkv.io.model import SoftModel, assemble
+from softkv.io.model import assemble
+from softkv.io.soft_model import SoftModel
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import transformers
 from torch.profiler import ProfilerActivity, profile
 
-from softkv.io.model import SoftModel
+from softkv.io.soft_model import SoftModel
 from softkv.profiling.allocations import timeline
 from softkv.train.batches import PackingCollator
 from softkv.train.trainer import Trainer

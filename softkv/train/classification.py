@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from softkv.hf.layout import IGNORED
-from softkv.io.model import SoftModel
+from softkv.io.soft_model import SoftModel
 from softkv.train.batches import PackingCollator
 from softkv.train.label_logits import label_logits
 

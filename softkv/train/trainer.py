@@ -25,7 +25,7 @@ from transformers import ProgressCallback, TrainerCallback, TrainingArguments
 
 from softkv.hf.layout import with_prompt_lengths
 from softkv.io import checkpoint
-from softkv.io.model import SoftModel
+from softkv.io.soft_model import SoftModel
 from softkv.ranges import named
 from softkv.train.batches import PackingCollator, Seq2SeqCollator, TaskCollator, TokenBatches
 from softkv.train.label_logits import label_logits, next_labels, written_of

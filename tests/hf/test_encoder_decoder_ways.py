@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 import softkv
+from tests.hf.encoder_decoder_rows import METHODS, READ, WRITTEN, attached, labels_of, rows_of, sites_of
 from tests.hf.encoder_decoders import Naive, embedded, model_of, padded, whisper
 from tests.hf.naive import close
-from tests.hf.test_encoder_decoders import METHODS, READ, WRITTEN, attached, labels_of, rows_of, sites_of
 
 TWO = ["T5", "Bart"]
 IDS, MASK = padded(READ, "left")

@@ -7,44 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import softkv
-from softkv.methods.base import Method
-from tests.hf.encoder_decoder_rows import READ, WRITTEN, labels_of
-from tests.hf.encoder_decoders import KV, NAMES, Naive, embedded, model_of, padded, self_attention
+from tests.hf.encoder_decoder_rows import METHODS, WRITTEN, attached, labels_of, rows_of, sites_of
+from tests.hf.encoder_decoders import NAMES, Naive, embedded, model_of, padded
 from tests.hf.naive import close
-
-METHODS: dict[str, Method] = {
-    "v2 everywhere": softkv.PTuningV2(length=5, init_std=1.0),
-    "v2 in the decoder": softkv.PTuningV2(length=5, init_std=1.0, where=("decoder",)),
-    "v2 in the encoder": softkv.PTuningV2(length=5, init_std=1.0, where="encoder"),
-    "v2 across": softkv.PTuningV2(length=5, init_std=1.0, where=("cross",)),
-    "prefix-tuning": softkv.PrefixTuning(length=4, init_std=1.0, where=("cross", "decoder")),
-    "prompt-tuning before": softkv.PromptTuning(length=3, position="before"),
-    "prompt-tuning after": softkv.PromptTuning(length=3),
-    "p-tuning": softkv.PTuning(template="[P1] [X] [P2] [Y]", encoder_size=8),
-}
-
-
-def attached(name: str, method: Method, **options: Any) -> softkv.SoftModel:
-    torch.manual_seed(1)
-    return softkv.attach(model_of(name, dtype=torch.float64, **options), method).double()
-
-
-def rows_of(method: Method) -> list[list[int]]:
-    return [[-1, *row[:2], -2, *row[2:]] for row in READ] if isinstance(method, softkv.PTuning) else READ
-
-
-def sites_of(model: Any) -> dict[str, KV]:
-    """K and V `[G, P, D]` of each block at each site, as the method's documentation lays them out."""
-    prefix, base = model.soft.prefix(), model.base
-    if prefix is None:
-        return {}
-    encoder, decoder = (len(self_attention(stack)) for stack in (base.get_encoder(), base.get_decoder()))
-    counts = {"encoder": encoder, "decoder": decoder, "cross": decoder}
-    total = sum(counts[site] for site in model.method.where)
-    layers = iter([(k[0], v[0]) for k, v in prefix.layers(total)])
-    return {site: [next(layers) for _ in range(counts[site])] for site in ("encoder", "decoder", "cross")
-            if site in model.method.where}  # fmt: skip
 
 
 def read_of(model: Any, bare: Any, row: list[int]) -> Tensor:

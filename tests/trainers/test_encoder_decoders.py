@@ -8,9 +8,9 @@ import torch
 import transformers
 
 import softkv
+from tests.hf.encoder_decoder_rows import READ, WRITTEN, attached
 from tests.hf.encoder_decoders import model_of
 from tests.hf.naive import close
-from tests.hf.test_encoder_decoders import READ, WRITTEN, attached
 from tests.hf.tiny import tokenizer
 
 ROWS = [{"input_ids": ids, "labels": labels} for ids, labels in zip(READ, WRITTEN, strict=True)]
