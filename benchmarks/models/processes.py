@@ -9,8 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.results import read_json, write_json
-
+from ..results import read_json, write_json
 from .entries import check, entries
 from .page import summary
 
