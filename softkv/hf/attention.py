@@ -22,7 +22,7 @@ from softkv.hf.local import two_sided_attention
 from softkv.hf.masks import Keys, Pattern, key_state
 from softkv.hf.packing import apart, rows_of_line
 from softkv.hf.placement import check_rows_are_whole
-from softkv.hf.repeat import Signature, checked_calls, remember, signature
+from softkv.hf.repeat import Signature, checked_call, remember, signature
 from softkv.ops.api import prefix_attention, prefix_attention_varlen
 from softkv.ranges import named
 
@@ -77,7 +77,7 @@ def _of_rows(
     alike = None
     if context.memo is not None:
         alike = signature(context, module, query, key, value, mask, options, others)
-        checked = None if alike is None else checked_calls(context, mask).get(alike)
+        checked = None if alike is None else checked_call(context, alike, mask)
         if checked is not None and checked.serves(context, layer):
             with named("attention, layer", layer):
                 return checked(context, layer, query, key, value)

@@ -41,7 +41,7 @@ class HeadLine:
     rows: tuple[int, int]
     mask: Tensor | None
     of_heads: SoftContext
-    states: dict[int, tuple[Any, Tensor]] = field(default_factory=dict)
+    states: dict[int, tuple[Any, Tensor | None]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, context: SoftContext, kwargs: dict[str, Any]) -> HeadLine | None:
@@ -122,7 +122,7 @@ class HeadLine:
             kv = behind(context.layers[layer], kv)
         of_rows = replace(context, line=None, layers={layer: kv})
         outs = (
-            attend(self.of_heads, heads, mask),
+            attend(self.of_heads, heads, _whole(mask)),
             attend(of_rows, rows, self._state(mask)),
         )
         return torch.cat([out.flatten(0, 1) for out in outs])[None]
@@ -130,10 +130,17 @@ class HeadLine:
     def _state(self, mask: Tensor | None) -> Tensor | None:
         """The key state of the rows."""
         if self.mask is None:
-            return mask
+            return _whole(mask)
+        if torch.compiler.is_compiling():  # a tracer can't tell states by their `id`
+            return state_of_rows(mask, self.mask)
         if id(mask) not in self.states:
             self.states[id(mask)] = mask, state_of_rows(mask, self.mask)  # kept, so that no other gets its `id`
         return self.states[id(mask)][1]
+
+
+def _whole(line: Tensor | None) -> Tensor | None:
+    """The key state of rows without padding, by that of the line, which in a compiled frame counts tokens."""
+    return state_of_rows(line, None) if torch.compiler.is_compiling() else line
 
 
 def _of_tokens(name: str, value: Any) -> bool:

@@ -37,7 +37,8 @@ class DecoderHooks(Probed):
     def register(self) -> None:
         """Hooks the decoder."""
         self.decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True)
-        self.decoder.register_forward_hook(self._leave_decoder, with_kwargs=True)
+        # Before the hooks that others have put there: they are to see the rows that were given.
+        self.decoder.register_forward_hook(self._leave_decoder, with_kwargs=True, prepend=True)
         head = self.base.get_output_embeddings()
         if head is not None and not kept_logits.by_model(self.base):
             self._head = head.register_forward_pre_hook(self._enter_head)

@@ -126,15 +126,18 @@ def _made(state: Tensor, guarded: bool) -> Tensor:
     return state.as_subclass(KeyState) if guarded else state
 
 
-def state_of_rows(line: Tensor | None, real: Tensor) -> Tensor:
-    """The key state of rows with padding, real tokens `[B, T]`, that a model sees as a line without any.
+def state_of_rows(line: Tensor | None, real: Tensor | None) -> Tensor | None:
+    """The key state of rows that a model sees as a line without padding.
 
     Args:
         line: the key state of the line.
+        real: `[B, T]`, the real tokens of the rows, or None for all.
     """
     keys = Keys.of(line, 1)
     if keys.pattern is None:
-        return real.bool()
+        return real if real is None else real.bool()
+    if real is None:
+        return cast(Tensor, line)[:, :, :1, :0]
     state = real.bool().to(torch.int8) + HIDDEN
     return _made(state[:, None, None, :].expand(-1, keys.pattern, 1, -1), not torch.compiler.is_compiling())
 

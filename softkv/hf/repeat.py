@@ -51,15 +51,23 @@ def signature(
     )  # fmt: skip
 
 
-def _autocasts(device: str) -> bool:
-    return device != "meta" and torch.is_autocast_enabled(device)  # torch knows no autocast there, and raises
+def _autocasts(device: str) -> torch.dtype | None:
+    if device == "meta" or not torch.is_autocast_enabled(device):  # torch knows no autocast there, and raises
+        return None
+    return torch.get_autocast_dtype(device)
 
 
-def checked_calls(context: SoftContext, mask: Tensor | None) -> dict[Any, Any]:
-    """The calls that were checked: in this forward pass, or in earlier steps too where nothing but the number of keys
-    sets the steps apart."""
+def checked_call(context: SoftContext, alike: Signature, mask: Tensor | None) -> CheckedCall | None:
+    """A call like this one that was checked: in this forward pass, or in an earlier step."""
     assert context.memo is not None
-    return context.memo if context.lasting is None or not is_constant(mask) else context.lasting
+    lasting = _lasting(context, mask)
+    found = None if lasting is None else lasting.get(alike)
+    return context.memo.get(alike) if found is None else found
+
+
+def _lasting(context: SoftContext, mask: Tensor | None) -> dict[Any, Any] | None:
+    """Where calls are kept for later steps, or None where more than the number of keys sets the steps apart."""
+    return context.lasting if is_constant(mask) else None
 
 
 @dataclass(frozen=True)
@@ -168,4 +176,5 @@ def remember(
     stepping = rows is None and query.shape[2] == 1 and key_mask is None and key_lengths is None and window is None
     step = getattr(load_engine(engine), "step", None) if stepping else None
     checked = CheckedCall(of_others, query.dtype, _form(context, layer), engine, rows, mask, step and step(call))
-    (checked_calls(context, mask) if stepping else context.memo)[alike] = checked
+    lasting = _lasting(context, mask) if stepping else None
+    (context.memo if lasting is None else lasting)[alike] = checked

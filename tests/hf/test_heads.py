@@ -152,6 +152,30 @@ def test_routers_say_nothing_of_heads(lines: list[HeadLine]) -> None:
     assert {tuple(of_layer.shape) for of_layer in output.router_logits} == {(8, 3)}
 
 
+@pytest.mark.parametrize("part", ["base", "decoder"])
+@pytest.mark.parametrize("name", [NAMES[0], "Gemma2: softcap, alternating windows"])
+def test_compiled_bases(part: str, name: str, lines: list[HeadLine]) -> None:
+    """A base that was compiled by itself traces the line."""
+    every, once = attached(name, in_rows=True), attached(name)
+    (once.base if part == "base" else once.base.get_decoder()).compile(backend="eager")
+    for layout in ("padded on the right", "no padding"):
+        ids = torch.tensor([[5, 6, 7, 9], [8, 9, 10, 0]])
+        batch: dict[str, Any] = {"input_ids": ids, "labels": ids}
+        if layout != "no padding":
+            batch["attention_mask"] = (ids != 0).long()
+        same(run(once, batch), run(every, batch))
+
+
+def test_hooks_of_others_on_the_decoder_see_the_rows(lines: list[HeadLine]) -> None:
+    base, shapes = model_of(NAMES[0]), []
+    base.get_decoder().register_forward_hook(lambda _, __, output: shapes.append(output[0].shape[:2]))
+    model = softkv.attach(base, METHOD).train()
+    shapes.clear()
+    model(torch.tensor([[5, 6, 7], [8, 9, 10]]), use_cache=False)
+    assert len(lines) == 1
+    assert shapes == [(2, 3)]
+
+
 class Calls(TorchDispatchMode):
     """Counts products of matrices, and those of them at batch 1 alone."""
 
