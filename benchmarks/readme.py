@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from . import gpu_tables, static_bounds
+from .models import page as models
 from .figures import geometric_means, of_peak
 from .results import FOLDER, read_json
 
@@ -277,6 +278,7 @@ CAT = (
 )
 CACHED = "one token a row, beside SDPA over a cache that already holds the prefix in every row"
 TABLES: dict[str, Callable[[], str]] = {
+    "models": lambda: models.counts(_records("models")) + "\n",
     "demo": _demo,
     "train": _train,
     "step-profile": _step_profile,

@@ -91,17 +91,18 @@ def kind_of(record: dict[str, Any] | None) -> str:
 
 def counts(results: dict[str, Any]) -> str:
     """The table of README.md: how many entries of each mapping are right."""
-    heads = ["", "entries", "right", "right where not refused", "refused", "not built", "wrong"]
+    heads = ["", "swept", "right", "right where not refused", "refused", "not built", "wrong"]
     heads += ["PEFT: right", "wrong if padded", "wrong", "error"]
     lines = [f"| {' | '.join(heads)} |", "|---" + "|---:" * (len(heads) - 1) + "|"]
     for task, about in TASKS.items():
         known, names = results.get(task, {}), entries(task)
         kinds = Counter(kind_of(known.get(name)) for name in names)
         found = [kinds[kind] for kind in ("right", "right where not refused", "refused")]
-        rest = kinds["not built"] + kinds["not run"] + kinds["no truth"]
+        rest = kinds["not built"] + kinds["no truth"]
         theirs = Counter(_worst(record) for record in known.values() if "PEFT" in record)
         peft = [theirs[kind] if about.peft else "—" for kind in PEERS]
-        cells = [about.title, len(names), *found, rest, kinds["wrong"] + kinds["crash"], *peft]
+        swept = f"{len(names) - kinds['not run']} of {len(names)}"
+        cells = [about.title, swept, *found, rest, kinds["wrong"] + kinds["crash"], *peft]
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)
 
@@ -133,9 +134,10 @@ def _table(task: str, results: dict[str, Any], note: Callable[[str], str]) -> st
     lines = [f"## {TASKS[task].title}\n", f"| model type | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
     for name, class_name in sorted(entries(task).items()):
         record = results.get(name)
-        if record is None or "not built" in record:
-            why = "not run" if record is None else f"not built {note(_escaped(record['not built']))}"
-            cells = [why] + [""] * (len(heads) - 1)
+        if record is None:
+            continue
+        if "not built" in record:
+            cells = [f"not built {note(_escaped(record['not built']))}"] + [""] * (len(heads) - 1)
         else:
             cells = [_cell(record["checks"].get(column, {}), note, class_name) for column in columns]
             cells += [peers(record)] * (len(heads) - len(columns))

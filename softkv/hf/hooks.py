@@ -136,7 +136,7 @@ class DecoderHooks(Probed):
         assert context.heads is not None
         line = HeadLine.of(context, kwargs)
         if line is not None:
-            line.lead(context.heads, kwargs, self.base.get_input_embeddings(), self.positions.first)
+            line.lead(context.heads, kwargs, self.base.get_input_embeddings(), self.first)
             return replace(context, heads=None, line=line)
         with named("head once"):  # of a copy: some models scale what they are given in place
             blocks = self.capture(inputs_embeds=context.heads.to(self.base.dtype, copy=True))

@@ -61,9 +61,37 @@ class Probed:
     def capture(self, decoder: nn.Module | None = None, **inputs: Tensor) -> list[BlockInputs]:
         """What reaches the attention blocks in a forward pass of the bare decoder (or of a view of it)."""
         context = SoftContext(backend=self.backend, capture=[])
+        if self._first_of_wrapper and "position_ids" not in inputs:
+            tokens = next(iter(inputs.values()))
+            positions = torch.arange(tokens.shape[1], device=tokens.device)[None] + self._first_of_wrapper
+            inputs = inputs | {"position_ids": positions}
         self.run(ModelCall(self, context), decoder or self.decoder, **inputs, use_cache=False)
         assert context.capture is not None
         return context.capture
+
+    @property
+    def first(self) -> int:
+        """The position of the first token of a row."""
+        return self.positions.first + self._first_of_wrapper
+
+    @cached_property
+    def _first_of_wrapper(self) -> int:
+        """The position that a wrapper gives a row's first token: PaliGemma's is 1."""
+        if self.word is None or device_of(self.base).type == "meta":
+            return 0
+        read: list[Any] = []
+        view = in_evaluation(self.base)
+        note = decoder_of(view).register_forward_pre_hook(
+            lambda _, args, kwargs: read.append(kwargs.get("position_ids")), with_kwargs=True
+        )
+        try:
+            with torch.no_grad():
+                calls.run(None, view, input_ids=self._few_tokens())
+        except (*_OBSCURE, ValueError):  # it does not run without images
+            return 0
+        finally:
+            note.remove()
+        return int(read[0].flatten()[0]) if read and isinstance(read[0], Tensor) else 0
 
     def probe(self) -> list[BlockInputs]:
         """Runs a few tokens through the decoder to see its attention blocks, and what it does with tokens.
