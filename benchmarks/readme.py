@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from . import gpu_tables, static_bounds
-from .models import page as models
 from .figures import geometric_means, of_peak
+from .models import page as models
 from .results import FOLDER, read_json
 
 ROOT = Path(__file__).resolve().parents[1]

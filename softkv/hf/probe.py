@@ -176,8 +176,9 @@ class Probed:
 
     def _few_tokens(self) -> Tensor:
         """Ids `[1, TOKENS]` of words: RoBERTa gives padding a position of its own, wrappers look for images by ids."""
-        rows, named = self.base.get_input_embeddings().num_embeddings, named_ids(self.base.config)
-        ids = [token for token in range(1, rows) if token not in named][:TOKENS]
+        table = self.base.get_input_embeddings()
+        named = {*named_ids(self.base.config), getattr(table, "padding_idx", None)}  # MPNet's is not its config's
+        ids = [token for token in range(1, table.num_embeddings) if token not in named][:TOKENS]
         return torch.tensor([(ids or [0]) * TOKENS], device=device_of(self.base))[:, :TOKENS]
 
     @cached_property
@@ -236,7 +237,7 @@ class Probed:
         if table is None or table.padding_idx is None:
             return 0
         read: list[int] = []
-        token = int(self.base.config.get_text_config().pad_token_id == 0)  # any but padding
+        token = int(self._few_tokens()[0, 0])
         ids = torch.full((1, 1), token, device=device_of(self.base))
         note = table.register_forward_pre_hook(lambda _, args: read.append(int(args[0].flatten()[0])))
         try:
