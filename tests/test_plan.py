@@ -291,3 +291,17 @@ def test_an_encoder_and_rows_that_differ_on_the_command_line(tmp_path: Path) -> 
     softkv, other = content["costs"]["softkv"], content["costs"]["concatenating"]
     assert softkv["prefix"] == other["prefix"]  # each row's own, either way
     assert softkv["forward_flops"] < other["forward_flops"]
+
+
+def test_strategies_of_the_command(tmp_path: Path) -> None:
+    transformers.LlamaConfig(**GROUPED).save_pretrained(tmp_path)
+    options = ["plan", "-m", str(tmp_path), "-B", "4", "-T", "64", "--answer", "4", "--devices", "4", "--strategies"]
+    done = CliRunner().invoke(app, [*options, "--json"])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout)
+    assert list(found) == ["DDP ×4", "FSDP2 ×4", "TP ×2, FSDP2 ×2"]  # two key/value heads
+    assert found["DDP ×4"]["parameters"] == 4 * found["FSDP2 ×4"]["parameters"]
+    assert "TP ×2, FSDP2 ×2" in CliRunner().invoke(app, options).stdout
+    done = CliRunner().invoke(app, [*options, "-B", "3"])
+    assert done.exit_code == 2
+    assert "4 devices can share neither 3 rows nor 2 key/value heads" in done.stderr

@@ -15,8 +15,14 @@ from rich.table import Table
 
 from softkv.cli.console import err, fail, friendly, out
 from softkv.cli.options import MethodName
+from softkv.cli.strategies import show as show_strategies
+from softkv.cli.units import in_bytes, in_flops
 
-PLAN_EXAMPLES = "Example:\n\n    softkv plan --model llama-3.1-405b --length 128 --batch 64 --devices 16"
+PLAN_EXAMPLES = """Examples:
+
+    softkv plan --model llama-3.1-405b --length 128 --batch 64 --devices 16
+
+    softkv plan --model llama-3.1-70b --batch 1 --tokens 1000000 -P 16384 --checkpointing --devices 8 --strategies"""
 
 app = typer.Typer(
     help="What kernels and steps cost: static bounds from machine code, traces of real runs.",
@@ -235,7 +241,7 @@ def trace(
         for line in sorted(lines, key=lambda line: -line[key]):
             table.add_row(escape(line["name"]), str(line["calls"]), f"{line[time]:.2f}", f"{line[own]:.2f}")
         out.print(table)
-    out.print(f"peak above the start: {_bytes(content['peak_bytes'])}")
+    out.print(f"peak above the start: {in_bytes(content['peak_bytes'])}")
     out.print(f"trace: {output / 'trace.json'} (ui.perfetto.dev)\nmemory: {output / 'memory.png'}", soft_wrap=True)
 
 
@@ -276,6 +282,10 @@ def plan(
     devices: Annotated[int, typer.Option(min=1, help="Rows and frozen weights are split evenly over them.")] = 1,
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Run each layer again in backward.")] = False,
     target: Annotated[TargetName, typer.Option(help="Whose Triton kernels' own memory to count.")] = TargetName.SM_90,
+    strategies: Annotated[
+        bool,
+        typer.Option("--strategies", help="A device by DDP, FSDP2 and tensor parallelism, and what it receives."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """What a training step would take, from a model's config alone: bytes and FLOPs, beside the concatenating way."""
@@ -296,11 +306,14 @@ def plan(
             (tokens or 1024) if lengths is None else _lengths(lengths),
             answer,
             getattr(torch, dtype),
-            devices,
+            1 if strategies else devices,
             checkpointing,
             None if encoder is None else encoder.value,
             target.value,
         )
+        if strategies:
+            show_strategies(model, job, devices, as_json=as_json)
+            return
         content = planning.report(job, planning.plan(job))
     if as_json:
         print(json.dumps(content, indent=1))
@@ -336,7 +349,7 @@ def _show_plan(model: str, content: dict[str, Any]) -> None:
     for column in table.columns[1:]:
         column.justify = "right"
     for key, label in PLAN_ROWS.items():
-        size = _flops if key.endswith("flops") else _bytes
+        size = in_flops if key.endswith("flops") else in_bytes
         ratio = f"{other[key] / softkv[key]:.2f}×" if other and softkv[key] else ""
         style = "bold" if key == "total" else None
         table.add_row(label, size(softkv[key]), size(other[key]) if other else "not possible", ratio, style=style)
@@ -344,16 +357,6 @@ def _show_plan(model: str, content: dict[str, Any]) -> None:
     out.print(
         "Counted on the shapes of tensors, not measured; what an allocator rounds up and a driver keeps comes on top."
     )
-
-
-def _bytes(count: int) -> str:
-    unit = next((i for i in range(4) if count < 1024 ** (i + 1) * 0.9995), 4)
-    return f"{count / 1024**unit:.{min(unit, 2)}f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[unit]}"
-
-
-def _flops(count: int) -> str:
-    unit = next((i for i in range(1, 6) if count < 1000 ** (i + 1) * 0.9995), 5)
-    return f"{count / 1000**unit:.2f} {('', 'k', 'M', 'G', 'T', 'P')[unit]}FLOP"
 
 
 @app.command(epilog="Example:\n\n    softkv profile host --calls 1000")

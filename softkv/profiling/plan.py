@@ -164,14 +164,14 @@ def config_of(model: str) -> Any:
         raise ValueError(f"no config of {model} was found: expected {ways}") from error
 
 
-def plan(job: PlannedStep) -> dict[str, Cost]:
-    """The cost of "softkv" and of "concatenating"; not of the latter where it can't be: a prefix is concatenated in
+def plan(job: PlannedStep, *ways: str) -> dict[str, Cost]:
+    """The cost of "softkv" and of "concatenating", or of the ways named; not of the latter where it can't be: a prefix is concatenated in
     transformers' cache, which checkpointing drops, and where multi-head latent attention keeps no keys and values."""
     soft, shapes = _model(job)
-    steps = dict(STEPS)
+    steps = {name: STEPS[name] for name in ways or STEPS}
     latent = getattr(job.config.get_text_config(), "kv_lora_rank", None) is not None
     if soft.soft.placement is None and (job.checkpointing or latent):
-        del steps["concatenating"]
+        steps.pop("concatenating", None)
     return {name: _cost(job, soft, _run(job, soft, shapes, step), name) for name, step in steps.items()}
 
 
@@ -209,12 +209,22 @@ class _AnyStart(Method):
         return self.method.build(Placeholder(base.shape), folded=folded)
 
 
+def learned_values(job: PlannedStep) -> int:
+    """How many values the method trains."""
+    return sum(parameter.numel() for parameter in _model(job)[0].soft.parameters())
+
+
+def on_meta(config: Any, dtype: torch.dtype) -> Any:
+    """The causal language model of a config, without values."""
+    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(f"expected the config of a causal language model, got {config.model_type!r}")
+    with META:
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+
+
 def _model(job: PlannedStep) -> tuple[SoftModel, ShapesOnly]:
     """The model that is planned, without values."""
-    if type(job.config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ValueError(f"expected the config of a causal language model, got {job.config.model_type!r}")
-    with META:
-        base = transformers.AutoModelForCausalLM.from_config(job.config, dtype=job.dtype)
+    base = on_meta(job.config, job.dtype)
     method = METHODS[job.method].of_length(job.length)
     if job.encoder is not None:
         method = PTuningV2(length=job.length, encoder=job.encoder)

@@ -23,7 +23,7 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 import softkv
 from softkv.train.processes import leave_together
-from tests.trainers import split_runs
+from tests.trainers import planned_runs, split_runs
 from tests.training_runs import METHODS, attach, hurry, rows
 
 STEPS = 3
@@ -127,7 +127,9 @@ def main(folder: str) -> None:
         resume(soft_model, optimizer, os.path.join(folder, "one process", method, "state"))
         results[f"{strategy}: {method}"] = found + train(soft_model, model, optimizer, examples, *share)
     split = {name: case(folder) for name, case in split_runs.CASES.items()}
+    planned = planned_runs.measured(folder)
     if dist.get_rank() == 0:
+        Path(folder, "planned.json").write_text(json.dumps(planned))
         Path(folder, "losses.json").write_text(json.dumps(results))
         Path(folder, "split.json").write_text(json.dumps(split))
     leave_together()

@@ -17,8 +17,9 @@ from accelerate import init_empty_weights
 
 import softkv
 from softkv.io import checkpoint
+from softkv.profiling.strategies import share
 from tests.hf.tiny import config_of, model_of, tokenizer
-from tests.trainers import split_runs
+from tests.trainers import planned_runs, split_runs
 from tests.trainers.sharded_runs import RUNS, STEPS, optimizer_of, resume, save, train
 from tests.training_runs import METHODS, attach, rows
 
@@ -117,6 +118,15 @@ def test_tensor_parallel_models(sharded: Path) -> None:
     found = json.loads((sharded / "split.json").read_text())
     assert found.keys() == split_runs.CASES.keys()
     assert all(found.values()), found
+
+
+@pytest.mark.parametrize("case", planned_runs.CASES, ids=str)
+def test_the_plan(case: tuple[Any, ...], sharded: Path) -> None:
+    received, held, allocated = json.loads((sharded / "planned.json").read_text())[str(case)]
+    found = share(planned_runs.job(*case), case[0])
+    assert found.parameters == held
+    assert found.received == pytest.approx(received, rel=0.01)
+    assert found.step + found.gathered == pytest.approx(allocated, rel=0.15)
 
 
 def test_context_parallel(monkeypatch: pytest.MonkeyPatch) -> None:
