@@ -299,9 +299,9 @@ def test_strategies_of_the_command(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, [*options, "--json"])
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
-    assert list(found) == ["DDP ×4", "FSDP2 ×4", "TP ×2, FSDP2 ×2"]  # two key/value heads
-    assert found["DDP ×4"]["parameters"] == 4 * found["FSDP2 ×4"]["parameters"]
-    assert "TP ×2, FSDP2 ×2" in CliRunner().invoke(app, options).stdout
+    assert list(found) == ["DDP×4", "FSDP2×4", "TP×2 FSDP2×2"]  # two key/value heads
+    assert found["DDP×4"]["parameters"] == 4 * found["FSDP2×4"]["parameters"]
+    assert "TP×2 FSDP2×2" in CliRunner().invoke(app, options).stdout
     done = CliRunner().invoke(app, [*options, "-B", "3"])
     assert done.exit_code == 2
     assert "4 devices can share neither 3 rows nor 2 key/value heads" in done.stderr

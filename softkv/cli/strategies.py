@@ -35,13 +35,15 @@ def show(model: str, job: Job, devices: int, *, as_json: bool) -> None:
         return
     checkpointed = ", checkpointing" if job.checkpointing else ""
     title = f"{model}, {job.method} P={job.length}, B={job.batch} T={job.longest}{checkpointed}, {devices} devices"
-    table = Table("", *COLUMNS.values(), title=escape(title), title_justify="left")
+    table = Table("", *COLUMNS.values(), box=None, padding=(0, 1, 0, 0), title=escape(title), title_justify="left")
+    for column in table.columns:
+        column.no_wrap = True
     for column in table.columns[1:]:
-        column.justify, column.no_wrap = "right", True
+        column.justify = "right"
     for name, each in found.items():
         table.add_row(name, *(in_bytes(each[key]) for key in COLUMNS))
     out.print(table)
     out.print(
-        "Of one device: gathered by FSDP2, learned with Adam's state, activations and workspace of a step, all of these,"
+        "Of a device: what FSDP2 gathers, what is learned with Adam's state, activations and workspace of a step,"
     )
-    out.print("and what it receives in a step. Counted, not measured; what an allocator rounds up comes on top.")
+    out.print("all of these, and what it receives in a step. Counted, not measured; allocators round up.")

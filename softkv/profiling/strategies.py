@@ -41,9 +41,9 @@ class Layout:
 
     @property
     def name(self) -> str:
-        parts = [f"TP ×{self.tensor}"] if self.tensor > 1 else []
-        parts += [f"{'FSDP2' if self.sharded else 'DDP'} ×{self.data}"] if self.data > 1 else []
-        return ", ".join(parts) or "one device"
+        parts = [f"TP×{self.tensor}"] if self.tensor > 1 else []
+        parts += [f"{'FSDP2' if self.sharded else 'DDP'}×{self.data}"] if self.data > 1 else []
+        return " ".join(parts) or "one device"
 
 
 @dataclass(frozen=True)
