@@ -157,6 +157,7 @@ def train(
         "disable_tqdm": False,
     }
     arguments = training_arguments(values, arg)
+    check_above(learning_rate=arguments.learning_rate)  # also where --arg says it
 
     import transformers
 
