@@ -117,13 +117,12 @@ def _between_heads(job: Job, devices: int) -> float:
     """Bytes that a device of several which split heads receives in a step."""
     config = job.config.get_text_config()
     layers, state = config.num_hidden_layers, config.hidden_size * job.dtype.itemsize
-    tokens, labels = sum(job.lengths) + job.rows * job.length * (job.method == "p-tuning"), job.rows * job.answer
+    labels, read = job.rows * job.answer, sum(job.lengths) + job.rows * job.length * (job.method == "p-tuning")
+    tokens = read + job.length * (job.method == "prompt-tuning")  # in front of all rows, in one pass with them
     again = layers * job.checkpointing  # a block's first row-wise product; behind its second, nothing needs it
-    forward = 1 + 2 * layers + again
-    backward = 5 * layers - (0 if job.method == "p-tuning" else 3)  # the first block's q, k and v need no gradient
-    reduced = (tokens * (forward + backward) + labels) * state
-    if job.method == "prompt-tuning":  # soft tokens run alone, for the last block's K and V
-        reduced += job.length * (2 * layers + 5 * (layers - 1) + 2) * state
+    in_rows = job.method in ("p-tuning", "prompt-tuning")
+    backward = 5 * layers - (0 if in_rows else 3)  # the first block's q, k and v need no gradient of a prefix alone
+    reduced = (read + tokens * (2 * layers + again + backward) + labels) * state
     logits = labels * config.vocab_size * job.dtype.itemsize
     return (devices - 1) / devices * (2 * reduced + logits)
 

@@ -36,7 +36,7 @@ METHODS = {
 }
 LAYOUTS = [Layout(data=2), Layout(data=2, sharded=True), Layout(tensor=2)]
 CASES = [(layout, method, False) for layout in LAYOUTS for method in METHODS]
-CASES += [(layout, "p-tuning-v2", True) for layout in LAYOUTS[1:]]
+CASES += [(layout, method, True) for layout in LAYOUTS[1:] for method in ("p-tuning-v2", "prompt-tuning")]
 
 
 def job(layout: Layout, method: Any, checkpointing: bool) -> Job:
