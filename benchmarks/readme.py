@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import gpu_tables, static_bounds
+from . import gpu_tables, static_bounds, trainers
 from .figures import geometric_means, of_peak
 from .models import page as models
 from .results import FOLDER, read_json
@@ -282,6 +282,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "demo": _demo,
     "train": _train,
     "step-profile": _step_profile,
+    "trainers": trainers.table,
     "generate": _generate,
     "adapters-generation": lambda: _adapters("generation", "generating 8 tokens each, greedy"),
     "adapters-forward": lambda: _adapters("forward", "one forward pass"),
