@@ -12,7 +12,7 @@ from softkv.cli.console import out
 from softkv.cli.units import in_bytes
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import
-    from softkv.profiling.plan import Job
+    from softkv.profiling.plan import PlannedStep
 
 COLUMNS = {
     "parameters": "base",
@@ -24,7 +24,7 @@ COLUMNS = {
 }
 
 
-def show(model: str, job: Job, devices: int, *, as_json: bool) -> None:
+def show(model: str, job: PlannedStep, devices: int, *, as_json: bool) -> None:
     """Prints what each device takes in every way that so many can share a step."""
     from softkv.profiling.strategies import layouts, share
 

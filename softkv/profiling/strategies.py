@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
-from softkv.profiling.plan import Job, learned_values, on_meta, plan
+from softkv.profiling.plan import PlannedStep, learned_values, on_meta, plan
 
 FP32 = 4
 
@@ -70,7 +70,7 @@ class Share:
         return self.parameters + self.gathered + self.trainable + self.step
 
 
-def layouts(job: Job, devices: int) -> list[Layout]:
+def layouts(job: PlannedStep, devices: int) -> list[Layout]:
     """The ways in which so many devices can share the rows of a job, and the heads of its model.
 
     Raises:
@@ -92,7 +92,7 @@ def layouts(job: Job, devices: int) -> list[Layout]:
     return found
 
 
-def share(job: Job, layout: Layout) -> Share:
+def share(job: PlannedStep, layout: Layout) -> Share:
     """What one device holds and receives; `job` is the step of all devices together."""
     if job.encoder is not None and layout.sharded:
         raise ValueError("encoders under FSDP2 are not planned: leave the encoder out")
@@ -113,7 +113,7 @@ def share(job: Job, layout: Layout) -> Share:
     )
 
 
-def _between_heads(job: Job, devices: int) -> float:
+def _between_heads(job: PlannedStep, devices: int) -> float:
     """Bytes that a device of several which split heads receives in a step."""
     config = job.config.get_text_config()
     layers, state = config.num_hidden_layers, config.hidden_size * job.dtype.itemsize
@@ -127,7 +127,7 @@ def _between_heads(job: Job, devices: int) -> float:
     return (devices - 1) / devices * (2 * reduced + logits)
 
 
-def _weights(job: Job, devices: int) -> tuple[int, int, int]:
+def _weights(job: PlannedStep, devices: int) -> tuple[int, int, int]:
     """Bytes of the largest block, of all blocks, and of what is in none, whose vocabulary is split."""
     base = on_meta(job.config, job.dtype)
     blocks = [_bytes(each.parameters()) for each in base.get_decoder().layers]

@@ -15,7 +15,7 @@ from transformers.distributed import DistributedConfig
 
 import softkv
 from softkv.profiling.allocations import peak
-from softkv.profiling.plan import Job
+from softkv.profiling.plan import PlannedStep
 from softkv.profiling.strategies import Layout
 from softkv.train.label_logits import label_logits
 
@@ -39,9 +39,9 @@ CASES = [(layout, method, False) for layout in LAYOUTS for method in METHODS]
 CASES += [(layout, method, True) for layout in LAYOUTS[1:] for method in ("p-tuning-v2", "prompt-tuning")]
 
 
-def job(layout: Layout, method: Any, checkpointing: bool) -> Job:
+def job(layout: Layout, method: Any, checkpointing: bool) -> PlannedStep:
     rows = ROWS * layout.data
-    one = Job(CONFIG, method, LENGTH, rows, TOKENS, ANSWER, torch.float32)
+    one = PlannedStep(CONFIG, method, LENGTH, rows, TOKENS, ANSWER, torch.float32)
     return replace(one, checkpointing=checkpointing)
 
 
