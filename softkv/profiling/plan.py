@@ -165,8 +165,8 @@ def config_of(model: str) -> Any:
 
 
 def plan(job: PlannedStep, *ways: str) -> dict[str, Cost]:
-    """The cost of "softkv" and of "concatenating", or of the ways named; not of the latter where it can't be: prefixes
-    are concatenated in transformers' cache, which checkpointing drops, and where multi-head latent attention keeps no keys
+    are concatenated in transformers' cache, which checkpointing drops, and where multi-head latent attention keeps no
+    keys and values."""
     and values."""
     soft, shapes = _model(job)
     steps = {name: STEPS[name] for name in ways or STEPS}
