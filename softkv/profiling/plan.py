@@ -165,9 +165,9 @@ def config_of(model: str) -> Any:
 
 
 def plan(job: PlannedStep, *ways: str) -> dict[str, Cost]:
+    """The cost of "softkv" and of "concatenating", or of the ways named; not of the latter where it can't be: prefixes
     are concatenated in transformers' cache, which checkpointing drops, and where multi-head latent attention keeps no
     keys and values."""
-    and values."""
     soft, shapes = _model(job)
     steps = {name: STEPS[name] for name in ways or STEPS}
     latent = getattr(job.config.get_text_config(), "kv_lora_rank", None) is not None
