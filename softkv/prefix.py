@@ -164,5 +164,11 @@ class Prefix:
     def _from_inputs(cls, model: Any, standing_in: bool, **inputs: Tensor) -> Prefix:
         if _reader is None:
             raise RuntimeError("a prefix of a model's own K/V needs softkv.hf, which knows models: import it first")
+        for name, tokens in inputs.items():
+            axes, ids = ("[A, P, C]", False) if name == "inputs_embeds" else ("[A, P]", True)
+            fits = isinstance(tokens, Tensor) and tokens.dim() == 3 - ids and tokens.shape[:2].numel() > 0
+            if not fits or tokens.is_floating_point() == ids or (ids and not tokens.is_meta and int(tokens.min()) < 0):
+                got = f"{list(tokens.shape)} of {tokens.dtype}" if isinstance(tokens, Tensor) else type(tokens).__name__
+                raise ValueError(f"{name} expects {'ids of tokens' if ids else 'floats'} {axes}, not empty, got {got}")
         base = model.base if hasattr(model, "disabled") else model
         return cls.from_layers(*_reader(base, standing_in=standing_in, **inputs))

@@ -338,7 +338,7 @@ def test_training_state_loads_into_a_fresh_build(method: Method) -> None:
     ("make", "message"),
     [
         (lambda: PromptTuning(), "length is needed with init='vocabulary'"),
-        (lambda: PromptTuning(length=0), "length expects an integer of at least 1, got 0"),
+        (lambda: PromptTuning(length=0), "length expects an integer from 1 to 2147483647, got 0"),
         (lambda: PromptTuning(length=True), "got True"),
         (lambda: PromptTuning(length=2.0), "got 2.0"),
         (lambda: PromptTuning(length=2, position="behind"), "position expects one of 'after', 'before', got 'behind'"),
@@ -361,7 +361,7 @@ def test_training_state_loads_into_a_fresh_build(method: Method) -> None:
         (lambda: PrefixTuning(length=2, init="vocabulary", init_std=1), "init_std is only read"),
         (lambda: PrefixTuning(length=2, init="vocabulary", reparametrize=True), "reparametrize=True expects init"),
         (lambda: PrefixTuning(length=2, reparametrize_size=3), "only read with reparametrize=True"),
-        (lambda: PTuningV2(length=2, reparametrize=True, reparametrize_size=0), "at least 1, got 0"),
+        (lambda: PTuningV2(length=2, reparametrize=True, reparametrize_size=0), "from 1 to 2147483647, got 0"),
         (lambda: PTuningV2(length=2, encoder="gru"), "encoder expects one of"),
         (lambda: PTuningV2(length=2, encoder_size=4), "only read with an encoder"),
         (lambda: PTuningV2(length=2, share_encoder=False), "only read with an encoder"),

@@ -47,7 +47,9 @@ def paths_of(model: Any, names: Iterable[str] | None, blocks: Sequence[nn.Module
         paths = [path for path, _ in model.named_modules() if path and (path == name or path.endswith(f".{name}"))]
         if not paths:
             known = ", ".join(path for path, _ in model.named_children())
-            raise ValueError(f"modules_to_save: {type(model).__name__} has no module {name!r} (at its top: {known})")
+            raise ValueError(
+                f"modules_to_save: {type(model).__name__} has no module {name!r:.300} (at its top: {known})"
+            )
         found += paths
     for path in found:
         module = model.get_submodule(path)

@@ -71,7 +71,7 @@ def save(
             left as it was.
     """
     if format not in ("softkv", "peft"):
-        raise ValueError(f"save_pretrained expects format 'softkv' or 'peft', got {format!r}")
+        raise ValueError(f"save_pretrained expects format 'softkv' or 'peft', got {format!r:.300}")
     if format == "peft":
         _save_for_peft(model, Path(directory), folded, is_main_process)
         return

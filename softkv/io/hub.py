@@ -23,7 +23,11 @@ def local(directory: str | os.PathLike[str], revision: str | None = None, token:
         FileNotFoundError: when it is neither.
     """
     path = Path(directory)
-    if path.exists() or not isinstance(directory, str) or directory.count("/") != 1:
+    try:
+        exists = path.exists()
+    except OSError as error:
+        raise FileNotFoundError(f"no adapter at {str(directory)!r:.300}: {error.strerror}") from None
+    if exists or not isinstance(directory, str) or directory.count("/") != 1:
         return path
     from huggingface_hub import snapshot_download
 

@@ -18,15 +18,15 @@ COMMON_TOKENS = 5_000
 
 
 def check_positive(name: str, value: object) -> None:
-    """Raise unless `value` is an integer of at least 1."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} expects an integer of at least 1, got {value!r}")
+    """Raise unless `value` is an integer from 1 to 2^31 - 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 1 << 31:
+        raise ValueError(f"{name} expects an integer from 1 to {(1 << 31) - 1}, got {value!r:.300}")
 
 
 def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
     """Raise unless `value` is one of `choices`."""
     if value not in choices:
-        raise ValueError(f"{name} expects one of {', '.join(map(repr, choices))}, got {value!r}")
+        raise ValueError(f"{name} expects one of {', '.join(map(repr, choices))}, got {value!r:.300}")
 
 
 def check_init(init: str, init_text: str | None, length: int | None) -> None:

@@ -62,7 +62,9 @@ class PTuning(Method):
 
     def __post_init__(self) -> None:
         if not self.length:
-            raise ValueError(f"PTuning expects soft tokens in its template, got {self.template!r}: write [P1], [P2]...")
+            raise ValueError(
+                f"PTuning expects soft tokens in its template, got {self.template!r:.300}: write [P1], [P2]..."
+            )
         initial.check_choice("encoder", self.encoder, ("lstm", "mlp"))
         initial.check_positive("encoder_size", self.encoder_size)
         if self.encoder_size % 2:

@@ -105,20 +105,20 @@ class Template:
             pieces.append(piece)
         answers = [at for at, piece in enumerate(pieces) if isinstance(piece, Answer)]
         if not answers:
-            raise ValueError(f"the template {template!r} has no answer: write [Y] at its end")
+            raise ValueError(f"the template {template!r:.300} has no answer: write [Y] at its end")
         if len(answers) > 1:
-            raise ValueError(f"the template {template!r} has {len(answers)} answers, expected one [Y]")
+            raise ValueError(f"the template {template!r:.300} has {len(answers)} answers, expected one [Y]")
         if answers[0] != len(pieces) - 1:
             rest = "".join(map(str, pieces[answers[0] + 1 :]))
             raise ValueError(
-                f"{rest!r} follows [Y] in the template {template!r}: a causal model can't read past its answer, "
-                "so [Y] must be last"
+                f"{rest!r:.300} follows [Y] in the template {template!r:.300}: a causal model can't read past its "
+                "answer, so [Y] must be last"
             )
         numbers = sorted(piece.number for piece in pieces if isinstance(piece, Soft))
         if numbers != list(range(1, len(numbers) + 1)):
             found = " ".join(f"[P{number}]" for number in numbers)
             raise ValueError(
-                f"the template {template!r} has the soft tokens {found}, expected each of "
+                f"the template {template!r:.300} has the soft tokens {found!s:.300}, expected each of "
                 f"[P1] to [P{len(numbers)}] once"
             )
         return Template(tuple(pieces))
@@ -213,7 +213,7 @@ def _piece(match: re.Match[str], template: str) -> Piece:
     if slot is None:
         if token in ("[", "]"):
             raise ValueError(
-                f"the template {template!r} has a stray {token!r} at character {match.start()}: slots are written "
+                f"the template {template!r:.300} has a stray {token!r} at character {match.start()}: slots are written "
                 f"[name], with a name of letters, digits and _; write {token * 2} for a bracket"
             )
         return Text(token[0] if token in ("[[", "]]") else token)
@@ -221,10 +221,12 @@ def _piece(match: re.Match[str], template: str) -> Piece:
         return Answer()
     if soft := _SOFT.fullmatch(slot):
         if soft.group(1).startswith("0"):
-            raise ValueError(f"the template {template!r} has {token}: soft tokens are numbered [P1], [P2], ...")
+            raise ValueError(f"the template {template!r:.300} has {token}: soft tokens are numbered [P1], [P2], ...")
         return Soft(int(soft.group(1)))
     if slot in _RESERVED:
-        raise ValueError(f"the template {template!r} has a field called {slot}, a reserved name: call it otherwise")
+        raise ValueError(
+            f"the template {template!r:.300} has a field called {slot}, a reserved name: call it otherwise"
+        )
     return Field(slot)
 
 
@@ -236,6 +238,6 @@ def check_no_soft_tokens(template: str, method: str) -> None:
     """Raise when a template is wrong or holds soft tokens, for a method that puts none there."""
     if Template.parse(template).soft_tokens:
         raise ValueError(
-            f"{method} expects a template without soft tokens, got {template!r}: leave [P1]... out "
+            f"{method} expects a template without soft tokens, got {template!r:.300}: leave [P1]... out "
             "(PTuning is the method that places them)"
         )

@@ -191,7 +191,7 @@ def engine_for(backend: str | None, call: Call) -> str:
     if backend is None:
         return choice.engine_for(call) if q.is_cuda else "torch"
     if backend not in _BACKENDS:
-        raise ValueError(f"backend: expected None or one of {', '.join(_BACKENDS)}, got {backend!r}")
+        raise ValueError(f"backend: expected None or one of {', '.join(_BACKENDS)}, got {backend!r:.300}")
     if backend == "triton" and not q.is_cuda and not load_engine("triton").interpreter_enabled():
         raise RuntimeError(f"backend 'triton': expected a CUDA or ROCm tensor, or TRITON_INTERPRET=1, got {q.device}")
     if backend == "triton" and not q.is_cuda and q.dtype == torch.bfloat16:

@@ -167,3 +167,30 @@ def test_a_mask_of_windowed_buffers() -> None:
         cache = transformers.StaticCache(config=config, max_cache_len=16)
         with pytest.raises(ValueError, match="attention_mask expects"):
             model(IDS, attention_mask=mask, past_key_values=cache)
+
+
+LONG = "x" * 5000
+DOORS: dict[str, Any] = {
+    "init": lambda model: softkv.PTuningV2(length=1, init=LONG),  # type: ignore[arg-type]
+    "length": lambda model: softkv.PTuningV2(length=2**70),
+    "template": lambda model: softkv.PTuning(template="[P1]" * 5000 + "[Y]"),
+    "folder": lambda model: model.add_adapter("b", LONG),
+    "backend": lambda model: softkv.attach(llama(), softkv.PTuningV2(length=1), backend=LONG)(IDS),
+    "modules_to_save": lambda model: softkv.attach(llama(), softkv.PTuningV2(length=1), modules_to_save=[LONG]),
+    "format": lambda model: model.save_pretrained("nowhere", format=LONG),
+    "using": lambda model: model.using(LONG).__enter__(),
+    "ids of one axis": lambda model: softkv.Prefix.from_ids(model, IDS[0]),
+    "float ids": lambda model: softkv.Prefix.from_ids(model, IDS.float()),
+    "no ids": lambda model: softkv.Prefix.from_ids(model, IDS[:, :0]),
+    "negative ids": lambda model: softkv.Prefix.from_ids(model, -IDS),
+    "ids in a list": lambda model: softkv.Prefix.from_ids(model, [[5]]),
+    "flat embeddings": lambda model: softkv.Prefix.from_embeddings(model, torch.ones(3, 16)),
+}
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_one_short_sentence(door: str) -> None:
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        DOORS[door](attached())
+    assert len(str(error.value)) < 800
+    assert "\n" not in str(error.value)
