@@ -86,7 +86,8 @@ def test_a_wrong_answer_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def off(self: Any, *args: Any, **kwargs: Any) -> Any:
         output = forward(self, *args, **kwargs)
-        output.logits = output.logits + 0.05 * torch.arange(output.logits.shape[-1]) * output.logits.std() / 97
+        number = output.logits.shape[-1]
+        output.logits = output.logits + 0.05 * torch.arange(number) / number * output.logits.std()
         return output
 
     monkeypatch.setattr(softkv.SoftModel, "forward", off)
