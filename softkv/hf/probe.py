@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cached_property
+from itertools import islice
 from typing import Any, cast
 
 import torch
@@ -38,6 +38,7 @@ class Probed:
         own: of a base that keeps its own attention.
         positions: of its tokens.
         parallel: the processes that the base is split over; known after `probe`.
+        word: of a wrapper around a text model, the id of a word, which stands in for soft tokens; else None.
     """
 
     def __init__(self, base: Any, backend: str | None) -> None:
@@ -48,6 +49,8 @@ class Probed:
         self.own: OwnAttention | None = None
         self.parallel: TensorParallel | None = None
         self.positions = Positions.of_decoder(base, self.decoder)
+        self._first_of_wrapper = 0
+        self.word = None if base.config.get_text_config() is base.config else self._words()[0]
 
     @property
     def takes_restarts(self) -> bool:
@@ -74,8 +77,7 @@ class Probed:
         """The position of the first token of a row."""
         return self.positions.first + self._first_of_wrapper
 
-    @cached_property
-    def _first_of_wrapper(self) -> int:
+    def _position_in_wrapper(self) -> int:
         """The position that a wrapper gives a row's first token: PaliGemma's is 1."""
         if self.word is None or device_of(self.base).type == "meta":
             return 0
@@ -102,6 +104,7 @@ class Probed:
         name, device, view = type(self.base).__name__, device_of(self.base), in_evaluation(self.decoder)
         if getattr(self.base.config.get_text_config(), "attention_chunk_size", None) is not None:
             raise OutOfReach(f"{name} uses chunked attention, which softkv attention does not offer")
+        self._first_of_wrapper = self._position_in_wrapper()
         ids = self._few_tokens()
         context = SoftContext(backend=self.backend, capture=[])
         assert context.capture is not None
@@ -161,6 +164,7 @@ class Probed:
         Raises:
             OutOfReach: when soft tokens can't be put into its rows either.
         """
+        self._first_of_wrapper = self._position_in_wrapper()
         own = OwnAttention.of(self.decoder, self.base, self._few_tokens(), str(reason))
         if own is None:
             raise OutOfReach(
@@ -174,18 +178,15 @@ class Probed:
             self.positions.first = self._first_position()
         return own
 
-    def _few_tokens(self) -> Tensor:
-        """Ids `[1, TOKENS]` of words: RoBERTa gives padding a position of its own, wrappers look for images by ids."""
+    def _words(self) -> list[int]:
+        """Up to `TOKENS` ids of words: RoBERTa gives padding a position of its own, wrappers look for images by ids."""
         table = self.base.get_input_embeddings()
         named = {*named_ids(self.base.config), getattr(table, "padding_idx", None)}  # MPNet's is not its config's
-        ids = [token for token in range(1, table.num_embeddings) if token not in named][:TOKENS]
-        return torch.tensor([(ids or [0]) * TOKENS], device=device_of(self.base))[:, :TOKENS]
+        return list(islice((token for token in range(1, table.num_embeddings) if token not in named), TOKENS)) or [0]
 
-    @cached_property
-    def word(self) -> int | None:
-        """Of a wrapper around a text model, the id of a word, which stands in for soft tokens; else None."""
-        config = self.base.config
-        return None if config.get_text_config() is config else int(self._few_tokens()[0, 0])
+    def _few_tokens(self) -> Tensor:
+        """Ids `[1, TOKENS]` of words."""
+        return torch.tensor([self._words() * TOKENS], device=device_of(self.base))[:, :TOKENS]
 
     def _pads(self, decoder: nn.Module, ids: Tensor, row: Tensor) -> bool:
         """Whether a row behind padding is the same row: some states take padding for tokens."""
