@@ -1,4 +1,5 @@
-"""docs/learning.md's table and curves, from the committed results of `benchmarks.learning`."""
+"""docs/learning.md's tables and curves, from committed results: `python -m benchmarks.learning_report` draws the
+curves."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from typing import Any
 
 from .learning import CONTESTANTS
 from .learning_sets import SETS
+from .results import FOLDER, read_json
 
 PLOT = "learning.png"
 WINDOW = 5  # steps of a point of a curve
@@ -25,10 +27,30 @@ documentation. Cells that have not run are empty. {device}.
 {body}
 """
 
+RATES = """\
+One run each on `{data}`: {steps} steps of {rows_a_step} rows of at most {longest_row} tokens, seed {seed}, {dtype},
+{length} slots or {soft_tokens} soft tokens; loss of an answer's token and part of right answers among {test_rows} test
+rows. {cpu}, torch {torch}, {date}.
 
-def learning_table(content: Any) -> str:
+| | start | learning rate | loss | right |
+|---|---|---|---:|---:|
+{body}
+"""
+
+
+def rates_table() -> str:
+    """What starts and learning rates gave, from records of the runs by which the defaults were chosen."""
+    content = read_json(FOLDER / "learning_rates.json")
+    rows = [
+        f"| {one['method']} | {one['start']} | {one['rate']} | {one['loss']:.2f} | {one['accuracy']:.2f} |"
+        for one in content["results"]
+    ]
+    return RATES.format(**content["settings"], body="\n".join(rows))
+
+
+def learning_table() -> str:
     """The table of docs/learning.md."""
-    records: Records = content["results"]
+    records: Records = read_json(FOLDER / "learning.json")["results"]
     first = next(iter(records.values()))
     body = []
     for title in CONTESTANTS:
@@ -91,3 +113,7 @@ def draw(records: Records, path: Path) -> None:
 def _smooth(losses: Iterable[float]) -> list[float]:
     values = list(losses)
     return [statistics.fmean(values[i : i + WINDOW]) for i in range(0, len(values) - WINDOW + 1, WINDOW)]
+
+
+if __name__ == "__main__":
+    draw(read_json(FOLDER / "learning.json")["results"], FOLDER / PLOT)
