@@ -92,9 +92,7 @@ class PTuningV2(Method):
     continues: bool = False
     where: tuple[Site, ...] | None = None
     template: str = "[X] [Y]"
-    suits: ClassVar[str] = (
-        "the usual choice; learns most, above all from a text (--init-text) or from --set init=vocabulary"
-    )
+    suits: ClassVar[str] = "the usual choice; learns most, from real tokens (the default) or from a text (--init-text)"
     learns: ClassVar[str] = "2·n·G·D·L"
 
     def __post_init__(self) -> None:

@@ -44,7 +44,7 @@ class PromptTuning(Method):
     init_text: str | None = None
     template: str = "[X] [Y]"
     in_rows: ClassVar[bool] = True
-    suits: ClassVar[str] = "the fewest values, any causal model; learns well on large bases, with a rate of about 3e-2"
+    suits: ClassVar[str] = "the fewest values, any causal model; learns well on large bases"
     learns: ClassVar[str] = "n·C"
 
     @classmethod
