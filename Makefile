@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test fuzz threads soak bench gpu lint pins constraints compile-matrix mutants models docs clean
+.PHONY: demo test fuzz threads soak bench learning gpu lint pins constraints compile-matrix mutants models docs clean
 
 $(READY): setup.py constraints.txt
 	@test -n "$(PYTHON)" || { echo "softkv needs Python 3.10 or newer, and none was found: make PYTHON=/path/to/python" >&2; exit 1; }
@@ -42,6 +42,13 @@ bench: $(READY)
 	$(BIN)/softkv bench generate --rounds 2 --case P64 --case P1024 --case P2048
 	$(BIN)/softkv bench train --steps 1
 	$(BIN)/softkv bench adapters --seconds 0 --case generation-16
+
+# How well the methods learn, beside PEFT's: docs/learning.md. Goes on where it stopped (hours on 2 cores; QUICK=--quick: ten
+# minutes).
+learning: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.learning $(QUICK)
+	$(BIN)/python -m benchmarks.learning_report
+	$(BIN)/python -m benchmarks.readme
 
 # Everything a GPU can tell, in ten minutes; goes on where it stopped. Table: runs/gpu/table.md.
 gpu: $(READY)

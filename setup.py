@@ -26,7 +26,7 @@ setup(
     python_requires=">=3.10",
     package_dir={"": "src"},
     packages=find_packages("src"),
-    package_data={"softkv": ["py.typed"], "softkv.benchmarks": ["movie_snippets_data/*"]},
+    package_data={"softkv": ["py.typed"], "softkv.benchmarks": ["movie_snippets_data/*", "learning_data/*"]},
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",

@@ -119,8 +119,8 @@ def train(name: str, steps: int = 40) -> None:
     from transformers import ProgressCallback, TrainerCallback, TrainingArguments
 
     import softkv
+    from softkv.train.callbacks import ProgressBar
     from softkv.train.classification import accuracy, classify
-    from softkv.train.trainer import ProgressBar
 
     torch.manual_seed(SEED)
     model, tokenizer = smollm2.load()

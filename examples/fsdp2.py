@@ -24,7 +24,7 @@ def main(folder: str, output: str, steps: int) -> None:
     with init_empty_weights():
         base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
     torch.manual_seed(0)  # every process starts with the same prompt
-    model = softkv.attach(base, softkv.PTuningV2(length=8))
+    model = softkv.attach(base, softkv.PTuningV2(length=8, init_std=0.1))
     for module in (*base.model.layers, model):
         fully_shard(module)
     model.to_empty(device=device)  # a place for the base's weights; what is learned keeps its values

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from softkv.methods import METHODS, PrefixTuning, PromptTuning, PTuning, PTuningV2
 from softkv.methods.base import BaseShape, Method, SoftMatrices, SoftPrompt, SoftTokens
 from softkv.methods.encoders import EncodedRows, pool_rows
+from softkv.methods.initial import RANDOM_SIZE
 from softkv.methods.matrices import ReparametrizedMatrices
 from softkv.methods.p_tuning import EncodedTokens
 from softkv.prefix import Prefix
@@ -211,7 +212,7 @@ def test_methods_import_neither_transformers_nor_kernels() -> None:
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             for name in names:
-                known = name.startswith(("softkv.methods", "softkv.prefix", "torch"))
+                known = name.startswith(("softkv.methods", "softkv.prefix", "torch", "typing_extensions"))
                 assert known or name.split(".")[0] in __import__("sys").stdlib_module_names, f"{file.name}: {name}"
 
 
@@ -273,14 +274,34 @@ def test_random_starts_have_the_scale_they_promise() -> None:
         assert method.build(base).soft_tokens().std().item() == pytest.approx(scale, rel=0.01)
     for std in (None, 0.05):
         for kind in (PrefixTuning, PTuningV2):
-            for reparametrize in (False, True):
-                method = kind(length=200, init_std=std, reparametrize=reparametrize)
-                k = method.build(base).prefix().k
-                assert k.std().item() == pytest.approx(std or 0.1, rel=0.1)
+            k = kind(length=200, init_std=std, reparametrize=True).build(base).prefix().k
+            assert k.std().item() == pytest.approx(std or 0.1, rel=0.1)
         for encoder in ("lstm", "attention"):
             soft = PTuningV2(length=8, encoder=encoder, init_std=std).build(base)
             k, v = soft.row_prefix(0, torch.randn(8, 16, C), torch.full((8,), 16))
             assert torch.stack([k, v]).std().item() == pytest.approx(std or 0.1, rel=0.3)
+
+
+def test_random_slots_are_a_part_of_the_models_own_size_in_each_layer() -> None:
+    base = Base()
+    base.kv[:, 1] *= 40  # one layer's K and V
+    real = base.prefix_of(torch.arange(VOCAB))
+    random = PTuningV2(length=VOCAB, init="random").build(base).prefix()
+    for x, y in ((random.k, real.k), (random.v, real.v)):
+        expected = RANDOM_SIZE * y.float().square().mean((1, 2, 3, 4)).sqrt()
+        torch.testing.assert_close(x.square().mean((1, 2, 3, 4)).sqrt(), expected, rtol=0.3, atol=0)
+        assert expected.max() > 2 * expected.min()
+
+
+def test_nothing_said_starts_from_real_tokens_with_a_length_of_its_own() -> None:
+    base = Base()
+    v2, shared, prompt = (kind().build(base) for kind in (PTuningV2, PrefixTuning, PromptTuning))
+    assert (v2.config.length, shared.config.length, prompt.config.length) == (32, 32, 20)
+    assert (v2.config.init, shared.config.init, prompt.config.init) == ("vocabulary",) * 3
+    assert any(torch.equal(v2.k[:, :, :, 0], base.kv[0, :, :, :, token].float()) for token in range(VOCAB))
+    for kind in (PTuningV2, PrefixTuning):  # a deviation asks for a random start
+        assert kind(length=50, init_std=0.01).build(base).k.std().item() == pytest.approx(0.01, rel=0.1)
+    assert PTuning().length == 8
 
 
 @pytest.mark.parametrize("kind", [PrefixTuning, PTuningV2])
@@ -337,7 +358,6 @@ def test_training_state_loads_into_a_fresh_build(method: Method) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: PromptTuning(), "length is needed with init='vocabulary'"),
         (lambda: PromptTuning(length=0), "length expects an integer from 1 to 2147483647, got 0"),
         (lambda: PromptTuning(length=True), "got True"),
         (lambda: PromptTuning(length=2.0), "got 2.0"),
@@ -356,7 +376,6 @@ def test_training_state_loads_into_a_fresh_build(method: Method) -> None:
         (lambda: PTuning(template=TEMPLATE, encoder="gru"), "encoder expects one of 'lstm', 'mlp'"),
         (lambda: PTuning(template=TEMPLATE, encoder_size=7), "even number"),
         (lambda: PTuning(template=TEMPLATE, prompt_text=""), "prompt_text expects a text"),
-        (lambda: PrefixTuning(), "length is needed with init='random'"),
         (lambda: PrefixTuning(length=2, init_std=0), "init_std expects a number above 0"),
         (lambda: PrefixTuning(length=2, init="vocabulary", init_std=1), "init_std is only read"),
         (lambda: PrefixTuning(length=2, init="vocabulary", reparametrize=True), "reparametrize=True expects init"),

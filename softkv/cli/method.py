@@ -22,17 +22,23 @@ def method_of(name: str, settings: list[str] | None, **flags: Any) -> Any:
     _check_names(name, options, given, known)
     if "init_text" in options:
         options.setdefault("init", "text")
-    if "length" in known and "length" not in options and options.get("init") != "text":
-        fail(
-            f"{name} expects --length, the number of {'soft tokens' if name == 'prompt-tuning' else 'slots'} to learn; "
-            "or --init-text, whose tokens can be counted"
-        )
-    if name == "p-tuning" and "template" not in options:
-        fail("p-tuning expects a template that says where its soft tokens go: --template '[P1][P2] [X] [P3] [Y]'")
+    if name == "p-tuning" and "template" in options:
+        options["template"] = _with_soft_tokens(options["template"])
     try:
         return METHODS[name](**options)
     except TypeError as error:  # a text where a number belongs
         fail(f"{name} can't use {', '.join(f'{key}={value!r}' for key, value in options.items())}: {error}")
+
+
+def _with_soft_tokens(template: str) -> str:
+    """A template for p-tuning: one that has no soft tokens gets those of the default in front of its answer."""
+    from softkv.methods.p_tuning import SOFT_TOKENS
+    from softkv.methods.template import Template
+
+    parsed = Template.parse(template)
+    if parsed.soft_tokens:
+        return template
+    return "".join(map(str, parsed.pieces[:-1])).rstrip() + f" {SOFT_TOKENS} [Y]"
 
 
 def _check_names(name: str, options: dict[str, Any], given: dict[str, Any], known: list[str]) -> None:

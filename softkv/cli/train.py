@@ -28,6 +28,7 @@ from softkv.cli.options import (
     Verbalizers,
     check_above,
 )
+from softkv.cli.rate import WARM_UP, checked_rate, default_steps, propose
 from softkv.cli.rows import columns_of, ending_of, examples_of
 from softkv.cli.training_arguments import training_arguments
 from softkv.train.data import read_filled, read_rows
@@ -46,6 +47,9 @@ Examples:
 
 The options of each method: `softkv methods`. With more processes: `torchrun --nproc-per-node 2 -m softkv.cli train ...`
 """
+
+
+_OF_ONE_CALL = ("config", "resume", "find_learning_rate")  # not kept for --config
 
 
 class TaskName(str, Enum):
@@ -90,15 +94,25 @@ def train(
     eval_data: Annotated[str | None, typer.Option(help="Rows to evaluate the loss on.")] = None,
     eval_split: Annotated[str, typer.Option(help="Split of --eval-data.")] = "validation",
     steps: Annotated[int | None, typer.Option(min=1, help="Training steps; default: as many as --epochs need.")] = None,
-    epochs: Annotated[float, typer.Option(help="Passes over the data.")] = 1.0,
+    epochs: Annotated[
+        float | None, typer.Option(help="Passes over the data; default: one, or as many as make 200 steps.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows per step and process.")] = 16,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens per step and process, instead of rows.")] = None,
     max_length: Annotated[
         int | None, typer.Option(min=2, help="Truncate the prompts of longer rows; with --task, rows (256).")
     ] = None,
     accumulate: Annotated[int, typer.Option(min=1, help="Batches per step (gradient accumulation).")] = 1,
-    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 5e-3,
-    warmup_steps: Annotated[int, typer.Option(min=0)] = 0,
+    learning_rate: Annotated[
+        str, typer.Option(help="Peak learning rate; auto: the method's own rates; 2x: so many times these.")
+    ] = "auto",
+    find_learning_rate: Annotated[
+        bool, typer.Option("--find-learning-rate", help="Only try rates, in a short run, and propose one.")
+    ] = False,
+    warmup_steps: Annotated[int | None, typer.Option(min=0, help="Default: a tenth of the steps.")] = None,
+    early_stopping: Annotated[
+        int | None, typer.Option(min=1, help="Stop after so many evaluations without a better one; keep the best.")
+    ] = None,
     eval_every: Annotated[int, typer.Option(min=1, help="Steps between evaluations.")] = 100,
     save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 100,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
@@ -116,10 +130,13 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Resume from the last checkpoint in --output.")] = False,
 ) -> None:
     """Train a soft prompt on a frozen base."""
-    options = {name: value for name, value in locals().items() if name not in ("config", "resume")}
+    options = {name: value for name, value in locals().items() if name not in _OF_ONE_CALL}
     if model is None:
         fail("which base? Give --model")
-    check_above(learning_rate=learning_rate, epochs=epochs)
+    check_above(epochs=1.0 if epochs is None else epochs)
+    rate = checked_rate(learning_rate, arg)
+    if early_stopping is not None and eval_data is None:
+        fail("--early-stopping expects rows to evaluate on: give --eval-data")
     if not Path(output).is_dir() and Path(output).exists():
         fail(f"--output expects a folder, got the file {output}")
     # What may be wrong is looked for before seconds are spent on imports, and minutes on a base.
@@ -136,17 +153,18 @@ def train(
     values = {
         "output_dir": str(output),
         "max_steps": steps if steps is not None else -1,
-        "num_train_epochs": epochs,
+        "num_train_epochs": 1.0 if epochs is None else epochs,
         "per_device_train_batch_size": batch_size,
         "per_device_eval_batch_size": batch_size,
         "gradient_accumulation_steps": accumulate,
-        "learning_rate": learning_rate,
-        "warmup_steps": warmup_steps,
+        "warmup_steps": WARM_UP if warmup_steps is None else warmup_steps,
         "weight_decay": 0.0,
         "logging_steps": 1,
         "eval_strategy": "steps" if eval_rows else "no",
         "eval_steps": eval_every,
-        "save_steps": save_every,
+        # The best of the evaluated states is kept, so each of them is saved.
+        "save_steps": save_every if early_stopping is None else eval_every,
+        "load_best_model_at_end": early_stopping is not None,
         "save_total_limit": 2,
         "seed": seed,
         "bf16": bf16,
@@ -162,8 +180,9 @@ def train(
     import transformers
 
     import softkv
+    from softkv.train.callbacks import ProgressBar, StopOnSignal
     from softkv.train.tasks import classes_of, examples
-    from softkv.train.trainer import ProgressBar, StopOnSignal, last_checkpoint
+    from softkv.train.trainer import last_checkpoint
 
     if resume and last_checkpoint(output) is None:
         fail(f"{output} holds no whole checkpoint to resume from: leave --resume out")
@@ -182,7 +201,14 @@ def train(
         make = partial(
             examples, task.value, tokenizer, text=text, answer=answer, classes=classes, max_length=max_length or 256
         )
+    examples_made = make(rows)
+    counted = arguments.max_steps > 0 or arguments.num_train_epochs != values["num_train_epochs"]
+    if steps is None and epochs is None and max_tokens is None and not counted:
+        arguments.max_steps = default_steps(len(examples_made), batch_size * accumulate * arguments.world_size)
     stop = StopOnSignal()
+    callbacks: list[Any] = [stop]
+    if early_stopping is not None:
+        callbacks.append(transformers.EarlyStoppingCallback(early_stopping))
     trainer = softkv.Trainer(
         soft_model,
         arguments,
@@ -190,10 +216,14 @@ def train(
         max_length=max_length if task is None and packing else None,
         max_tokens=max_tokens,
         label_logits_only=label_logits,
-        train_dataset=make(rows),
+        learning_rate=rate,
+        train_dataset=examples_made,
         eval_dataset=make(eval_rows) or None,
-        callbacks=[stop],
+        callbacks=callbacks,
     )
+    if find_learning_rate:
+        propose(trainer, rate, output)
+        return
     if not arguments.disable_tqdm:
         trainer.remove_callback(transformers.ProgressCallback)
         trainer.add_callback(ProgressBar)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from softkv.hf import attention_mass
 from softkv.hf.context import BlockInputs, SoftContext
 from softkv.hf.dense import in_front, masked_attention
 from softkv.hf.keywords import HARMLESS, check_understood
@@ -238,6 +239,9 @@ def _attend(
     """Attention of one block with the context's prefixes. Where windows count the slots of some and not of others, it
     runs once for either kind."""
     prefix, covers = context.of_layer(layer, rows, **like), context.window_covers
+    if context.masses is not None and prefix:
+        counted = {} if window is None else {"window_covers_prefix": covers}
+        context.masses[layer] = attention_mass.of_call(attend, prefix | counted)
     if window is None:
         return cast(Tensor, attend(**prefix))
     if not isinstance(covers, Tensor):

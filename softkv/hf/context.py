@@ -131,6 +131,7 @@ class SoftContext:
         order: numbers the attention blocks; None where none needs a number.
         turns: how often each module that runs several times has begun to, in this forward pass.
         capture: collects what reaches each attention block, in the order in which they run.
+        masses: collects the attention that prefixes take in each block (`softkv.hf.attention_mass`), or None.
         memo: of a forward pass, calls that were checked for one block and hold for others (`softkv.hf.repeat`).
         lasting: of a cache, such calls of its decoding steps.
         bias: gives the position biases of the slots, `[1, H, T, P]`, of a block, T queries, the tokens before them and
@@ -153,6 +154,7 @@ class SoftContext:
     order: BlockOrder | None = None
     turns: dict[nn.Module, int] = field(default_factory=dict)
     capture: list[BlockInputs] | None = None
+    masses: dict[int, Tensor] | None = None
     memo: dict[Any, Any] | None = None
     lasting: dict[Any, Any] | None = None
     bias: Callable[[nn.Module, int, int | Tensor, int], Tensor | None] | None = None

@@ -71,7 +71,7 @@ class FrozenBase:
         if device_of(self.model).type == "meta":
             raise ValueError(
                 'this soft prompt starts from the base\'s values, which a base on "meta" has none of: expected '
-                'PTuningV2 or PrefixTuning with init="random", or softkv.load of a saved adapter'
+                "PTuningV2 or PrefixTuning with init_std=0.1 (a random start), or softkv.load of a saved adapter"
             )
 
     def tokenize(self, text: str, special: bool = False) -> list[int]:

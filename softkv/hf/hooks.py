@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from softkv.hf import calls, kept_logits
+from softkv.hf import attention_mass, calls, kept_logits
 from softkv.hf.context import LayerKV, RowEncoder, RowPrompts, SoftContext
 from softkv.hf.generation.cache_state import CacheState, past_length
 from softkv.hf.generation.prefill import Unpadded
@@ -105,9 +105,11 @@ class DecoderHooks(Probed):
                 context = self._with_heads(context, kwargs)
             elif call.prompts is not None and context.encoder is None and self.behaviour.packs:
                 context = self._without_padding(context, kwargs)
-            memo: dict[Any, Any] | None = None if torch.compiler.is_compiling() else {}
+            compiles = torch.compiler.is_compiling()
+            masses = None if compiles else attention_mass.wanted()
+            memo: dict[Any, Any] | None = None if compiles or masses is not None else {}
             lasting = None if memo is None else _of_steps(context, kwargs)
-            context = replace(context, order=self.order, turns={}, memo=memo, lasting=lasting)
+            context = replace(context, order=self.order, turns={}, memo=memo, lasting=lasting, masses=masses)
         if not call.may_be_packed or context.rows is not None or context.line is not None:
             self._tell_real(kwargs)
         kwargs["softkv_prefix"] = context

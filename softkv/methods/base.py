@@ -12,12 +12,20 @@ from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from typing_extensions import Self
 
 from softkv.methods.template import Template, end_ids
 from softkv.prefix import Prefix
 
 Placement = Literal["before", "after", "inline"]
+
+# Learning rates that were measured to work (docs/learning.md): of networks; of soft tokens, times their size; of keys
+# and values, a pair for each layer or one for all: half of what is best in 30 steps, for runs of hundreds.
+NETWORK_RATE = 1e-3
+TOKEN_RATE = 0.2
+KEY_RATE, VALUE_RATE = 1e-2, 1e-2
+SHARED_KEY_RATE, SHARED_VALUE_RATE = 5e-2, 1.5e-2
 
 
 @dataclass(frozen=True)
@@ -177,6 +185,11 @@ class SoftPrompt(nn.Module):
         row r has `lengths[r]` (the rest is padding and must not matter), in their dtype."""
         raise NotImplementedError(f"{type(self).__name__} does not encode rows")
 
+    def learning_rates(self) -> dict[str, float]:
+        """The peak learning rate of each learned parameter, by its name, at which the method was measured to learn:
+        what `learning_rate="auto"` takes."""
+        return {name: NETWORK_RATE for name, _ in self.named_parameters()}
+
     @property
     def foldable(self) -> bool:
         """Whether `folded` gives another module."""
@@ -185,6 +198,13 @@ class SoftPrompt(nn.Module):
     def folded(self) -> SoftPrompt:
         """What is worth keeping after training: reparametrisations computed once, their networks left out."""
         return self
+
+
+@torch.no_grad()
+def size_of(values: Tensor) -> float:
+    """The root mean square of values, of all shards."""
+    whole = values.full_tensor() if isinstance(values, DTensor) else values
+    return whole.float().square().mean().sqrt().item()
 
 
 class SoftTokens(SoftPrompt):
@@ -198,6 +218,9 @@ class SoftTokens(SoftPrompt):
     def soft_tokens(self) -> Tensor:
         return self.embeddings
 
+    def learning_rates(self) -> dict[str, float]:
+        return {"embeddings": TOKEN_RATE * size_of(self.embeddings)}
+
 
 class SoftMatrices(SoftPrompt):
     """Plain matrices, k `[L or 1, 1, G, n, D]` and v `[L or 1, 1, G, n, Dv]`: what a `Prefix` holds, without a copy."""
@@ -210,6 +233,10 @@ class SoftMatrices(SoftPrompt):
 
     def prefix(self) -> Prefix:
         return Prefix(self.k, self.v, window_covers=self.window_covers)
+
+    def learning_rates(self) -> dict[str, float]:
+        shared = len(self.k) == 1
+        return {"k": SHARED_KEY_RATE, "v": SHARED_VALUE_RATE} if shared else {"k": KEY_RATE, "v": VALUE_RATE}
 
 
 class Computed(SoftPrompt):

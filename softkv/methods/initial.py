@@ -16,6 +16,10 @@ Init = Literal["random", "vocabulary", "text"]
 # Lester et al. 2021 sample among the 5,000 most common tokens; ids of learned vocabularies are ordered by frequency.
 COMMON_TOKENS = 5_000
 
+# Random K and V as large as the model's own disturb it so much that hardly anything is learned; a twentieth learns
+# (SmolLM2-135M, 30 steps of 8: docs/learning.md).
+RANDOM_SIZE = 0.05
+
 
 def check_positive(name: str, value: object) -> None:
     """Raise unless `value` is an integer from 1 to 2^31 - 1."""
@@ -29,19 +33,15 @@ def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
         raise ValueError(f"{name} expects one of {', '.join(map(repr, choices))}, got {value!r:.300}")
 
 
-def check_init(init: str, init_text: str | None, length: int | None) -> None:
+def check_init(init: str | None, init_text: str | None, length: int | None) -> None:
     """Raise unless the three fields that say how a method starts fit together."""
-    check_choice("init", init, ("random", "vocabulary", "text"))
+    check_choice("init", init, (None, "random", "vocabulary", "text"))
     if init == "text" and not init_text:
         raise ValueError('init="text" expects a text to start from, got none: give init_text="..."')
     if init != "text" and init_text is not None:
         raise ValueError(f'init_text is only read with init="text", got init={init!r}: set it, or leave init_text out')
     if length is not None:
         check_positive("length", length)
-    elif init != "text":
-        raise ValueError(
-            f'length is needed with init={init!r}: give length=..., or init="text", whose tokens can be counted'
-        )
 
 
 def text_ids(base: FrozenModel, text: str, length: int | None, *, special: bool) -> Tensor:
@@ -84,6 +84,11 @@ def real_matrices(base: FrozenModel, ids: Tensor, *, standing_in: bool) -> tuple
     """The frozen model's own K `[L, 1, G, P, D]` and V `[L, 1, G, P, Dv]` of the tokens `ids`, in fp32 on the CPU."""
     prefix: Prefix = base.prefix_of(ids, standing_in=standing_in)
     return prefix.k.detach().float().cpu(), prefix.v.detach().float().cpu()
+
+
+def noise_like(real: Tensor) -> Tensor:
+    """Normal values, a part of the size of the real ones `[L, 1, G, P, D]` in each layer: layers differ by 50 times."""
+    return torch.randn_like(real) * RANDOM_SIZE * real.square().mean((1, 2, 3, 4), keepdim=True).sqrt()
 
 
 @torch.no_grad()

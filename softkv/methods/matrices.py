@@ -9,17 +9,19 @@ from softkv.methods import initial
 from softkv.methods.base import BaseShape, Computed, FrozenModel, Method, SoftMatrices, check_uniform
 from softkv.prefix import Prefix
 
-# Small enough that slots hardly disturb the frozen model before anything is learned, large enough that they differ and
-# don't all learn the same. (SmolLM2-135M, n = 32, 96 movie snippets: an untrained loss of 4.98 with slots of almost 0,
-# 4.92 with 0.1, 5.65 with 0.3; its own keys have a deviation of about 1.7.)
+# What networks that compute matrices begin with: small enough that slots hardly disturb the frozen model before
+# anything is learned, large enough that they differ and don't all learn the same. (SmolLM2-135M, n = 32, 96 movie
+# snippets: an untrained loss of 4.98 with slots of almost 0, 4.92 with 0.1, 5.65 with 0.3.)
 INIT_STD = 0.1
+
+LENGTH = 32
 
 # The middle width of Li & Liang's reparametrisation.
 REPARAMETRIZE_SIZE = 512
 
 
 def check_matrices(
-    init: str,
+    init: str | None,
     init_text: str | None,
     init_std: float | None,
     length: int | None,
@@ -29,16 +31,21 @@ def check_matrices(
     """Raise unless the fields that prefix-tuning and P-tuning v2 share fit together."""
     initial.check_init(init, init_text, length)
     if init_std is not None:
-        if init != "random":
+        if init not in (None, "random"):
             raise ValueError(f'init_std is only read with init="random", got init={init!r}: leave one of them out')
         if not init_std > 0:
             raise ValueError(f"init_std expects a number above 0, got {init_std!r}")
-    if reparametrize and init != "random":
+    if reparametrize and init not in (None, "random"):
         raise ValueError(f'reparametrize=True expects init="random", got {init!r}: its network decides the start')
     if reparametrize_size is not None:
         initial.check_positive("reparametrize_size", reparametrize_size)
         if not reparametrize:
             raise ValueError("reparametrize_size is only read with reparametrize=True: set it, or leave the size out")
+
+
+def resolved_init(init: initial.Init | None, init_std: float | None) -> initial.Init:
+    """How plain matrices start where nothing is said: as real tokens' K/V."""
+    return init or ("vocabulary" if init_std is None else "random")
 
 
 def empty_matrices(shape: BaseShape, layers: int, length: int | None) -> tuple[Tensor, Tensor]:
@@ -52,23 +59,22 @@ def empty_matrices(shape: BaseShape, layers: int, length: int | None) -> tuple[T
 
 def initial_matrices(
     base: FrozenModel,
-    layers: int,
     length: int | None,
-    init: str,
+    init: initial.Init,
     init_text: str | None,
     init_std: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """First K `[layers, 1, G, n, D]` and V `[layers, 1, G, n, Dv]`; for "vocabulary" and "text" the model's own, of L
-    layers."""
+    """First K `[L, 1, G, n, D]` and V `[L, 1, G, n, Dv]` of plain matrices."""
     check_uniform(base.shape)
     if init == "text":
         assert init_text is not None
         return initial.real_matrices(base, initial.text_ids(base, init_text, length, special=True), standing_in=True)
-    assert length is not None
-    if init == "vocabulary":
-        return initial.real_matrices(base, initial.sampled_ids(base, length), standing_in=False)
-    k, v = empty_matrices(base.shape, layers, length)
-    return torch.randn_like(k) * (init_std or INIT_STD), torch.randn_like(v) * (init_std or INIT_STD)
+    length = length or LENGTH
+    if init == "random" and init_std is not None:
+        k, v = empty_matrices(base.shape, base.shape.layers, length)
+        return torch.randn_like(k) * init_std, torch.randn_like(v) * init_std
+    k, v = initial.real_matrices(base, initial.sampled_ids(base, length), standing_in=False)
+    return (k, v) if init == "vocabulary" else (initial.noise_like(k), initial.noise_like(v))
 
 
 class ReparametrizedMatrices(Computed):

@@ -16,6 +16,8 @@ from softkv.methods import initial
 from softkv.methods.base import Computed, FrozenModel, Method, SoftPrompt, SoftTokens
 from softkv.methods.template import Template
 
+SOFT_TOKENS = "".join(f"[P{number}]" for number in range(1, 9))  # of a template that says nothing of them
+
 
 @dataclass(frozen=True, kw_only=True)
 class PTuning(Method):
@@ -31,7 +33,8 @@ class PTuning(Method):
     - "mlp": an MLP C → E → E → C: `E·(C + 1) + E·(E + 1) + C·(E + 1)`.
 
     Args:
-        template: fields, literal text, soft tokens `[P1]`, `[P2]`... and the answer: `"[X] is [P1] and [P2] [Y]"`.
+        template: fields, literal text, soft tokens `[P1]`, `[P2]`... and the answer: `"[X] is [P1] and [P2] [Y]"`; by
+            default a field `[X]`, eight soft tokens and the answer.
         encoder: "lstm" (the paper's) or "mlp".
         encoder_size: E, even.
         prompt_text: encode the frozen embeddings of this text, adaptively average-pooled to k, in place of learned
@@ -46,7 +49,7 @@ class PTuning(Method):
         torch.Size([2, 32])
     """
 
-    template: str
+    template: str = f"[X] {SOFT_TOKENS} [Y]"
     encoder: Literal["lstm", "mlp"] = "lstm"
     encoder_size: int = 256
     prompt_text: str | None = None

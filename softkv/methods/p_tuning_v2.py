@@ -13,11 +13,13 @@ from softkv.methods.base import BaseShape, FrozenModel, Method, SoftMatrices, So
 from softkv.methods.encoders import HEADS, build_rows
 from softkv.methods.matrices import (
     INIT_STD,
+    LENGTH,
     REPARAMETRIZE_SIZE,
     ReparametrizedMatrices,
     check_matrices,
     empty_matrices,
     initial_matrices,
+    resolved_init,
 )
 from softkv.methods.template import begin_ids, check_no_soft_tokens
 from softkv.methods.where import Site, checked_where
@@ -46,12 +48,14 @@ class PTuningV2(Method):
     the others, so that a row's result doesn't depend on its neighbours.
 
     Args:
-        length: n; None with `init="text"` takes the text's number of tokens (a BOS included where the tokenizer adds
-            one).
-        init: "random"; or the model's own K/V of common tokens ("vocabulary") or of `init_text` ("text"). Untrained,
-            the latter is that text in context, in sliding-window layers too.
+        length: n; None: the text's number of tokens with `init="text"` (a BOS included where the tokenizer adds one),
+            else 32.
+        init: the model's own K/V of common tokens ("vocabulary") or of `init_text` ("text": untrained, this is that
+            text in context, in sliding-window layers too); or "random". None: "vocabulary", or "random" with
+            `init_std`. Networks (`reparametrize`, `encoder`) start at random.
         init_text: repeated or cut to `length`.
-        init_std: standard deviation of a random start; 0.1 if None.
+        init_std: standard deviation of a random start. None: a twentieth of the size of the model's own K and V
+            in each layer; 0.1 for a network.
         reparametrize: compute the matrices by an MLP from learned embeddings while training; `folded` leaves the plain
             matrices.
         reparametrize_size: width of these embeddings and of the MLP; 512 if None.
@@ -76,7 +80,7 @@ class PTuningV2(Method):
     """
 
     length: int | None = None
-    init: initial.Init = "random"
+    init: initial.Init | None = None
     init_text: str | None = None
     init_std: float | None = None
     reparametrize: bool = False
@@ -88,9 +92,7 @@ class PTuningV2(Method):
     continues: bool = False
     where: tuple[Site, ...] | None = None
     template: str = "[X] [Y]"
-    suits: ClassVar[str] = (
-        "the usual choice; learns most, above all from a text (--init-text) or from --set init=vocabulary"
-    )
+    suits: ClassVar[str] = "the usual choice; learns most, from real tokens (the default) or from a text (--init-text)"
     learns: ClassVar[str] = "2·n·G·D·L"
 
     def __post_init__(self) -> None:
@@ -118,7 +120,7 @@ class PTuningV2(Method):
             return
         if not isinstance(self.encoder, nn.Module):
             initial.check_choice("encoder", self.encoder, ("lstm", "attention", "custom", None))
-        if self.init != "random" or self.reparametrize:
+        if self.init not in (None, "random") or self.reparametrize:
             raise ValueError(
                 f'an encoder expects init="random" and reparametrize=False, got init={self.init!r} and '
                 f"reparametrize={self.reparametrize}: it makes K and V from each row's prompt"
@@ -141,11 +143,12 @@ class PTuningV2(Method):
             k, v = empty_matrices(base.shape, layers, self.length)
             return SoftMatrices(self, k, v, window_covers=window_covers)
         if self.reparametrize:
-            assert self.length is not None
             size, std = self.reparametrize_size or REPARAMETRIZE_SIZE, self.init_std or INIT_STD
-            return ReparametrizedMatrices(self, base.shape, layers, self.length, size, std)
-        k, v = initial_matrices(base, layers, self.length, self.init, self.init_text, self.init_std)
-        return SoftMatrices(replace(self, length=k.shape[3]), k, v, window_covers=window_covers)
+            config = replace(self, length=self.length or LENGTH)
+            return ReparametrizedMatrices(config, base.shape, layers, self.length or LENGTH, size, std)
+        init = resolved_init(self.init, self.init_std)
+        k, v = initial_matrices(base, self.length, init, self.init_text, self.init_std)
+        return SoftMatrices(replace(self, length=k.shape[3], init=init), k, v, window_covers=window_covers)
 
     def encode(self, tokenizer: Any, *, answer: str | None = None, **fields: str) -> dict[str, list[int]]:
         """One example as token ids, by the template; see `Method.encode`."""
@@ -155,7 +158,6 @@ class PTuningV2(Method):
 
     def _build_encoder(self, base: FrozenModel) -> SoftPrompt:
         assert self.encoder is not None
-        assert self.length is not None
         encoder = getattr(self, "_module", None) if self.encoder == "custom" else self.encoder
         if encoder is None:
             raise ValueError(
@@ -163,7 +165,10 @@ class PTuningV2(Method):
                 "module again with dataclasses.replace(config, encoder=module)"
             )
         size, std = self.encoder_size or ENCODER_SIZE, self.init_std or INIT_STD
-        return build_rows(self, encoder, base.shape, slots=self.length, size=size, shared=self.share_encoder, std=std)
+        config = replace(self, length=self.length or LENGTH)
+        return build_rows(
+            config, encoder, base.shape, slots=self.length or LENGTH, size=size, shared=self.share_encoder, std=std
+        )
 
 
 def matrices_of(prefix: Prefix, shape: BaseShape) -> SoftMatrices:

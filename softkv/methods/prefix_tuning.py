@@ -3,6 +3,7 @@ arXiv:2101.00190), here with one pair of matrices that all layers share."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -10,11 +11,13 @@ from softkv.methods import initial
 from softkv.methods.base import FrozenModel, Method, SoftMatrices, SoftPrompt
 from softkv.methods.matrices import (
     INIT_STD,
+    LENGTH,
     REPARAMETRIZE_SIZE,
     ReparametrizedMatrices,
     check_matrices,
     empty_matrices,
     initial_matrices,
+    resolved_init,
 )
 from softkv.methods.template import check_no_soft_tokens
 from softkv.methods.where import Site, checked_where
@@ -28,12 +31,14 @@ class PrefixTuning(Method):
     multi-head latent attention, whose values have a width of their own.
 
     Args:
-        length: n; None with `init="text"` takes the text's number of tokens (a BOS included where the tokenizer adds
-            one).
-        init: "random"; or the mean over layers of the model's own K/V of common tokens ("vocabulary") or of
-            `init_text` ("text"). A mean is only a start: it is not that text in context, as it is in `PTuningV2`.
+        length: n; None: the text's number of tokens with `init="text"` (a BOS included where the tokenizer adds one),
+            else 32.
+        init: the mean over layers of the model's own K/V of common tokens ("vocabulary") or of `init_text` ("text");
+            or "random". None: "vocabulary", or "random" with `init_std` or `reparametrize`. A mean is only a start: it
+            is not that text in context, as it is in `PTuningV2`.
         init_text: repeated or cut to `length`.
-        init_std: standard deviation of a random start; 0.1 if None.
+        init_std: standard deviation of a random start. None: a twentieth of the size of the model's own K and V; 0.1
+            for a network.
         reparametrize: compute the matrices by an MLP from learned embeddings while training; `folded` leaves the plain
             matrices.
         reparametrize_size: width of these embeddings and of the MLP; 512 if None.
@@ -50,7 +55,7 @@ class PrefixTuning(Method):
     """
 
     length: int | None = None
-    init: initial.Init = "random"
+    init: initial.Init | None = None
     init_text: str | None = None
     init_std: float | None = None
     reparametrize: bool = False
@@ -73,9 +78,12 @@ class PrefixTuning(Method):
             k, v = empty_matrices(base.shape, 1, self.length)
             return SoftMatrices(self, k, v, window_covers=False)
         if self.reparametrize:
-            assert self.length is not None
             size, std = self.reparametrize_size or REPARAMETRIZE_SIZE, self.init_std or INIT_STD
-            return ReparametrizedMatrices(self, base.shape, 1, self.length, size, std)
-        k, v = initial_matrices(base, 1, self.length, self.init, self.init_text, self.init_std)
-        k, v = k.mean(0, keepdim=True), v.mean(0, keepdim=True)
-        return SoftMatrices(replace(self, length=k.shape[3]), k, v, window_covers=False)
+            config = replace(self, length=self.length or LENGTH)
+            return ReparametrizedMatrices(config, base.shape, 1, self.length or LENGTH, size, std)
+        init = resolved_init(self.init, self.init_std)
+        k, v = initial_matrices(base, self.length, init, self.init_text, self.init_std)
+        # A mean of noise is smaller than noise.
+        scale = math.sqrt(len(k)) if init == "random" else 1.0
+        k, v = scale * k.mean(0, keepdim=True), scale * v.mean(0, keepdim=True)
+        return SoftMatrices(replace(self, length=k.shape[3], init=init), k, v, window_covers=False)

@@ -13,6 +13,8 @@ from softkv.methods import initial
 from softkv.methods.base import FrozenModel, Method, SoftTokens
 from softkv.methods.template import check_no_soft_tokens
 
+LENGTH = 20  # of Lester et al., beyond which they gain little
+
 
 @dataclass(frozen=True, kw_only=True)
 class PromptTuning(Method):
@@ -21,7 +23,7 @@ class PromptTuning(Method):
     Trainable: `k·C` values, fp32, as `embeddings [k, C]`.
 
     Args:
-        length: k, the number of soft tokens; None with `init="text"` takes the text's.
+        length: k, the number of soft tokens; None: the text's with `init="text"`, else 20.
         position: "after" the prompt's embeddings, before the answer; or "before" the prompt.
         init: "vocabulary" (rows of different common tokens, what the paper found better than random), "random" (normal,
             as large as the base's embeddings), or "text" (the rows of `init_text`).
@@ -42,7 +44,7 @@ class PromptTuning(Method):
     init_text: str | None = None
     template: str = "[X] [Y]"
     in_rows: ClassVar[bool] = True
-    suits: ClassVar[str] = "the fewest values, any causal model; learns well on large bases, with a rate of about 3e-2"
+    suits: ClassVar[str] = "the fewest values, any causal model; learns well on large bases"
     learns: ClassVar[str] = "n·C"
 
     @classmethod
@@ -50,6 +52,7 @@ class PromptTuning(Method):
         return cls(length=length, position="before", init="random")
 
     def __post_init__(self) -> None:
+        initial.check_choice("init", self.init, ("random", "vocabulary", "text"))
         initial.check_init(self.init, self.init_text, self.length)
         initial.check_choice("position", self.position, ("after", "before"))
         check_no_soft_tokens(self.template, "PromptTuning")
@@ -68,7 +71,7 @@ class PromptTuning(Method):
         if self.init == "text":
             assert self.init_text is not None
             return initial.embeddings(base, initial.text_ids(base, self.init_text, self.length, special=False))
-        assert self.length is not None
+        length = self.length or LENGTH
         if self.init == "vocabulary":
-            return initial.embeddings(base, initial.sampled_ids(base, self.length))
-        return torch.randn(self.length, base.shape.embedding_size) * initial.embedding_std(base)
+            return initial.embeddings(base, initial.sampled_ids(base, length))
+        return torch.randn(length, base.shape.embedding_size) * initial.embedding_std(base)

@@ -10,9 +10,6 @@ import json
 import logging
 import os
 import shutil
-import signal
-import threading
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +18,16 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import ProgressCallback, TrainerCallback, TrainingArguments
+from transformers import TrainingArguments
 
 from softkv.hf.layout import with_prompt_lengths
 from softkv.io import checkpoint
 from softkv.io.soft_model import SoftModel
 from softkv.ranges import named
 from softkv.train.batches import PackingCollator, Seq2SeqCollator, TaskCollator, TokenBatches
+from softkv.train.callbacks import AllOnThePrefix, NothingMoves
 from softkv.train.label_logits import label_logits, next_labels, written_of
+from softkv.train.rates import DEFAULT_OF_TRANSFORMERS, factor_of, own_rates, prompt_names, split_by_rate
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -55,14 +54,17 @@ class Trainer(transformers.Trainer):
         max_tokens: train on batches of as many rows as this number of tokens holds, instead of
             `per_device_train_batch_size` rows.
         label_logits_only: whether to skip the logits that no label looks at.
+        learning_rate: "auto" for the rates that the method was measured to learn with, one for each of its parameters
+            (`SoftPrompt.learning_rates`); "2x" and the like for so many times these; a number. None takes that of
+            `args`, or "auto" where it is transformers' default of 5e-5, at which no soft prompt learns.
         **kwargs: as in `transformers.Trainer`. A data set's rows hold `input_ids` and `labels`, as `method.encode`
             gives them, `prompt_lengths` where a prompt doesn't end at the first label, and `adapter_names` (a row's one
             name) where rows train different adapters.
 
     Raises:
         TypeError: when the model is no `SoftModel`.
-        ValueError: when `max_tokens` is not a positive number; when `max_length` comes with a collator of one's own, or
-            `dispatch_batches=True` with packed rows.
+        ValueError: when `max_tokens` is not a positive number, or `learning_rate` no rate; when `max_length` comes with
+            a collator of one's own, or `dispatch_batches=True` with packed rows.
 
     Example:
         >>> model = softkv.attach(base, softkv.PTuningV2(length=4))
@@ -83,6 +85,7 @@ class Trainer(transformers.Trainer):
         max_length: int | None = None,
         max_tokens: int | None = None,
         label_logits_only: bool = True,
+        learning_rate: float | str | None = None,
         **kwargs: Any,
     ) -> None:
         if model is not None and not isinstance(model, SoftModel):
@@ -103,7 +106,11 @@ class Trainer(transformers.Trainer):
         if args is not None:
             _keep_batches_whole(args, collator)
         super().__init__(model, args, collator, *remaining, **kwargs)
-        self.add_callback(_FirstGradients())
+        self.learning_rate = learning_rate
+        if learning_rate is not None and factor_of(learning_rate) is None:
+            self.args.learning_rate = float(learning_rate)
+        self.add_callback(NothingMoves())
+        self.add_callback(AllOnThePrefix())
         config.pop("use_cache", None)  # the base keeps its config
         config |= uses_cache
         self.model_accepts_loss_kwargs = self._sums_losses
@@ -133,6 +140,29 @@ class Trainer(transformers.Trainer):
             base = self.accelerator.unwrap_model(self.model).base
             taken = [name for name in inspect.signature(base.forward).parameters if name not in ("args", "kwargs")]
             self._signature_columns = list(dict.fromkeys([*(getattr(self, "_signature_columns", None) or []), *taken]))
+
+    # Optimizer -------------------------------------------------------------------------------------------------------
+
+    @property
+    def rate_factor(self) -> float | None:
+        """Of the method's own learning rates; None where one number is the rate of all."""
+        rate = self.args.learning_rate if self.learning_rate is None else self.learning_rate
+        return 1.0 if self.learning_rate is None and rate == DEFAULT_OF_TRANSFORMERS else factor_of(rate)
+
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
+        """As `transformers.Trainer.get_decay_parameter_names`, without soft prompts: they stand for tokens."""
+        prompts = prompt_names(self.accelerator.unwrap_model(model))
+        names = super().get_decay_parameter_names(model)
+        return [name for name in names if name.removeprefix("module.") not in prompts]
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        """As `transformers.Trainer.create_optimizer`, with the method's own rates unless others are given."""
+        given = self.optimizer is not None
+        optimizer = super().create_optimizer(model)
+        if self.rate_factor is not None and not given:
+            own = own_rates(self.accelerator.unwrap_model(self.model if model is None else model))
+            split_by_rate(optimizer, {each: self.rate_factor * rate for each, rate in own.items()})
+        return optimizer
 
     # Batches ---------------------------------------------------------------------------------------------------------
 
@@ -378,59 +408,3 @@ def draw_learning_curve(log_history: list[dict[str, float]], path: str | os.Path
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
-
-
-class _FirstGradients(TrainerCallback):
-    """Warns where the gradients of the first step are all zero: some bases let none through, without a word."""
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        if state.global_step:
-            return
-        gradients = [each.grad for each in model.parameters() if each.requires_grad and each.grad is not None]
-        if not any(bool(each.any()) for each in gradients):
-            warnings.warn(
-                "the gradients of the first step are all zero, so nothing is learned: the base lets none through (a "
-                "quantised one may not), or no label depends on what is learned",
-                stacklevel=2,
-            )
-
-
-class StopOnSignal(TrainerCallback):
-    """Ends training after the step under way, with a checkpoint, when Ctrl-C is pressed or the process is asked to
-    end. A second time, it ends at once. What was ignored (Ctrl-C, in a shell's background job) stays ignored."""
-
-    def __init__(self) -> None:
-        self.stopped = False
-        self._previous: dict[int, Any] = {}
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                if signal.getsignal(number) is not signal.SIG_IGN:
-                    self._previous[number] = signal.signal(number, self._stop)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.stopped:
-            control.should_save = control.should_training_stop = True
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.release()
-
-    def release(self) -> None:
-        """Gives the signals back."""
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous = {}
-
-    def _stop(self, *arguments: Any) -> None:
-        self.stopped = True
-        self.release()  # a second time is not ours
-
-
-class ProgressBar(ProgressCallback):
-    """transformers' progress bar with the last losses at its end, in place of a line for each."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        losses = {name: logs[name] for name in ("loss", "eval_loss") if name in (logs or {})}  # type: ignore[index]
-        if self.training_bar is not None and losses:
-            self.training_bar.set_postfix({name: f"{value:.3f}" for name, value in losses.items()})

@@ -90,8 +90,9 @@ def test_the_example(tmp_path: Path) -> None:
     assert len([line for line in code.splitlines() if line]) <= 40
 
 
-@pytest.mark.parametrize("method", [softkv.PTuningV2(length=7), softkv.PrefixTuning(length=7)])
-def test_a_base_without_values(method: Any) -> None:
+@pytest.mark.parametrize("kind", [softkv.PTuningV2, softkv.PrefixTuning])
+def test_a_base_without_values(kind: Any) -> None:
+    method = kind(length=7, init_std=0.1)
     with init_empty_weights():
         base = transformers.AutoModelForCausalLM.from_config(config_of("Llama"))
     soft_model = softkv.attach(base, method)

@@ -1,0 +1,78 @@
+"""Learning rates: each method's own, a number for all that is learned, or a factor on the method's own.
+
+A soft prompt's values live on the scale of the model's own embeddings, keys and values, which differ between models and
+from each other, so no one rate suits all. `SoftPrompt.learning_rates` tells a method's; what is trained beside it (a
+task's head, LoRA) has a rate of its own.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any, cast
+
+from torch import nn
+from transformers import TrainingArguments
+
+from softkv.io.model import SoftModel
+from softkv.methods.base import SoftPrompt
+
+# Heads of tasks, and LoRA's matrices.
+OTHERS_RATE = 1e-3
+# transformers' default, made for whole models: no soft prompt learns at it.
+DEFAULT_OF_TRANSFORMERS: float = TrainingArguments.__dataclass_fields__["learning_rate"].default
+
+_FACTOR = re.compile(r"(?P<factor>[0-9.eE+-]+)x")
+
+
+def factor_of(rate: float | str) -> float | None:
+    """1.0 for "auto", k for "kx" (k times the method's own rates), None for a number, which is a rate.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if rate == "auto":
+        return 1.0
+    match = _FACTOR.fullmatch(str(rate))
+    try:
+        number = float(match["factor"] if match else rate)
+    except ValueError:
+        number = math.nan
+    if not (math.isfinite(number) and number > 0):
+        raise ValueError(
+            f'learning_rate expects a number above 0, "auto" (the method\'s own), or a factor on these such as "2x", '
+            f"got {rate!r}"
+        )
+    return number if match else None
+
+
+def own_rates(model: SoftModel) -> dict[int, float]:
+    """The method's own rate of each trained parameter, by the parameter's `id`."""
+    rates = {id(each): OTHERS_RATE for each in model.parameters() if each.requires_grad}
+    for soft in model.adapters.values():
+        names = cast(SoftPrompt, soft).learning_rates()
+        rates |= {id(each): names[name] for name, each in soft.named_parameters() if each.requires_grad}
+    return rates
+
+
+def prompt_names(model: nn.Module) -> set[str]:
+    """The names of parameters that are soft prompts themselves: values that stand for tokens, which decay would pull to
+    nothing. (Networks that compute them are none.)"""
+    own = {
+        id(each)
+        for soft in getattr(model, "adapters", {}).values()
+        for name, each in soft.named_parameters()
+        if "." not in name
+    }
+    return {name for name, each in model.named_parameters() if id(each) in own}
+
+
+def split_by_rate(optimizer: Any, rates: dict[int, float]) -> None:
+    """Gives each parameter of an optimizer its rate: its groups are split where rates differ."""
+    groups = []
+    for group in optimizer.param_groups:
+        by_rate: dict[float, list[nn.Parameter]] = {}
+        for each in group["params"]:
+            by_rate.setdefault(rates[id(each)], []).append(each)
+        groups += [{**group, "params": params, "lr": rate} for rate, params in by_rate.items()]
+    optimizer.param_groups[:] = groups
