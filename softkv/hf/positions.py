@@ -21,17 +21,19 @@ class Positions:
     Attributes:
         base: the frozen model.
         table: how many a learned table holds, None where they are computed.
+        follow_length: whether what is made of them depends on the length of a pass.
         first: that of a row's first token.
     """
 
     base: Any
     table: int | None
+    follow_length: bool
     first: int = 0
 
     @classmethod
     def of_decoder(cls, base: Any, decoder: nn.Module) -> Positions:
-        table = learned_positions(decoder)
-        return cls(base, None if table is None else table.num_embeddings - int(getattr(table, "offset", 0)))
+        table, follow = learned_positions(decoder), rotations_follow_length(base.config.get_text_config())
+        return cls(base, None if table is None else table.num_embeddings - int(getattr(table, "offset", 0)), follow)
 
     def of(self, call: ModelCall, context: SoftContext, kwargs: dict[str, Any]) -> Tensor:
         """Position ids of a forward: each row counts from its first real token, behind its prefix."""
@@ -88,10 +90,20 @@ def computed_positions(config: Any) -> int | None:
     made_for = getattr(config, "max_position_embeddings", None)
     if not isinstance(made_for, int) or made_for < 1:
         return None
-    rope = getattr(config, "rope_parameters", None) or {}
-    kinds = [each for each in (rope, *rope.values()) if isinstance(each, dict)]
-    stretched = [each.get("factor") or 1.0 for each in kinds if each.get("rope_type") in ("linear", "dynamic")]
+    stretched = [each.get("factor") or 1.0 for each in _rotations(config) if each["rope_type"] in ("linear", "dynamic")]
     return int(made_for * max(stretched, default=1.0))
+
+
+def rotations_follow_length(config: Any) -> bool:
+    """Whether keys are rotated by angles that depend on how long a pass is: those of a head that runs alone are not
+    those of the same tokens in front of a row."""
+    return any(each["rope_type"] in ("dynamic", "longrope") for each in _rotations(config))
+
+
+def _rotations(config: Any) -> list[dict[str, Any]]:
+    """Of each kind of layer, how its keys are rotated."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    return [each for each in (rope, *rope.values()) if isinstance(each, dict) and "rope_type" in each]
 
 
 def learned_positions(decoder: nn.Module) -> nn.Embedding | None:

@@ -8,6 +8,7 @@ import threading
 import warnings
 from typing import Any
 
+from torch.utils.data import IterableDataset
 from transformers import ProgressCallback, TrainerCallback
 
 from softkv.hf.attention_mass import mass_of_rows
@@ -64,9 +65,12 @@ class AllOnThePrefix(TrainerCallback):
         self, args: Any, state: Any, control: Any, model: Any = None, train_dataloader: Any = None, **kwargs: Any
     ) -> None:
         data = getattr(train_dataloader, "dataset", None)
-        if args.world_size > 1 or not hasattr(data, "__getitem__") or getattr(model, "answers", None) != "next token":
+        if args.world_size > 1 or isinstance(data, IterableDataset) or getattr(model, "answers", None) != "next token":
             return
-        found = mass_of_rows(model, [data[0]])  # type: ignore[index]
+        row = data[0] if data else None
+        if not isinstance(row, dict) or not {"input_ids", "labels"} <= row.keys():
+            return
+        found = mass_of_rows(model, [row])
         mass = 0.0 if found is None else found.mean().item()
         if mass > ALL:
             warnings.warn(

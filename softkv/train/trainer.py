@@ -146,8 +146,9 @@ class Trainer(transformers.Trainer):
     @property
     def rate_factor(self) -> float | None:
         """Of the method's own learning rates; None where one number is the rate of all."""
-        rate = self.args.learning_rate if self.learning_rate is None else self.learning_rate
-        return 1.0 if self.learning_rate is None and rate == DEFAULT_OF_TRANSFORMERS else factor_of(rate)
+        if self.learning_rate is None:
+            return 1.0 if self.args.learning_rate == DEFAULT_OF_TRANSFORMERS else None
+        return factor_of(self.learning_rate)
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
         """As `transformers.Trainer.get_decay_parameter_names`, without soft prompts: they stand for tokens."""

@@ -6,9 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import softkv
 from softkv.hf.generation.prefill import Unpadded
 from tests.hf.continuations import batch_of, prompts_of
-from tests.hf.tiny import attach
+from tests.hf.naive import close
+from tests.hf.tiny import attach, model_of
 
 PACKED = ["prompt-tuning after", "prompt-tuning before", "p-tuning", "prefix-tuning", "p-tuning v2"]
 
@@ -74,3 +76,20 @@ def test_rows_without_padding_are_read_as_they_are() -> None:
     ids = torch.randint(2, 60, (3, 5))
     model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=1)
     assert seen == [(3, 5)]
+
+
+def test_heads_of_models_whose_rotations_follow_the_length_stay_in_rows() -> None:
+    """Past `original_max_position_embeddings`, keys of a head alone are rotated otherwise than in front of a row."""
+    rope = {
+        "rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 8,
+        "short_factor": [1.0] * 4, "long_factor": [3.0] * 4,
+    }  # fmt: skip
+    model = softkv.attach(model_of("Llama", rope_parameters=rope), softkv.PromptTuning(length=5, position="before"))
+    model.eval()
+    ids = torch.tensor([[5, 6, 7, 8, 9]])
+    soft = model.soft.soft_tokens()
+    joined = torch.cat([soft.expand(1, -1, -1), model.get_input_embeddings()(ids)], 1)
+    with torch.no_grad(), model.disabled():
+        truth = model(inputs_embeds=joined).logits[:, 5:]
+    for cached in (True, False):
+        close(model(ids, use_cache=cached).logits, truth)

@@ -3,6 +3,7 @@
 import json
 import shutil
 import warnings
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -135,7 +136,7 @@ def same_in_peft(model: softkv.SoftModel, name: str, directory: Path) -> Any:
 def test_prefixes_go_to_peft_and_back(name: str, tmp_path: Path) -> None:
     model = soft_prompt(name, softkv.PTuningV2(length=SLOTS, window_covers=True))
     again = same_in_peft(model, name, tmp_path)
-    assert again.method == model.method
+    assert replace(again.method, init=model.method.init) == model.method  # PEFT does not keep how one started
     assert torch.equal(again.soft.k, model.soft.k)
     assert torch.equal(again.soft.v, model.soft.v)
 

@@ -47,6 +47,7 @@ def interrupted(action: Callable[[], Any], seconds: float) -> bool:
         return True
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
+        torch.set_grad_enabled(True)  # torch's own no_grad may be interrupted on its way out
 
 
 def points(action: Callable[[], Any]) -> list[float]:

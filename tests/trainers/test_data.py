@@ -120,7 +120,7 @@ def test_early_stopping_keeps_the_best(tmp_path: Path) -> None:
         eval_dataset=examples,
         load_best_model_at_end=True,
         max_steps=20,
-        learning_rate=3.0,  # soon worse
+        learning_rate=30.0,  # soon worse
         callbacks=[transformers.EarlyStoppingCallback(early_stopping_patience=2)],
         **options,
     )
