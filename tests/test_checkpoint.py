@@ -231,16 +231,20 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "a wrong setting": (set_to("config.length", "seven"), "length expects an integer"),
     "a setting of a wrong type": (set_to("config.template", 7), "the adapter's config is not one of p-tuning-v2"),
     "another length": (set_to("config.length", 8), "expected"),
-    "a gigantic length": (set_to("config.length", 10**15), "'k' has shape"),
-    "a length past all integers": (set_to("config.length", 10**30), "the adapter's config can't be built"),
+    "a gigantic length": (set_to("config.length", 10**9), "'k' has shape"),
+    "a length past all integers": (set_to("config.length", 10**30), "length expects an integer from 1 to 2147483647"),
     "a length as large as memory": (set_to("config.length", 400), r"expected \(2, 1, 2, 400, 8\)"),
     "a gigantic encoder": (
         lambda directory: [
-            set_to(f"config.{k}", v)(directory) for k, v in (("encoder", "lstm"), ("encoder_size", 10**9))
+            set_to(f"config.{k}", v)(directory)
+            for k, v in (("init", "random"), ("encoder", "lstm"), ("encoder_size", 10**9))
         ],
         "don't fit its config",
     ),
-    "an encoder that is not there": (set_to("config.encoder", "custom"), "give the module again"),
+    "an encoder that is not there": (
+        lambda directory: [set_to(f"config.{k}", v)(directory) for k, v in (("init", "random"), ("encoder", "custom"))],
+        "give the module again",
+    ),
 }
 
 

@@ -49,7 +49,7 @@ MODELS = [
 def model_of(family: str, head: str) -> softkv.SoftModel:
     base = decoder(family, head) if family == "Llama" else encoder(family, head)
     torch.manual_seed(1)
-    return softkv.attach(base, softkv.PTuningV2(length=3)).eval()
+    return softkv.attach(base, softkv.PTuningV2(length=3, init_std=0.1)).eval()
 
 
 @pytest.mark.parametrize("label_logits_only", [True, False])
