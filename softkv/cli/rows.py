@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from softkv.cli.options import pairs
-from softkv.train.data import Columns, Filled
+from softkv.train.data import Columns, FilledRow
 
 if TYPE_CHECKING:  # torch and transformers take seconds to import
     from softkv.io.soft_model import SoftModel
@@ -29,7 +29,7 @@ def ending_of(tokenizer: Any, end: bool) -> list[int]:
 
 
 def examples_of(
-    soft_model: SoftModel, tokenizer: Any, rows: list[Filled], ending: list[int], *, whole_rows: bool = False
+    soft_model: SoftModel, tokenizer: Any, rows: list[FilledRow], ending: list[int], *, whole_rows: bool = False
 ) -> list[dict[str, Any]]:
     """An example for each right answer of each row; with `whole_rows` all of its tokens are labels."""
     from softkv.train.batches import whole_row_labels

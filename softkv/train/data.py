@@ -179,7 +179,7 @@ def _text(column: str, value: Any) -> str:
 
 
 @dataclass(frozen=True)
-class Filled:
+class FilledRow:
     """A row's texts: those of the template's fields, and its right answers. `where` names the row in messages."""
 
     where: str
@@ -187,7 +187,7 @@ class Filled:
     answers: list[str]
 
 
-def read_filled(columns: Columns, source: str, *, split: str = "train", limit: int | None = None) -> list[Filled]:
+def read_filled(columns: Columns, source: str, *, split: str = "train", limit: int | None = None) -> list[FilledRow]:
     """The rows of `read_rows`, as texts.
 
     Raises:
@@ -197,7 +197,7 @@ def read_filled(columns: Columns, source: str, *, split: str = "train", limit: i
     for number, row in enumerate(read_rows(source, split=split, limit=limit), start=1):
         where = f"{source}, row {number}"
         try:
-            rows.append(Filled(where, columns.prompt(row), columns.answers(row)))
+            rows.append(FilledRow(where, columns.prompt(row), columns.answers(row)))
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
     return rows
