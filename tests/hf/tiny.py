@@ -1,6 +1,5 @@
 """Tiny random models of nine architectures, and the methods to put on them."""
 
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -100,9 +99,8 @@ def model_of(name: str, attention: str = "eager", dtype: torch.dtype = torch.flo
     return model.to(dtype).eval()
 
 
-@lru_cache(maxsize=1)
 def tokenizer() -> Any:
-    """Words w0, w1, ... of the tiny vocabulary, a BOS in front."""
+    """Words w0, w1, ... of the tiny vocabulary, a BOS in front. Each caller's own: trainers change its padding side."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     words = {"<pad>": 0, "<s>": 1} | {f"w{i}": i for i in range(2, VOCAB)}
