@@ -43,7 +43,7 @@ class PTuning(Method):
     Raises:
         ValueError: when the template is wrong or holds no soft token, or fields don't fit together.
 
-    Example:
+    Examples:
         >>> method = softkv.PTuning(template="[P1] [X] is [P2] [Y]", encoder_size=16)
         >>> softkv.attach(base, method).soft.soft_tokens().shape  # [k, C]
         torch.Size([2, 32])

@@ -65,7 +65,7 @@ Piece = Text | Field | Soft | Answer
 class Template:
     """A parsed template. `str` gives a text that parses to it again.
 
-    Example:
+    Examples:
         >>> template = softkv.Template.parse("[P1] [text] is [P2] [Y]")
         >>> template.fields, template.soft_tokens
         (('text',), 2)
