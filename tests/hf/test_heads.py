@@ -221,3 +221,21 @@ def test_images_positions_keep_a_pass_of_their_own(lines: list[HeadLine]) -> Non
     ids = torch.tensor([[5, 6, 7, 8], [8, 9, 10, 11]])
     batch = {"input_ids": ids, "labels": ids}
     same(run(models[0], batch), run(models[1], batch))
+
+
+def test_positions_of_heads_begin_where_those_of_rows_do(lines: list[HeadLine]) -> None:
+    """RoBERTa's first token stands behind the index of padding."""
+    config = transformers.RobertaConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=40, is_decoder=True, bos_token_id=0, pad_token_id=1, eos_token_id=2,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    ids = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
+    got, want = [], []
+    for head_once, results in ((True, got), (False, want)):
+        torch.manual_seed(1)
+        model = softkv.attach(transformers.RobertaForCausalLM(config), METHOD, head_once=head_once).train()
+        scatter(model)
+        results.extend(run(model, {"input_ids": ids, "labels": ids}))
+    same(got, want)
+    assert len(lines) == 1
