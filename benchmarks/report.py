@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import base64
-import os
 from html import escape
 from itertools import groupby
 from pathlib import Path
 from typing import Any
+
+from softkv.profiling.files import write_whole
 
 from .plots import draw
 from .results import read_json
@@ -38,9 +39,8 @@ def write(folder: Path) -> Path:
         if path.exists():
             parts.append(_section(title, name, read_json(path)["results"], folder))
     page = f"<!doctype html><meta charset=utf-8><title>softkv bench</title><style>{STYLE}</style><h1>softkv bench</h1>"
-    scratch, target = folder / "report.tmp", folder / "report.html"
-    scratch.write_text(page + "\n".join(parts) + "\n", encoding="utf-8")
-    os.replace(scratch, target)
+    target = folder / "report.html"
+    write_whole(target, page + "\n".join(parts) + "\n")
     return target
 
 

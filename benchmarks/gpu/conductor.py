@@ -14,6 +14,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from ..results import write_json
 from . import PARTS, BenchmarkPart, Settings, breaks_the_process, table
 from .environment import fingerprint
 
@@ -39,10 +40,7 @@ class Records:
 
     def add(self, job: str, record: dict[str, Any]) -> None:
         self.results[job] = record
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = self.path.with_suffix(".tmp")
-        scratch.write_text(json.dumps({"about": self.about, "results": self.results}, indent=1) + "\n", "utf-8")
-        os.replace(scratch, self.path)
+        write_json(self.path, {"about": self.about, "results": self.results})
 
 
 def conduct(

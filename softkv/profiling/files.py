@@ -1,17 +1,26 @@
-"""Atomic writes of reports."""
+"""Atomic writes of reports and results."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Written under a temporary name and renamed: an interrupted run leaves what was there."""
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A temporary path to write to, renamed at the end: an interrupted run leaves what was there."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        yield temporary
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a text, all of it or none."""
+    with whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

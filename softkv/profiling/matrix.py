@@ -41,6 +41,7 @@ from softkv.profiling.compile import (
     record,
     specialise,
 )
+from softkv.profiling.files import write_whole
 from softkv.profiling.machines import MACHINES
 from softkv.profiling.sass import MATRIX_KIND
 
@@ -159,15 +160,9 @@ def page(rows: dict[str, dict[str, Any]], planned: int) -> str:
     return "\n".join(text) + "\n"
 
 
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
 def _save(path: Path, rows: dict[str, dict[str, Any]]) -> None:
     lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(rows[key])}" for key in sorted(rows))
-    _replace(path, f'{{"triton": {json.dumps(triton.__version__)}, "rows": {{\n{lines}\n}}}}\n')
+    write_whole(path, f'{{"triton": {json.dumps(triton.__version__)}, "rows": {{\n{lines}\n}}}}\n')
 
 
 def main() -> int:
@@ -195,7 +190,7 @@ def main() -> int:
         if options.write:
             _save(options.write, others | rows)
     if options.table:
-        _replace(options.table, page(others | rows, len(wanted(PLAN, list(TARGETS)))))
+        write_whole(options.table, page(others | rows, len(wanted(PLAN, list(TARGETS)))))
     return any(problems(key, row) for key, row in rows.items())
 
 

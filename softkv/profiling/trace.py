@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -17,6 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from softkv.io.soft_model import SoftModel
 from softkv.profiling.allocations import timeline
+from softkv.profiling.files import whole
 from softkv.train.batches import PackingCollator
 from softkv.train.trainer import Trainer
 
@@ -148,11 +148,10 @@ def lines(found: profile) -> tuple[list[Line], list[Line]]:
 
 def write(found: profile, folder: Path, device: str) -> dict[str, Any]:
     """Writes `trace.json` (for chrome://tracing and ui.perfetto.dev) and `memory.png`; returns what `--json` prints."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with _whole(folder / "trace.json") as path:
+    with whole(folder / "trace.json") as path:
         found.export_chrome_trace(str(path))
     points = timeline(found, device)
-    with _whole(folder / "memory.png") as path:
+    with whole(folder / "memory.png") as path:
         _draw(points, path)
     ranges, operations = lines(found)
     return {
@@ -161,17 +160,6 @@ def write(found: profile, folder: Path, device: str) -> dict[str, Any]:
         "ranges": [asdict(line) for line in ranges],
         "operations": [asdict(line) for line in operations],
     }
-
-
-@contextmanager
-def _whole(path: Path) -> Iterator[Path]:
-    """A path to write to, renamed when all is written."""
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        yield temporary
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _draw(points: list[tuple[float, int]], path: Path) -> None:
