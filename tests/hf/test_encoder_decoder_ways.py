@@ -124,6 +124,19 @@ def test_encoder_outputs(name: str) -> None:
             other.generate(encoder_outputs=states, attention_mask=mask)
 
 
+@pytest.mark.parametrize("name", [*TWO, "M2M100: positions by ids"])
+@pytest.mark.parametrize("names", [None, ["default", "short", "default"]], ids=["one adapter", "mixed"])
+@torch.no_grad()
+def test_embeddings_that_the_decoder_writes(name: str, names: list[str] | None) -> None:
+    model = attached(name, softkv.PTuningV2(length=5, init_std=1.0))
+    model.add_adapter("short", softkv.PTuningV2(length=2, init_std=1.0))
+    ids = torch.tensor([[2, 8, 9], [2, 7, 5], [2, 3, 4]])  # no padding: M2M100 counts tokens by ids
+    table = model.base.get_decoder().embed_tokens
+    given = {"attention_mask": MASK, "adapter_names": names}
+    want = model(IDS, decoder_input_ids=ids, **given).logits
+    close(model(IDS, decoder_inputs_embeds=table(ids), **given).logits, want)
+
+
 @pytest.mark.parametrize("name", TWO)
 def test_recomputed_activations(name: str) -> None:
     """Gradients under checkpointing, in training mode."""

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from softkv.hf.context import SoftContext
@@ -36,6 +35,7 @@ class EncoderDecoderCall:
         soft: the soft prompts of its rows; None in a run of the bare stacks.
         contexts: the prefixes at each site.
         tokens: the soft tokens in the encoder's rows, or None.
+        rows: how many rows each stack reads whose tokens stand behind slots; known once it is entered.
         ids: `[B, S]`, the ids that the encoder reads in place of those that reach it, or None.
         prompts: of a `generate`.
         model: the SoftModel, in a `generate`.
@@ -45,6 +45,7 @@ class EncoderDecoderCall:
     soft: SoftRows | None = None
     contexts: Contexts = field(default_factory=dict)
     tokens: RowTokens | None = None
+    rows: dict[Site, int] = field(default_factory=dict)
     ids: Tensor | None = None
     prompts: Unchanged | None = None
     model: Any = None
@@ -83,8 +84,3 @@ def check_counted(context: SoftContext, name: str) -> None:
             f"rows of one batch expect prefixes of one length that the position biases of {name} all count or all "
             "leave out (window_covers): give rows of such adapters in batches of their own"
         )
-
-
-def rows_of(tokens: Any) -> int:
-    """Rows of what enters a table of positions: ids, embeddings, or their shape."""
-    return len(tokens) if isinstance(tokens, Tensor) else int(torch.Size(tokens)[0])

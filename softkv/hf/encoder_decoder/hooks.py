@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from softkv.hf import calls
 from softkv.hf.behaviour import Behaviour
 from softkv.hf.context import BlockOrder, SoftContext
-from softkv.hf.encoder_decoder.calls import EncoderDecoderCall, check_counted, rows_of
+from softkv.hf.encoder_decoder.calls import EncoderDecoderCall, check_counted
 from softkv.hf.encoder_decoder.positions import SlotBiases, shifted, size_of, table_of, takes_ids
 from softkv.hf.encoder_decoder.rows import encoded_mask, encoder_rows
 from softkv.hf.generation.cache_state import CacheState, past_length
@@ -170,6 +170,7 @@ class EncoderDecoderHooks:
         module, table = (self.encoder, self.decoder)[stack == "decoder"], self._tables[stack]
         tokens = _tokens(kwargs)
         before = past_length(kwargs.get("past_key_values")) if stack == "decoder" else 0
+        call.rows[stack] = len(tokens)
         slots = context.slots_of(len(tokens))
         if table is None and takes_ids(module):
             count = kwargs.get("position_ids")
@@ -194,13 +195,9 @@ class EncoderDecoderHooks:
     def _moved(self, table: nn.Module, args: Any, kwargs: Any, output: Any, stack: Site) -> Any:
         """Forward hook of a table of positions: those behind the prefix."""
         call = self._under_way(None if output is None else kwargs)
-        if call is None:
+        if call is None or stack not in call.rows:
             return None
-        context = call.context(stack)
-        if isinstance(context.slots, int) and not context.slots:
-            return None
-        given = [each for each in (*args, *kwargs.values()) if each is not None]
-        return shifted(table, args, kwargs, context.slots_of(rows_of(given[0])))
+        return shifted(table, args, kwargs, call.context(stack).slots_of(call.rows[stack]))
 
 
 def _named(stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> dict[str, Any]:
