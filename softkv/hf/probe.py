@@ -64,8 +64,9 @@ class Probed:
     def capture(self, decoder: nn.Module | None = None, **inputs: Tensor) -> list[BlockInputs]:
         """What reaches the attention blocks in a forward pass of the bare decoder (or of a view of it)."""
         context = SoftContext(backend=self.backend, capture=[])
+        tokens = next(iter(inputs.values()))
+        self.positions.check(self.first + tokens.shape[1] - 1)
         if self._first_of_wrapper and "position_ids" not in inputs:
-            tokens = next(iter(inputs.values()))
             positions = torch.arange(tokens.shape[1], device=tokens.device)[None] + self._first_of_wrapper
             inputs = inputs | {"position_ids": positions}
         self.run(ModelCall(self, context), decoder or self.decoder, **inputs, use_cache=False)

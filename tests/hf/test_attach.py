@@ -348,3 +348,31 @@ def test_what_peft_offers_has_an_answer(capsys: pytest.CaptureFixture[str]) -> N
     for call in (soft.merge_and_unload, soft.merge_adapter, soft.unmerge_adapter):
         with pytest.raises(NotImplementedError, match=r"can't be merged .* softkv\.bake"):
             call()
+
+
+SHORT_TABLE = {"vocab_size": 61, "max_position_embeddings": 24}
+LAYERS_OF_ENCODER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+BOTH_STACKS = dict.fromkeys(("encoder_layers", "decoder_layers"), 2) | dict.fromkeys(
+    ("encoder_attention_heads", "decoder_attention_heads"), 4
+)
+TABLES = {
+    "GPT2": lambda: transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=24)
+    ),
+    "BERT": lambda: transformers.BertForMaskedLM(transformers.BertConfig(**SHORT_TABLE, **LAYERS_OF_ENCODER)),
+    "RoBERTa": lambda: transformers.RobertaForMaskedLM(transformers.RobertaConfig(**SHORT_TABLE, **LAYERS_OF_ENCODER)),
+    "BART": lambda: transformers.BartForConditionalGeneration(
+        transformers.BartConfig(**SHORT_TABLE, **BOTH_STACKS, d_model=32, encoder_ffn_dim=64, decoder_ffn_dim=64)
+    ),
+}
+
+
+@pytest.mark.parametrize("method", [softkv.PTuningV2(), softkv.PrefixTuning(length=25)])
+@pytest.mark.parametrize("name", TABLES)
+def test_a_start_longer_than_the_table_of_positions_is_refused(name: str, method: Any) -> None:
+    base = TABLES[name]()
+    attention = base.config._attn_implementation
+    with pytest.raises(ValueError, match="position table ends at 23: use a shorter prefix"):
+        softkv.attach(base, method)
+    assert base.config._attn_implementation == attention
+    softkv.attach(base, softkv.PTuningV2(length=8))

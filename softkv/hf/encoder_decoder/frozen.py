@@ -68,6 +68,8 @@ class FrozenEncoderDecoder(FrozenBase):
                 f'the encoder of {type(self.model).__name__} reads no tokens: expected init="random", got a start from '
                 "tokens"
             )
+        self.hooks.check_positions("encoder", len(ids) - 1)
+        self.hooks.check_positions("decoder", len(ids) - 1)
         given = ids[None].to(device_of(self.model))
         encoder, decoder = in_evaluation(self.hooks.encoder), in_evaluation(self.hooks.decoder)
         captured: list[BlockInputs] = []

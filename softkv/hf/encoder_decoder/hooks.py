@@ -177,14 +177,18 @@ class EncoderDecoderHooks:
             if count is None:
                 count = torch.arange(before, before + tokens.shape[1], device=tokens.device)[None]
             kwargs["position_ids"] = count + (slots if isinstance(slots, int) else slots[:, None])
-        size = size_of(table)
-        if size is not None and not torch.compiler.is_compiling():
-            last = before + tokens.shape[1] - 1 + (slots if isinstance(slots, int) else int(slots.max()))
-            if last >= size:
-                raise ValueError(
-                    f"prefix and tokens of the {stack} need positions up to {last}, but the model's position table "
-                    f"ends at {size - 1}: use a shorter prefix or shorter rows"
-                )
+        if size_of(table) is not None and not torch.compiler.is_compiling():
+            slots = slots if isinstance(slots, int) else int(slots.max())
+            self.check_positions(stack, before + tokens.shape[1] - 1 + slots)
+
+    def check_positions(self, stack: Site, last: int) -> None:
+        """Raise where the table of a stack ends before a position."""
+        size = size_of(self._tables[stack])
+        if size is not None and last >= size:
+            raise ValueError(
+                f"prefix and tokens of the {stack} need positions up to {last}, but the model's position table "
+                f"ends at {size - 1}: use a shorter prefix or shorter rows"
+            )
 
     def _encoder_positions(self, table: nn.Module, args: Any, kwargs: Any, output: Any = None) -> Any:
         return self._moved(table, args, kwargs, output, "encoder")
