@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-import softkv
 from benchmarks.models import entries
 from benchmarks.models.__main__ import PAGE, RESULTS
 from benchmarks.models.methods import METHODS
 from benchmarks.models.page import kind_of, page, peers, summary
+from softkv.hf.encoder_decoder.model import PromptedEncoderDecoder
+from softkv.hf.model import PromptedModel
 
 SAMPLE = {
     "gemma3_text": "two kinds of layers, each with positions of its own",
@@ -29,6 +30,11 @@ MEDIA = {
     "Qwen2_5_VL": "positions of three axes, counted by ids",
     "Gemma3": "images that see all of themselves",
     "PaliGemma": "a wrapper that counts positions from 1",
+}
+PAIRS = {
+    "t5": "position biases",
+    "marian": "sinusoids",
+    "encoder-decoder": "two models of encoders",
 }
 HEADS = {
     "masked/roberta": "positions that start behind padding's",
@@ -58,6 +64,13 @@ def test_rows_with_images_are_right(name: str) -> None:
     assert kind_of(record) == "right", summary(record)
 
 
+@pytest.mark.parametrize("name", PAIRS)
+def test_encoder_decoder_is_right(name: str) -> None:
+    methods = some("P-tuning v2", "P-tuning")
+    record = entries.check("pairs", entries.entries("pairs")[name], methods, peers=False)
+    assert kind_of(record) == "right", summary(record)
+
+
 @pytest.mark.parametrize("name", HEADS)
 def test_head_is_right_or_refused(name: str) -> None:
     task, model = name.split("/")
@@ -82,16 +95,22 @@ def test_peft_beside() -> None:
 
 
 def test_a_wrong_answer_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    forward = softkv.SoftModel.forward
+    def off(forward: Any) -> Any:
+        def changed(self: Any, *args: Any, **kwargs: Any) -> Any:
+            output = forward(self, *args, **kwargs)
+            number = output.logits.shape[-1]
+            output.logits = output.logits + 0.05 * torch.arange(number) / number * output.logits.std()
+            return output
 
-    def off(self: Any, *args: Any, **kwargs: Any) -> Any:
-        output = forward(self, *args, **kwargs)
-        number = output.logits.shape[-1]
-        output.logits = output.logits + 0.05 * torch.arange(number) / number * output.logits.std()
-        return output
+        return changed
 
-    monkeypatch.setattr(softkv.SoftModel, "forward", off)
-    for task, name in (("causal", "LlamaForCausalLM"), ("rows", "BertForSequenceClassification")):
+    for kind in (PromptedModel, PromptedEncoderDecoder):
+        monkeypatch.setattr(kind, "forward", off(kind.forward))
+    for task, name in (
+        ("causal", "LlamaForCausalLM"),
+        ("rows", "BertForSequenceClassification"),
+        ("pairs", "BartForConditionalGeneration"),
+    ):
         record = entries.check(task, name, some("Prefix-tuning"), peers=False)
         checks = record["checks"]["Prefix-tuning"]
         assert kind_of(record) == "wrong"

@@ -50,6 +50,9 @@ _TOKENS = {f"{kind}_token_id" for kind in ("image", "video", "audio", "vision_st
 
 _MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}
 
+_BERT = {"model_type": "bert", "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48,
+         "num_hidden_layers": 2, "num_attention_heads": 4}  # fmt: skip
+
 # What an architecture wants beside: its layers have several kinds, or sizes depend on each other.
 _OWN: dict[str, dict[str, Any]] = {
     "jamba": {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_offset": 1},
@@ -85,6 +88,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "lfm3": {"layer_types": ["conv", "full_attention"]},
     "kimi_linear": {"num_hidden_layers": 4, "layer_types": ["linear_attention", "full_attention"] * 2},
     "qwen4_exp_text": {"num_hidden_layers": 4, "layer_types": ["linear_attention", "full_attention"] * 2},
+    "encoder-decoder": {"decoder": _BERT | {"is_decoder": True, "add_cross_attention": True}},
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
     "dots1": {"num_key_value_heads": 4},
     "codegen": {"rotary_dim": 4}, "gptj": {"rotary_dim": 4},
@@ -184,4 +188,8 @@ def tiny_model(class_name: str, *, decodes: bool, window: int = WINDOW) -> Any:
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.eos_token_id = None
         model.generation_config.pad_token_id = 0
+        if config.is_encoder_decoder:
+            model.generation_config.update(
+                decoder_start_token_id=1, forced_bos_token_id=None, forced_eos_token_id=None, num_beams=1
+            )
     return model

@@ -29,6 +29,7 @@ TASKS = {
     "rows": Task("Sequence classification", "SEQUENCE_CLASSIFICATION", "SEQ_CLS"),
     "tokens": Task("Token classification", "TOKEN_CLASSIFICATION", "TOKEN_CLS"),
     "spans": Task("Question answering", "QUESTION_ANSWERING", "QUESTION_ANS"),
+    "pairs": Task("Encoder-decoders", "SEQ_TO_SEQ_CAUSAL_LM", None),
     "media": Task("Images and sounds in rows", None, None),
 }
 
@@ -54,12 +55,15 @@ def check(task: str, class_name: str, methods: Any = METHODS, *, peers: bool = T
     from .configs import tiny_model
     from .heads import Heads
     from .media import Multimodal
+    from .pairs import Pairs
 
     decodes = task in ("causal", "media")
-    others = {"causal": Causal(), "media": Multimodal(class_name)}
+    others = {"causal": Causal(), "media": Multimodal(class_name), "pairs": Pairs()}
     subject: Subject = others.get(task) or Heads(of_rows=task == "rows")
     try:
         bare, model = (tiny_model(class_name, decodes=decodes) for _ in range(2))
+        if task == "pairs" and not bare.config.is_encoder_decoder:
+            subject = Causal()  # of text alone
         with torch.no_grad():
             before = subject.bare(bare, torch.arange(5, 10)[None])
     except Exception as error:

@@ -38,6 +38,10 @@ class Subject:
         """The answer of a bare model to a row `[1, T]`."""
         raise NotImplementedError
 
+    def learned(self, soft: Any) -> SoftPrompt:
+        """What has been learned, as `alone` takes it."""
+        return soft.soft
+
     def alone(self, bare: Any, soft: SoftPrompt, row: Row) -> Tensor:
         """The answer to one row, in which nothing is ours."""
         raise NotImplementedError
@@ -73,7 +77,8 @@ class Subject:
                 parameter.add_(torch.randn_like(parameter) * 0.3)
         try:
             given = self.rows(bare, soft.soft.placement == "inline")
-            found = [self.alone(bare, soft.soft, row) for row in given]
+            learned = self.learned(soft)
+            found = [self.alone(bare, learned, row) for row in given]
             loss = torch.stack([(one * direction(one)).sum() for one in found]).sum()
             gradients = torch.autograd.grad(loss, list(soft.soft.parameters()))
         except Exception as error:

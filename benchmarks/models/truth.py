@@ -3,7 +3,8 @@ without padding, soft tokens as embeddings in the row, a prefix in the cache or 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from inspect import signature
 from itertools import count
 from typing import Any
@@ -95,6 +96,14 @@ def concatenated(bare: Any, prefix: Prefix, ids: Tensor) -> Any:
 
 def with_attention(bare: Any, attend: Callable[..., Any], **inputs: Tensor) -> Any:
     """The output of a model whose blocks call `attend` with transformers' eager attention of theirs."""
+    options: dict[str, Any] = {"use_cache": False} if "use_cache" in signature(bare.forward).parameters else {}
+    with attending(bare, attend):
+        return bare(**inputs, **options)
+
+
+@contextmanager
+def attending(bare: Any, attend: Callable[..., Any]) -> Iterator[None]:
+    """Blocks call `attend` with transformers' eager attention of theirs."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import eager_mask
 
@@ -104,8 +113,7 @@ def with_attention(bare: Any, attend: Callable[..., Any], **inputs: Tensor) -> A
     AttentionInterface.register("concatenated", with_eager)
     AttentionMaskInterface.register("concatenated", eager_mask)
     bare.set_attn_implementation("concatenated")
-    options: dict[str, Any] = {"use_cache": False} if "use_cache" in signature(bare.forward).parameters else {}
     try:
-        return bare(**inputs, **options)
+        yield
     finally:
         bare.set_attn_implementation("eager")

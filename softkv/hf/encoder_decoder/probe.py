@@ -46,7 +46,7 @@ class Probe:
         needed = {"input_ids", "inputs_embeds", "attention_mask"}
         takes = inspect.signature(hooks.encoder.forward).parameters.keys()
         hooks.reads_tokens = base.main_input_name == "input_ids" and needed <= takes
-        special = {base.config.pad_token_id, base.config.eos_token_id}  # heads and positions may look for these
+        special = {getattr(base.config, f"{name}_token_id", None) for name in ("pad", "eos")}  # of heads, positions
         ids = [token for token in range(READ + 5) if token not in special][:READ]
         vocabulary = base.get_input_embeddings().num_embeddings
         self.ids = torch.tensor([ids], device=device) % vocabulary
@@ -56,7 +56,8 @@ class Probe:
             self.states, self.answer = self._of_base(base)
         except _FAILS as error:
             raise OutOfReach(
-                f"softkv.attach could not run {self.name} on a few tokens: {type(error).__name__}: {error}"
+                f"softkv.attach expects an encoder-decoder whose stacks run with the arguments that transformers' own "
+                f"take, got {self.name}"
             ) from error
 
     def _of_base(self, base: Any) -> tuple[Tensor, Tensor]:
