@@ -43,6 +43,7 @@ HEADS = {
     "rows/llama": "the last token is pooled",
     "rows/deberta-v2": "attention of its own",
     "rows/mpnet": "attention of its own, and a bias of positions",
+    "masked/mra": "attention of its own, and positions that start at 2",
 }
 
 
@@ -84,6 +85,13 @@ def test_head_is_right_or_refused(name: str) -> None:
 def test_model_is_right_or_refused(name: str) -> None:
     record = entries.check("causal", entries.entries("causal")[name], some("P-tuning v2"), peers=False)
     assert kind_of(record) not in ("wrong", "crash", "not built"), summary(record)
+
+
+@pytest.mark.parametrize("name", ["masked/ibert", "rows/canine", "pairs/fsmt"])
+def test_model_is_refused(name: str) -> None:
+    task, model = name.split("/")
+    record = entries.check(task, entries.entries(task)[model], some("P-tuning v2", "P-tuning"), peers=False)
+    assert kind_of(record) == "refused", summary(record)
 
 
 def test_peft_beside() -> None:

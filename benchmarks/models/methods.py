@@ -24,6 +24,7 @@ METHODS: dict[str, Method] = {
     "P-tuning": softkv.PTuning(template="[P1] [X] [P2] [Y]", encoder_size=8),
 }
 Trials = dict[str, Callable[[], str]]
+_PADDED = ("padded right", "padded left", "gradients")
 
 
 class Subject:
@@ -99,9 +100,21 @@ class Subject:
             "save and load": lambda: self._reload(soft, given),  # it ends the soft prompt
         }
         done |= {check: outcome(trial) for check, trial in trials.items()}
+        moved = [check for check in _PADDED if done[check].startswith("wrong")]
+        if moved and not self._base_pads(bare):
+            done |= dict.fromkeys(moved, "base: its own answers are others behind and before padding")
         soft.detach()
         done["detach"] = "ok" if self._state(model) == state else "wrong: the base is not as it was"
         return done
+
+    @torch.no_grad()
+    def _base_pads(self, bare: Any) -> bool:
+        """Whether padding behind rows changes nothing in the bare model: a word of MobileBERT sees its neighbours'."""
+        given = self.rows(bare, False)
+        batch, split = self.batch(given, "right")
+        batch.pop("prompt_lengths", None)
+        wanted = [self.bare(bare, torch.tensor([row.ids])) for row in given]
+        return verdict(split(self.answers(bare(**batch))), wanted) == "ok"
 
     @torch.no_grad()
     def forward(self, soft: Any, wanted: list[Tensor], batches: list[Batch]) -> str:

@@ -114,11 +114,6 @@ class Adapters(Surface):
                 'expected PromptTuning(position="before"), got "after"'
             )
         saved = self._modules_of(adapter, modules_to_save)
-        if soft.placement is not None and not self._hooks.behaviour.embeds:
-            raise ValueError(
-                f"{type(self.base).__name__} reads the ids of tokens beside their embeddings (per-layer embeddings), "
-                f"which soft tokens do not have: expected PrefixTuning or PTuningV2, got {type(soft.config).__name__}"
-            )
         if soft.encodes_rows:
             self._hooks.hook_blocks()
         device = device_of(self.base)
@@ -132,8 +127,14 @@ class Adapters(Surface):
             self._redirects.add(saved.paths)
 
     def _check_reached(self, adapter: Any) -> None:
-        """Refuses what needs softkv's attention where the base keeps its own."""
+        """Refuses what needs softkv's attention where the base keeps its own, and soft tokens where it reads ids."""
         own, method = self._hooks.own, getattr(adapter, "method", adapter)  # of a saved adapter
+        if getattr(method, "in_rows", False) and not self._hooks.behaviour.embeds:
+            raise ValueError(
+                f"{type(self.base).__name__} reads the ids of tokens beside their embeddings (per-layer embeddings), "
+                f"which soft tokens do not have: expected PrefixTuning or PTuningV2, got {type(method).__name__}"
+                + ("" if own is None else f" (softkv does not reach its attention: {own.reason})")
+            )
         if own is not None and isinstance(method, Method | Prefix) and not getattr(method, "in_rows", False):
             raise ValueError(
                 f"{type(self.base).__name__} keeps its own attention, which only soft tokens inside rows can steer: "

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,6 +61,13 @@ def behaviour_of(
 def tolerance(dtype: torch.dtype) -> float:
     """The relative error that rounding alone may make."""
     return 1e-3 if dtype in (torch.float32, torch.float64) else 5e-2
+
+
+def nearly_embedded(base: Any, ids: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Embeddings of ids, not quite those of the vocabulary, in which some models would look them up. None where a model
+    embeds into more than one tensor."""
+    embeds = base.get_input_embeddings()(ids)
+    return embeds.detach() * (1 + tolerance(dtype) / 4) if isinstance(embeds, Tensor) else None
 
 
 def same(got: Tensor, want: Tensor) -> bool:

@@ -29,6 +29,14 @@ def check_base(model: Any) -> None:
         raise TypeError(f"softkv.attach expects a transformers model, got {type(model).__name__}")
     check_in_one_piece(model)
     check_not_partitioned(model)
+    try:
+        table = model.get_input_embeddings()
+    except (NotImplementedError, AttributeError):  # Canine hashes characters
+        table = None
+    if getattr(table, "weight", None) is None:
+        raise ValueError(
+            f"softkv.attach expects a model with a table of embeddings of its vocabulary, got {type(model).__name__}"
+        )
     if model.config.is_encoder_decoder and (getattr(model, "_tp_size", None) or 1) > 1:
         raise ValueError(
             f"softkv has no tensor parallelism of encoder-decoders: load this {type(model).__name__} without tp_plan "

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from softkv.evaluation import in_evaluation
 from softkv.hf import calls
-from softkv.hf.behaviour import TOKENS, same, tolerance
+from softkv.hf.behaviour import TOKENS, nearly_embedded, same
 from softkv.hf.layout import token_positions
 
 
@@ -51,9 +51,8 @@ class OwnAttention:
         row, half = run(torch.ones_like(ids), input_ids=ids), TOKENS // 2
         if row is None:
             return None
-        # Not quite those of the vocabulary, in which some models would look them up.
-        embeds = base.get_input_embeddings()(ids).detach() * (1 + tolerance(row.dtype) / 4)
-        by_embeds = run(torch.ones_like(ids), inputs_embeds=embeds)
+        embeds = nearly_embedded(base, ids, row.dtype)
+        by_embeds = None if embeds is None else run(torch.ones_like(ids), inputs_embeds=embeds)
         behind = run(F.pad(torch.ones_like(ids), (half, 0)), input_ids=F.pad(ids, (half, 0)))
         # A row's first token sees itself alone, wherever it stands.
         if behind is None or not same(behind[0, -half:], row[0, -half:]):

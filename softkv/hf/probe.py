@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from softkv.evaluation import in_evaluation
 from softkv.hf import calls
-from softkv.hf.behaviour import TOKENS, Behaviour, behaviour_of, same, tolerance
+from softkv.hf.behaviour import TOKENS, Behaviour, behaviour_of, nearly_embedded, same
 from softkv.hf.context import BlockInputs, BlockOrder, SoftContext
 from softkv.hf.frozen import OutOfReach, decoder_of
 from softkv.hf.model_call import ModelCall
@@ -183,7 +183,8 @@ class Probed:
         """Up to `TOKENS` ids of words: RoBERTa gives padding a position of its own, wrappers look for images by ids."""
         table = self.base.get_input_embeddings()
         named = {*named_ids(self.base.config), getattr(table, "padding_idx", None)}  # MPNet's is not its config's
-        return list(islice((token for token in range(1, table.num_embeddings) if token not in named), TOKENS)) or [0]
+        size = getattr(table, "num_embeddings", len(table.weight))
+        return list(islice((token for token in range(1, size) if token not in named), TOKENS)) or [0]
 
     def _few_tokens(self) -> Tensor:
         """Ids `[1, TOKENS]` of words."""
@@ -208,8 +209,9 @@ class Probed:
 
     def _embeds(self, decoder: nn.Module, ids: Tensor, row: Tensor) -> bool:
         """Whether embeddings in place of ids give the same row."""
-        # Not quite those of the vocabulary, in which some models would look them up.
-        embeds = self.base.get_input_embeddings()(ids).detach() * (1 + tolerance(row.dtype) / 4)
+        embeds = nearly_embedded(self.base, ids, row.dtype)
+        if embeds is None:
+            return False
         try:
             got = self._hidden(decoder, SoftContext(backend=self.backend, capture=[]), inputs_embeds=embeds)
         except (*_OBSCURE, ValueError):
@@ -236,12 +238,19 @@ class Probed:
     def _first_position(self) -> int:
         """The position id of a row's first token: RoBERTa's stands past its table's row for padding."""
         table = learned_positions(self.decoder)
-        if table is None or table.padding_idx is None:
+        if table is None:
             return 0
+        if device_of(self.base).type == "meta":
+            return 0 if table.padding_idx is None else table.padding_idx + 1
         read: list[int] = []
+
+        def look(_: nn.Module, args: Any) -> None:
+            if args and isinstance(args[0], Tensor):
+                read.append(int(args[0].flatten()[0]))
+
         token = int(self._few_tokens()[0, 0])
         ids = torch.full((1, 1), token, device=device_of(self.base))
-        note = table.register_forward_pre_hook(lambda _, args: read.append(int(args[0].flatten()[0])))
+        note = table.register_forward_pre_hook(look)
         try:
             view = in_evaluation(self.decoder)
             with torch.no_grad():
