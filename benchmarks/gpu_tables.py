@@ -1,4 +1,4 @@
-"""What a GPU said, as tables of the documents: from `results/gpu/`, with the device and the date."""
+"""The GPU tables of the documentation, from `results/gpu/`, with the device and the date."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from typing import Any
 from .results import FOLDER, read_json
 
 OP = """\
-Eager calls at the shapes of models, {device}: TFLOP/s of useful work, higher is better.
-At D = 64 and at short rows softkv's calls are bound by the host: by CUDA graph its forward at D = 64 reaches 199.
+Eager calls at shapes taken from models, {device}: TFLOP/s of useful work, higher is better.
+At D = 64 and for short rows softkv's calls are host-bound: under a CUDA graph its forward at D = 64 reaches 199.
 
 | B,H,G,T,P,D | softkv fwd | cat + FA2 | cat + Flex | no prefix, FA2 | no prefix, cuDNN | softkv fwd + bwd | cat + FA2 | cat + Flex | no prefix, FA2 | no prefix, cuDNN | softkv MiB | cat + FA2 MiB |
 |---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|
 {rows}
 """  # noqa: E501
 PASSES = """\
-Passes alone by CUDA graph, {device}: milliseconds (TFLOP/s of their own products).
+Individual passes under a CUDA graph, {device}: milliseconds (TFLOP/s of the pass's own matrix products).
 
 | B,H,G,T,P,D | forward | dq | dk and dv of tokens | dPrefix |
 |---|---:|---:|---:|---:|
 {rows}
 """
 DECODING = """\
-One token a row by CUDA graph, {device}: milliseconds.
+One token per row under a CUDA graph, {device}: milliseconds.
 "Cached": SDPA over a cache that holds the prefix in every row.
 
 | B,H,G,P,S,D | softkv | cached | faster by | no prefix, softkv | no prefix, SDPA | bytes at 3 TB/s |
@@ -33,26 +33,26 @@ One token a row by CUDA graph, {device}: milliseconds.
 """
 MODELS = """\
 Llama shapes with random weights, {device}:
-a training step (16 rows of 64 to 512 tokens on 1B, 8 on 8B, P = 128; milliseconds and peak GiB), and generation behind
-P = 2048 (32 prompts of 128 tokens, 24 new; tokens a second and peak GiB). "Bare": no prompt; in training padded rows,
-backward to the input embeddings. 148 µs of host time a call forward and 2 ms forward and backward (SDPA: 18 and 150)
-are why softkv generated more slowly than PEFT, and trained a prompt "before" more slowly.
+a training step (16 rows of 64 to 512 tokens on 1B, 8 on 8B, P = 128; milliseconds and peak GiB), and generation after a
+prefix of P = 2048 (32 prompts of 128 tokens, 24 new tokens; tokens per second and peak GiB). "Bare": no soft prompt; in
+training, padded rows with backward to the input embeddings. The host took 148 µs per attention call forward and 2 ms forward
+and backward (SDPA: 18 and 150 µs), which is why generation and training a prompt "before" were slower than with PEFT.
 
 | | softkv | PEFT | bare |
 |---|---:|---:|---:|
 {rows}
 """
 HOST = """\
-Host time of one eager call, B=2 H=8 G=2 T=64 P=16 D=64, microseconds, {device}.
+Host time of one eager call in microseconds, B=2 H=8 G=2 T=64 P=16 D=64, {device}.
 
 | call | softkv | SDPA |
 |---|---:|---:|
 {rows}
 """
 TILES = """\
-Tiles, own×step, warps, stages: TFLOP/s of the pass, {device}; causal, P = 256.
+Tiles (own×step, warps, stages): TFLOP/s of the pass, {device}; causal, P = 256.
 
-| D | pass | the table's then | best measured | of |
+| D | pass | in use at the time | best measured | candidates |
 |---:|---|---|---|---:|
 {rows}
 """

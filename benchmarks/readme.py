@@ -1,7 +1,7 @@
-"""`python -m benchmarks.readme`: writes the measured tables of README.md and docs/ from the committed results.
+"""`python -m benchmarks.readme`: writes the tables of results in README.md and docs/ from the committed files.
 
-A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`; NAME is one of `TABLES`. Figures come from
-nowhere else: a test compares.
+A table is delimited by `<!-- table: NAME -->` and `<!-- end of table -->`; NAME is a key of `TABLES`. A test checks that
+the pages match the results.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from .results import FOLDER, read_json
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = ("cold", "hot")
 HOW_DECODING = (
-    "Heads as SmolLM2-135M's, 128 cached tokens a row; single calls (cold) and calls in a row (hot), medians."
+    "Heads of SmolLM2-135M, 128 cached tokens per row; medians of single calls (cold) and of repeated calls (hot)."
 )
 BLOCK = re.compile(r"(<!-- table: ([\w-]+) -->\n).*?(<!-- end of table -->\n)", re.DOTALL)
 Records = dict[str, Any]
 
 DEMO = """\
 `make demo`: SmolLM2-135M-Instruct, sentiment of film review snippets, {steps} steps of {batch} rows; accuracy on
-{test_rows} test rows with Wilson's 95 % interval; peak memory of a process each. PEFT ran the same job from its own
-start; it has no method with one K/V pair for all layers, and its prompts stand before the text. {device}.
+{test_rows} test rows with Wilson 95 % intervals; peak memory, one process per run. PEFT ran the same job from its own
+initialisation; it has no method with one K/V pair for all layers, and puts its prompts before the text. {device}.
 
 | method | trainable | accuracy before | after | s / step | peak GiB | PEFT s / step | PEFT GiB |
 |---|---:|---:|---:|---:|---:|---:|---:|
 {rows}
 """
 TRAIN = """\
-`softkv bench train`: a training step of 16 rows beside PEFT doing the same job, and beside the floor (the same packed
-tokens without a prefix, backward to the input embeddings). Interleaved, median of {steps} timed steps, ratios round by
-round, peak memory of a process each. {device}.
+`softkv bench train`: a training step of 16 rows, compared with PEFT on the same job and with the floor (the same packed
+tokens without a prefix, backward to the input embeddings). Interleaved; median of {steps} timed steps, ratios per
+round; peak memory, one process per run. {device}.
 
 | case | softkv s / step | PEFT s / step | floor s / step | softkv is faster by | softkv GiB | PEFT GiB |
 |---|---:|---:|---:|---:|---:|---:|
@@ -61,9 +61,9 @@ DECODING = """\
 {rows}
 """
 GENERATE = """\
-`softkv bench generate`: 16 prompts of real text behind one prefix of P slots, 32 new tokens each, greedy; PEFT's prefix
-tuning holds the same values and gave the same tokens. Interleaved, median of {rounds} rounds, peak memory of a process
-each. {device}.
+`softkv bench generate`: 16 prompts of real text after one shared prefix of P slots, 32 new tokens each, greedy. PEFT's
+prefix tuning holds the same values and gave the same tokens. Interleaved; median of {rounds} rounds; peak memory, one
+process per run. {device}.
 
 | P | softkv tokens / s | PEFT tokens / s | no prefix tokens / s | softkv is faster than PEFT by | time, no prefix = 1 | softkv GiB | PEFT GiB |
 |---:|---:|---:|---:|---:|---:|---:|---:|
@@ -71,9 +71,9 @@ each. {device}.
 """  # noqa: E501
 
 ADAPTERS = """\
-`softkv bench adapters`: 16 prompts of real text, P-tuning v2 prefixes of 64 slots, SmolLM2-135M-Instruct; rows
-a second, {what}. "One by one" switches to each adapter and answers its rows; PEFT holds the same values.
-All gave the same tokens. Interleaved, medians of {rounds} rounds or more. {device}.
+`softkv bench adapters`: 16 prompts of real text, P-tuning v2 prefixes of 64 slots, SmolLM2-135M-Instruct; rows per
+second, {what}. "One by one" switches to each adapter in turn and runs its rows; PEFT holds the same values.
+All gave the same tokens. Interleaved; median of at least {rounds} rounds. {device}.
 
 | adapters | softkv, one batch | softkv, one by one | PEFT, one by one | faster than one by one | than PEFT |
 |---:|---:|---:|---:|---:|---:|
@@ -81,8 +81,8 @@ All gave the same tokens. Interleaved, medians of {rounds} rounds or more. {devi
 """
 
 STEP_PROFILE = """\
-`python -m benchmarks.step_profile`: a training step of 16 movie snippets, packed; P-tuning v2, P=64,
-SmolLM2-135M-Instruct, under torch.profiler, mean of {steps} steps. {device}.
+`python -m benchmarks.step_profile`: a training step of 16 packed film review snippets with P-tuning v2, P=64,
+SmolLM2-135M-Instruct, under torch.profiler; mean of {steps} steps. {device}.
 
 | | ms a step | share |
 |---|---:|---:|
@@ -91,7 +91,7 @@ SmolLM2-135M-Instruct, under torch.profiler, mean of {steps} steps. {device}.
 
 
 def rendered(text: str) -> str:
-    """A document with its tables made anew."""
+    """The document with its tables regenerated."""
 
     def table(block: re.Match[str]) -> str:
         if block[2] not in TABLES:
@@ -102,7 +102,7 @@ def rendered(text: str) -> str:
 
 
 def documents() -> list[Path]:
-    """README.md and the pages of docs/ that hold tables."""
+    """README.md and the pages of docs/ that contain tables."""
     pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
     return [page for page in pages if BLOCK.search(page.read_text(encoding="utf-8"))]
 
@@ -113,7 +113,7 @@ def _records(name: str, keep: Callable[[Any], bool] = lambda record: True) -> Re
 
 
 def _devices(machines: list[dict[str, Any]], dtype: str) -> str:
-    """The machines in words, once each."""
+    """One description per distinct machine."""
     words = [
         f"{one.get('gpu') or one['cpu']}, {one['cores']} cores, {dtype}, torch {one['torch']}, {one['date'][:10]}"
         for one in machines
@@ -129,7 +129,7 @@ def _of_records(records: Records) -> str:
 
 
 def _span(records: Records, key: str) -> str:
-    """A number of the records: "2", or "1 to 3" where they differ."""
+    """The value of `key` over the records: "2", or "1 to 3" where they differ."""
     low, high = (pick(record[key] for record in records.values()) for pick in (min, max))
     return str(low) if low == high else f"{low} to {high}"
 
@@ -139,7 +139,7 @@ def _row(*cells: Any) -> str:
 
 
 def percent(accuracy: dict[str, Any]) -> str:
-    """An accuracy with its interval."""
+    """An accuracy with its confidence interval."""
     low, high = accuracy["interval"]
     return f"{accuracy['value']:.3f} [{low:.2f}, {high:.2f}]"
 
@@ -221,7 +221,7 @@ def _axes(axes: str) -> dict[str, str]:
 
 
 def _attention(sweep: str, what: str, mode: str = "forward + backward", axes: str = "BHGTPD") -> str:
-    """One sweep in one mode beside concatenation, timed cold."""
+    """One sweep in one mode compared with concatenation, timed cold."""
     records = _records("attention", lambda one: (one["case"]["sweep"], one["case"]["mode"]) == (sweep, mode))
     rows = []
     for record in records.values():
@@ -242,7 +242,7 @@ def _attention(sweep: str, what: str, mode: str = "forward + backward", axes: st
 
 
 def _decoding(sweep: str, what: str, axes: str = "BP") -> str:
-    """One decoding sweep beside an already concatenated cache, cold and hot."""
+    """One decoding sweep compared with a cache that already holds the prefix, cold and hot."""
     records = _records("attention", lambda one: one["case"]["sweep"] == sweep)
     rows = []
     for record in records.values():
@@ -274,9 +274,9 @@ def _step_profile() -> str:
 
 
 CAT = (
-    "forward and backward to q, k, v and the prefix, beside the fastest SDPA over\nreally concatenated keys and values"
+    "forward and backward to q, k, v and the prefix, compared with the fastest SDPA\nover concatenated keys and values"
 )
-CACHED = "one token a row, beside SDPA over a cache that already holds the prefix in every row"
+CACHED = "one token per row, compared with SDPA over a cache that already holds the prefix in every row"
 TABLES: dict[str, Callable[[], str]] = {
     "models": lambda: models.counts(_records("models")) + "\n",
     "demo": _demo,

@@ -30,7 +30,7 @@ TASKS = {
     "tokens": Task("Token classification", "TOKEN_CLASSIFICATION", "TOKEN_CLS"),
     "spans": Task("Question answering", "QUESTION_ANSWERING", "QUESTION_ANS"),
     "pairs": Task("Encoder-decoders", "SEQ_TO_SEQ_CAUSAL_LM", None),
-    "media": Task("Images and sounds in rows", None, None),
+    "media": Task("Images and audio in rows", None, None),
 }
 
 

@@ -17,25 +17,28 @@ ABOUT = """\
 # Models
 
 Every entry of transformers' mappings, as a tiny random model with every method, and PEFT's methods on the same models.
+`make models` generates this page.
 
 {summary}
 
-✔: the answers to rows alone, padded on either side and (causal) packed, gradients, `generate` with dynamic and static
-caches, `save_pretrained` and `load`, `disabled()` and `detach()` are right: as of the bare model in fp32 with eager
-attention that has the soft tokens in its row, or the prefix in its cache or before its keys. *text*: a text as a prefix
-answers as the text in context. *refused*: softkv says so in the sentence noted, at `softkv.attach` or
-`Prefix.from_text`. *no truth*: the bare model can't be run in a way that would tell. A note beside ✔ says what the bare
-model can't do either, or what is refused beside. *PEFT*: its prefix tuning, prompt tuning and P-tuning on rows padded
-on the right, gradients and `generate`: right, wrong answers without an error (*if padded*: rows of one length are
-right), or an error. *Images and sounds*: one in each row, `generate` with a dynamic cache. An entry of the summary
-counts as the worst of its methods. `make models` makes this page.
-Run: {runs}.
+- **✔**: single rows, rows padded on either side and (causal) packed rows, gradients, `generate` with dynamic and static
+  caches, `save_pretrained` and `load`, `disabled()` and `detach()` are right. The reference is the bare model in fp32 with
+  eager attention, with the soft tokens in its row, or the prefix in its cache or before its keys. A note gives what the
+  bare model can't do either, or what is refused.
+- **text**: a text as a prefix gives the same results as the text in the context.
+- **refused**: `softkv.attach` or `Prefix.from_text` raises the error in the note.
+- **no truth**: the bare model can't be run in a way that gives a reference.
+- **PEFT**: its prefix tuning, prompt tuning and P-tuning on right-padded rows, gradients and `generate`: right, wrong
+  results without an error (*if padded*: rows of equal length are right), or an error.
+- **Images and audio**: one in each row, `generate` with a dynamic cache.
+
+The summary counts each entry by the worst result among its methods. Run: {runs}.
 """
 
 
 def outcome(checks: Checks) -> str:
-    """The worst of a method's checks: "wrong", "crash", "refused" or "✔"; what the bare model can't do counts for
-    nothing."""
+    """The worst of a method's checks: "wrong", "crash", "error", "refused", "no truth" or "✔". What the bare model
+    can't do does not count."""
     for kind in ("wrong", "crash", "error"):
         if any(said.startswith(kind) for said in checks.values()):
             return kind
@@ -64,7 +67,7 @@ def peers(record: dict[str, Any]) -> str:
 
 
 def _peer(checks: Checks) -> str:
-    """What PEFT makes of a model: "wrong if padded" where rows of one length are right."""
+    """PEFT's outcome: "wrong if padded" where rows of equal length are right."""
     found = outcome(checks)
     if found == "wrong" and not any(checks[name].startswith("wrong") for name in checks if "padded" not in name):
         return "wrong if padded"
@@ -72,7 +75,7 @@ def _peer(checks: Checks) -> str:
 
 
 def kind_of(record: dict[str, Any] | None) -> str:
-    """One word for an entry: the worst of its methods, a text start aside where it is refused."""
+    """The outcome of an entry: the worst of its methods; a refused start from a text does not count."""
     if record is None:
         return "not run"
     if "not built" in record:
@@ -90,7 +93,7 @@ def kind_of(record: dict[str, Any] | None) -> str:
 
 
 def counts(results: dict[str, Any]) -> str:
-    """The table of README.md: how many entries of each mapping are right."""
+    """The table in README.md: how many entries of each mapping are right."""
     heads = ["", "swept", "right", "right where not refused", "refused", "not built", "wrong"]
     heads += ["PEFT: right", "wrong if padded", "wrong", "error"]
     lines = [f"| {' | '.join(heads)} |", "|---" + "|---:" * (len(heads) - 1) + "|"]
