@@ -35,8 +35,9 @@ MODELS = """\
 Llama shapes with random weights, {device}:
 a training step (16 rows of 64 to 512 tokens on 1B, 8 on 8B, P = 128; milliseconds and peak GiB), and generation after a
 prefix of P = 2048 (32 prompts of 128 tokens, 24 new tokens; tokens per second and peak GiB). "Bare": no soft prompt; in
-training, padded rows with backward to the input embeddings. The host took 148 µs per attention call forward and 2 ms forward
-and backward (SDPA: 18 and 150 µs), which is why generation and training a prompt "before" were slower than with PEFT.
+training, padded rows with backward to the input embeddings. The host took 148 µs per attention call forward and 2 ms
+forward and backward (SDPA: 18 and 150 µs), which is why generation and training a prompt "before" were slower than with
+PEFT.
 
 | | softkv | PEFT | bare |
 |---|---:|---:|---:|

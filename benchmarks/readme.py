@@ -1,7 +1,7 @@
 """`python -m benchmarks.readme`: writes the tables of results in README.md and docs/ from the committed files.
 
-A table is delimited by `<!-- table: NAME -->` and `<!-- end of table -->`; NAME is a key of `TABLES`. A test checks that
-the pages match the results.
+A table is delimited by `<!-- table: NAME -->` and `<!-- end of table -->`; NAME is a key of `TABLES`. A test checks
+that the pages match the results.
 """
 
 from __future__ import annotations
@@ -274,7 +274,7 @@ def _step_profile() -> str:
 
 
 CAT = (
-    "forward and backward to q, k, v and the prefix, compared with the fastest SDPA\nover concatenated keys and values"
+    "forward and backward to q, k, v and the prefix, compared with the fastest\nSDPA over concatenated keys and values"
 )
 CACHED = "one token per row, compared with SDPA over a cache that already holds the prefix in every row"
 TABLES: dict[str, Callable[[], str]] = {

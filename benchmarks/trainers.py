@@ -25,9 +25,9 @@ CLOSE = 1e-3  # of a loss
 Batch = dict[str, Any]
 INTRODUCTION = """\
 `python -m benchmarks.trainers`, {date}: three steps of a two-layer Llama on CPUs, compared with plain steps of the same
-library on the same base in one process. "right": the losses are equal; "wrong": they differ and no error is raised; "refused":
-a ValueError. DDP, FSDP2 and tensor parallelism run two gloo processes; peft {peft},
-transformers {transformers}.
+library on the same base in one process. "right": the losses are equal; "wrong": they differ and no error is raised;
+"refused": a ValueError. DDP, FSDP2 and tensor parallelism run two gloo processes; peft {peft}, transformers
+{transformers}.
 
 """
 

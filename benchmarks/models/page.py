@@ -22,9 +22,9 @@ Every entry of transformers' mappings, as a tiny random model with every method,
 {summary}
 
 - **✔**: single rows, rows padded on either side and (causal) packed rows, gradients, `generate` with dynamic and static
-  caches, `save_pretrained` and `load`, `disabled()` and `detach()` are right. The reference is the bare model in fp32 with
-  eager attention, with the soft tokens in its row, or the prefix in its cache or before its keys. A note gives what the
-  bare model can't do either, or what is refused.
+  caches, `save_pretrained` and `load`, `disabled()` and `detach()` are right. The reference is the bare model in fp32
+  with eager attention, with the soft tokens in its row, or the prefix in its cache or before its keys. A note gives
+  what the bare model can't do either, or what is refused.
 - **text**: a text as a prefix gives the same results as the text in the context.
 - **refused**: `softkv.attach` or `Prefix.from_text` raises the error in the note.
 - **no truth**: the bare model can't be run in a way that gives a reference.
