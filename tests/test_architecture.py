@@ -87,7 +87,7 @@ def edges() -> set[tuple[str, str]]:
 def picture() -> dict[str, list[str]]:
     """What each folder imports, by the picture, from top to bottom."""
     text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
-    lines = re.search(r"## Who may import whom\n.*?^```\n(.*?)^```", text, re.S | re.M)
+    lines = re.search(r"## Dependencies\n.*?^```\n(.*?)^```", text, re.S | re.M)
     assert lines is not None
     return {name: below.split() for name, below in re.findall(r"^(\w+) +→ ?(.*)$", lines[1], re.M)}
 

@@ -43,7 +43,6 @@ HEADS = {
     "rows/llama": "the last token is pooled",
     "rows/deberta-v2": "attention of its own",
     "rows/mpnet": "attention of its own, and a bias of positions",
-    "masked/mra": "attention of its own, and positions that start at 2",
 }
 
 
@@ -87,7 +86,7 @@ def test_model_is_right_or_refused(name: str) -> None:
     assert kind_of(record) not in ("wrong", "crash", "not built"), summary(record)
 
 
-@pytest.mark.parametrize("name", ["masked/ibert", "rows/canine", "pairs/fsmt"])
+@pytest.mark.parametrize("name", ["masked/ibert", "masked/mra", "rows/canine", "pairs/fsmt"])
 def test_model_is_refused(name: str) -> None:
     task, model = name.split("/")
     record = entries.check(task, entries.entries(task)[model], some("P-tuning v2", "P-tuning"), peers=False)

@@ -11,7 +11,8 @@ from softkv.methods.base import SoftPrompt
 
 from . import truth
 from .methods import Subject
-from .rows import Batch, Row, padded
+from .rows import Batch, Row, padded, rows
+from .verdicts import verdict
 
 
 class Heads(Subject):
@@ -41,6 +42,14 @@ class Heads(Subject):
     def batch(self, given: list[Row], side: str) -> Batch:
         batch, split = padded(given, side)
         return batch, list if self.of_rows else split
+
+    @torch.no_grad()
+    def base_pads(self, bare: Any) -> bool:
+        """A word of MobileBERT sees its neighbours, padding among them."""
+        given = rows(inline=False)
+        batch, split = padded(given, "right")
+        wanted = [bare.base_model(input_ids=torch.tensor([row.ids]))[0][0] for row in given]
+        return verdict(split(bare.base_model(**batch)[0]), wanted) == "ok"
 
     def answers(self, output: Any) -> Tensor:
         """`[B, n]` for rows, `[B, T, n]` for tokens."""

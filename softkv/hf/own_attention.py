@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from softkv.evaluation import in_evaluation
 from softkv.hf import calls
 from softkv.hf.behaviour import TOKENS, nearly_embedded, same
+from softkv.hf.frozen import OutOfReach
 from softkv.hf.layout import token_positions
 
 
@@ -39,6 +40,9 @@ class OwnAttention:
 
         Args:
             base: the model that the decoder is of.
+
+        Raises:
+            OutOfReach: when no token sees others.
         """
         parameters = inspect.signature(decoder.forward).parameters
         needed = {"inputs_embeds", "attention_mask"} | ({"past_key_values"} if base.can_generate() else set())
@@ -57,6 +61,9 @@ class OwnAttention:
         # A row's first token sees itself alone, wherever it stands.
         if behind is None or not same(behind[0, -half:], row[0, -half:]):
             return None
+        others = run(torch.ones_like(ids), input_ids=torch.cat([ids[:, :half].flip(1), ids[:, half:]], 1))
+        if ids.unique().numel() == TOKENS and others is not None and torch.equal(others[0, half:], row[0, half:]):
+            raise OutOfReach(f"no token of {type(base).__name__} sees those before it here: soft tokens can't steer it")
         first = run(torch.ones_like(ids[:, :half]), input_ids=ids[:, :half])
         return replace(
             found,
