@@ -16,9 +16,10 @@ def in_evaluation(module: Module) -> Module:
     """The module in evaluation mode: itself where it is in it, else a view of it.
 
     A view is a tree of new modules that share parameters, buffers, hooks and all else with the given ones. Only the
-    training flags are its own, so those that other threads read stay as they are.
+    training flags are its own, so those that other threads read stay as they are; and what modules set on themselves
+    as they run, as BigBird does, whose sparse attention goes out for good at the first short row.
     """
-    if not any(each.training for each in module.modules()):
+    if not any(each.training or hasattr(each, "set_attention_type") for each in module.modules()):
         return module
     views: dict[int, Any] = {}
     for each in module.modules():

@@ -6,9 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 import softkv
+from softkv.hf.encoder_decoder.rows import encoder_rows
+from tests.hf.base_state import assert_same_state, state_of
 from tests.hf.encoder_decoder_rows import METHODS, READ, WRITTEN, attached, labels_of, rows_of, sites_of
 from tests.hf.encoder_decoders import Naive, embedded, model_of, padded, whisper
 from tests.hf.naive import close
@@ -202,6 +205,21 @@ REFUSED: dict[str, tuple[Any, str]] = {
 }
 
 
+def test_positions_of_stacks_that_take_them() -> None:
+    model = softkv.attach(_berts(), softkv.PTuningV2(length=36, init_std=1.0))
+    with pytest.raises(ValueError, match=r"need positions up to 41, but .* ends at 39"):
+        model(IDS, attention_mask=MASK, decoder_input_ids=IDS[:, :2])
+
+
+@torch.no_grad()
+def test_a_start_where_the_decoder_has_a_smaller_vocabulary() -> None:
+    apart = {"decoder_vocab_size": 30, "share_encoder_decoder_embeddings": False, "tie_word_embeddings": False}
+    model = softkv.attach(model_of("Marian", **apart), softkv.PTuningV2(length=40))
+    assert all(torch.isfinite(each).all() for each in model.soft.parameters())
+    with pytest.raises(ValueError, match=r"expected init_std=0\.1"):
+        softkv.attach(whisper(), softkv.PTuningV2(length=2, init="random"))
+
+
 @pytest.mark.parametrize("kind", REFUSED)
 def test_refused(kind: str) -> None:
     method, message = REFUSED[kind]
@@ -234,6 +252,113 @@ def test_inputs_that_do_not_fit() -> None:
 
     with pytest.raises(ValueError, match="is of encoder-decoders, LlamaForCausalLM has one stack"):
         softkv.attach(causal("Llama"), softkv.PTuningV2(length=2, where="decoder"))
+
+
+def _berts() -> Any:
+    sizes = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"intermediate_size": 48, "max_position_embeddings": 40, "pad_token_id": 0}
+    torch.manual_seed(3)
+    config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(
+        transformers.BertConfig(**sizes), transformers.BertConfig(**sizes)
+    )
+    config.update({"decoder_start_token_id": 2, "pad_token_id": 0, "eos_token_id": 1})
+    return transformers.EncoderDecoderModel(config=config).eval()
+
+
+def _led() -> Any:
+    sizes = {"vocab_size": 61, "d_model": 32, "encoder_layers": 2, "decoder_layers": 1, "attention_window": 4}
+    sizes |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+    sizes |= {"max_encoder_position_embeddings": 64, "max_decoder_position_embeddings": 32, "pad_token_id": 0}
+    torch.manual_seed(3)
+    return transformers.LEDForConditionalGeneration(transformers.LEDConfig(**sizes)).eval()
+
+
+BESIDE = {  # numbers of each token beside its id
+    "token_type_ids": (_berts, [[0, 0, 0, 1, 1, 1], [0, 1, 1], [1, 0, 0, 1, 1]]),
+    "position_ids": (_berts, [[3, 4, 5, 6, 7, 8], [9, 2, 1], [0, 1, 2, 3, 9]]),
+    "global_attention_mask": (_led, [[1, 0, 0, 0, 1, 0], [0, 1, 0], [0, 0, 0, 1, 0]]),
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+@pytest.mark.parametrize("kind", ["v2 in the decoder", "prompt-tuning before", "prompt-tuning after", "p-tuning"])
+@torch.no_grad()
+def test_numbers_of_each_token_move_with_it(name: str, kind: str) -> None:
+    build, numbers = BESIDE[name]
+    if build is _led and kind == "v2 in the decoder":
+        return  # it takes no prefix
+    method, base = METHODS[kind], build()
+    rows = rows_of(method)
+    if isinstance(method, softkv.PTuning):  # the rows of `rows_of` hold soft tokens 1 and 2 at columns 0 and 3
+        numbers = [[row[0], *row[:2], row[2], *row[2:]] for row in numbers]
+    model = softkv.attach(base, method)
+    bare, soft = build(), model.soft.soft_tokens()
+    written = torch.tensor([[2, 8, 9]])
+    for side in ("right", "left"):
+        ids, mask = padded(rows, side)
+        of_tokens, _ = padded(numbers, side)
+        batch = {"attention_mask": mask, name: of_tokens, "decoder_input_ids": written.expand(len(rows), -1)}
+        got = model(ids, **batch).logits
+        tokens = model.generate(ids, attention_mask=mask, **{name: of_tokens}, max_new_tokens=3)
+        for at, (row, each) in enumerate(zip(rows, numbers, strict=True)):
+            alone = {name: torch.tensor([each])}
+            close(got[at], model(torch.tensor([row]), **alone, decoder_input_ids=written).logits[0], 5e-5)
+            want = model.generate(torch.tensor([row]), **alone, max_new_tokens=3)[0]
+            assert torch.equal(tokens[at, : len(want)], want)
+            if soft is None or name == "position_ids":
+                continue
+            embeds, joined = embedded(bare, row, soft), each
+            if kind == "prompt-tuning before":
+                embeds, joined = torch.cat([soft, embeds]), [0] * len(soft) + each
+            elif kind == "prompt-tuning after":
+                embeds, joined = torch.cat([embeds, soft]), each + [0] * len(soft)
+            given = {name: torch.tensor([joined]), "attention_mask": torch.ones(1, len(joined), dtype=torch.long)}
+            naive = bare(inputs_embeds=embeds[None], **given, decoder_input_ids=written).logits[0]
+            close(got[at], naive, 5e-5)
+
+
+def test_unknown_numbers_of_each_token_are_refused() -> None:
+    model = attached("T5", METHODS["prompt-tuning before"])
+    tokens = model._soft_rows(None, len(IDS), None).tokens(len(IDS), heads=True)
+    given = {"input_ids": IDS, "attention_mask": MASK, "bbox": torch.zeros(*IDS.shape, 4)}
+    with pytest.raises(ValueError, match="bbox has a number for each token"):
+        encoder_rows(given, tokens, model._hooks.embed)
+
+
+@torch.no_grad()
+def test_recordings_longer_than_a_window() -> None:
+    """Whisper goes on with the recordings that are not at their end: softkv can't tell which adapters are theirs."""
+    model = softkv.attach(whisper(), softkv.PTuningV2(length=2, init_std=1.0))
+    model.add_adapter("other", softkv.PTuningV2(length=2, init_std=1.0))
+    model.generation_config.no_timestamps_token_id = 40
+    model.generation_config.max_initial_timestamp_index = None
+    frames = 2 * model.config.max_source_positions
+    features, mask = torch.randn(2, 5, 3 * frames), torch.ones(2, 3 * frames, dtype=torch.long)
+    mask[0, frames:] = 0
+    options = {"attention_mask": mask, "return_timestamps": True, "max_new_tokens": 4}
+    for names in (None, ["other", "other"]):
+        assert len(model.generate(features, **options, adapter_names=names)) == 2
+    with pytest.raises(ValueError, match="expected one adapter for all rows"):
+        model.generate(features, **options, adapter_names=["default", "other"])
+
+
+@torch.no_grad()
+def test_attention_that_goes_out_at_short_rows() -> None:
+    """BigBird's sparse attention turns itself off at the first short row, but not at those that attaching reads."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 61, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "block_size": 2}
+    sizes |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}
+    sizes |= {"num_random_blocks": 1, "max_position_embeddings": 64}
+    config = transformers.BigBirdPegasusConfig(**sizes)
+    base = transformers.BigBirdPegasusForConditionalGeneration(config).eval()
+    ids, written = torch.randint(3, 61, (1, 40)), torch.tensor([[2, 8]])
+    want = copy.deepcopy(base)(ids, decoder_input_ids=written).logits
+    before = state_of(base)
+    model = softkv.attach(base, softkv.PromptTuning(length=2))
+    with model.disabled():
+        assert torch.equal(model(ids, decoder_input_ids=written).logits, want)
+    assert_same_state(state_of(model.detach()), before)
+    assert base.get_encoder().attention_type == "block_sparse"
 
 
 def test_a_text_in_front_is_refused() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from softkv.hf.context import SoftContext
@@ -36,6 +37,7 @@ class EncoderDecoderCall:
         contexts: the prefixes at each site.
         tokens: the soft tokens in the encoder's rows, or None.
         rows: how many rows each stack reads whose tokens stand behind slots; known once it is entered.
+        read: how many rows the encoder has read at first, once it has.
         ids: `[B, S]`, the ids that the encoder reads in place of those that reach it, or None.
         prompts: of a `generate`.
         model: the SoftModel, in a `generate`.
@@ -46,6 +48,7 @@ class EncoderDecoderCall:
     contexts: Contexts = field(default_factory=dict)
     tokens: RowTokens | None = None
     rows: dict[Site, int] = field(default_factory=dict)
+    read: list[int] = field(default_factory=list)
     ids: Tensor | None = None
     prompts: Unchanged | None = None
     model: Any = None
@@ -53,6 +56,19 @@ class EncoderDecoderCall:
 
     def context(self, site: Site) -> SoftContext:
         return self.contexts.get(site, SoftContext())
+
+    def check_whole(self, rows: int) -> None:
+        """Refuses to read some rows of a batch again, where it matters which: Whisper goes on with recordings that are
+        not at their end, or whose answer it rejects."""
+        if self.soft is None or len(self.soft.names) == 1 or torch.compiler.is_compiling():
+            return
+        self.read[:] = self.read or [rows]
+        if rows != self.read[0]:
+            raise ValueError(
+                f"{type(self.hooks.base).__name__} goes on with some rows of a batch, of which it does not tell which: "
+                "expected one adapter for all rows, got several adapter_names (give the rows of each in a batch of "
+                "their own, or recordings of one window at one temperature)"
+            )
 
 
 def contexts_of(soft: SoftRows, counts: Sequence[tuple[Site, int]], like: Tensor) -> dict[Site, SoftContext]:

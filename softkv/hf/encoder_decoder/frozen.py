@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -62,11 +62,12 @@ class FrozenEncoderDecoder(FrozenBase):
 
     @torch.no_grad()
     def prefix_of(self, ids: Tensor, *, standing_in: bool = True) -> Prefix:
-        """The K/V of tokens that the encoder reads and the decoder writes: a start, not those tokens in context."""
+        """The K/V of tokens that the encoder reads and the decoder writes: a start, not those tokens in context. In a
+        decoder with a smaller vocabulary of its own, other tokens stand for them."""
         if not self.hooks.reads_tokens:
             raise ValueError(
-                f'the encoder of {type(self.model).__name__} reads no tokens: expected init="random", got a start from '
-                "tokens"
+                f"the encoder of {type(self.model).__name__} reads no tokens, from whose keys and values a prefix "
+                "would start: expected init_std=0.1 (a random start)"
             )
         self.hooks.check_positions("encoder", len(ids) - 1)
         self.hooks.check_positions("decoder", len(ids) - 1)
@@ -77,7 +78,8 @@ class FrozenEncoderDecoder(FrozenBase):
         call = EncoderDecoderCall(self.hooks, contexts={"encoder": context, "decoder": context, "cross": context})
         states = self.hooks.run(call, encoder, input_ids=given)[0]
         at_encoder = len(captured)
-        self.hooks.run(call, decoder, input_ids=given, encoder_hidden_states=states, use_cache=False)
+        written = given % len(cast(Any, decoder).get_input_embeddings().weight)
+        self.hooks.run(call, decoder, input_ids=written, encoder_hidden_states=states, use_cache=False)
         found = {
             "encoder": captured[:at_encoder],
             "decoder": [each for each in captured[at_encoder:] if each.causal],

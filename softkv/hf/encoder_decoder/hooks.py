@@ -19,6 +19,7 @@ from softkv.hf.encoder_decoder.positions import SlotBiases, shifted, size_of, ta
 from softkv.hf.encoder_decoder.rows import encoded_mask, encoder_rows
 from softkv.hf.generation.cache_state import CacheState, past_length
 from softkv.hf.own_attention import OwnAttention
+from softkv.hf.positions import learned_positions
 from softkv.methods.where import SITES, Site
 
 
@@ -101,12 +102,11 @@ class EncoderDecoderHooks:
         if call is None:
             return None
         kwargs = _named(encoder, args, kwargs)
+        read = kwargs.get(self.base.main_input_name)
+        call.check_whole(len(_tokens(kwargs) if read is None else read))
         if self.reads_tokens and call.soft is not None:
-            ids = kwargs.get("input_ids") if call.ids is None else call.ids
-            ids, embeds, mask = encoder_rows(
-                ids, kwargs.get("inputs_embeds"), kwargs.get("attention_mask"), call.tokens, self.embed
-            )
-            kwargs |= {"input_ids": ids, "inputs_embeds": embeds, "attention_mask": mask}
+            kwargs |= {} if call.ids is None else {"input_ids": call.ids}
+            kwargs = encoder_rows(kwargs, call.tokens, self.embed)
         self._place(call, "encoder", kwargs)
         return (), kwargs
 
@@ -177,13 +177,18 @@ class EncoderDecoderHooks:
             if count is None:
                 count = torch.arange(before, before + tokens.shape[1], device=tokens.device)[None]
             kwargs["position_ids"] = count + (slots if isinstance(slots, int) else slots[:, None])
-        if size_of(table) is not None and not torch.compiler.is_compiling():
+        if self._size(stack) is not None and not torch.compiler.is_compiling():
             slots = slots if isinstance(slots, int) else int(slots.max())
             self.check_positions(stack, before + tokens.shape[1] - 1 + slots)
 
+    def _size(self, stack: Site) -> int | None:
+        """How many positions a stack has; None where it computes them."""
+        table, module = self._tables[stack], (self.encoder, self.decoder)[stack == "decoder"]
+        return size_of(learned_positions(module) if table is None and takes_ids(module) else table)
+
     def check_positions(self, stack: Site, last: int) -> None:
         """Raise where the table of a stack ends before a position."""
-        size = size_of(self._tables[stack])
+        size = self._size(stack)
         if size is not None and last >= size:
             raise ValueError(
                 f"prefix and tokens of the {stack} need positions up to {last}, but the model's position table "

@@ -83,6 +83,15 @@ class PromptedEncoderDecoder(PromptedModel):
 
     # Adapters --------------------------------------------------------------------------------------------------------
 
+    def _check_reached(self, adapter: Any) -> None:
+        method = getattr(adapter, "method", adapter)
+        if getattr(method, "in_rows", False) and not self._hooks.reads_tokens:
+            raise ValueError(
+                f"the encoder of {type(self.base).__name__} reads no tokens that soft ones could join: expected "
+                f"PrefixTuning or PTuningV2, got {type(method).__name__}"
+            )
+        super()._check_reached(adapter)
+
     def _placed(self, adapter: Any, frozen: FrozenBase) -> tuple[Any, FrozenBase]:
         method, name = getattr(adapter, "method", adapter), type(self.base).__name__
         if isinstance(adapter, Prefix):
@@ -90,11 +99,6 @@ class PromptedEncoderDecoder(PromptedModel):
         if not isinstance(method, Method):
             return adapter, frozen
         if method.in_rows:
-            if not self._hooks.reads_tokens:
-                raise ValueError(
-                    f"the encoder of {name} reads no tokens that soft ones could join: expected PrefixTuning or "
-                    f"PTuningV2, got {type(method).__name__}"
-                )
             return adapter, frozen
         if getattr(method, "encoder", None) is not None:
             raise ValueError(f"{name} is an encoder-decoder, where prompts have no encoder of softkv's: leave it out")

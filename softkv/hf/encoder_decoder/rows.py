@@ -3,48 +3,76 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from softkv.hf.layout import Insertion, RowLayout, in_order, padded_in_front, right_order
 from softkv.hf.prefixes import RowTokens
+from softkv.hf.task_rows import TOKEN_TYPES
 
-Rows = tuple[Tensor | None, Tensor | None, Tensor | None]
+_ROWS = ("input_ids", "inputs_embeds", "attention_mask")
+
+_SOFT_IS_0 = (*TOKEN_TYPES, "global_attention_mask")  # what is 0 of a soft token: its kind, whether all tokens see it
 
 
 def encoder_rows(
-    ids: Tensor | None,
-    embeds: Tensor | None,
-    mask: Tensor | None,
-    tokens: RowTokens | None,
-    embed: Callable[[Tensor, Tensor], Tensor],
-) -> Rows:
-    """Ids, embeddings and mask that the encoder reads, one of the first two None.
+    given: dict[str, Any], tokens: RowTokens | None, embed: Callable[[Tensor, Tensor], Tensor]
+) -> dict[str, Any]:
+    """What the encoder is given, with the soft tokens in its rows and all padding behind.
 
     Args:
-        ids, embeds: `[B, S]` (negative: soft tokens) or `[B, S, C]`.
-        mask: `[B, S]`, padding anywhere, or None.
+        given: by name: `input_ids` `[B, S]` (negative: soft tokens) or `inputs_embeds` `[B, S, C]`; `attention_mask`
+            `[B, S]`, padding anywhere, or None; and whatever else it takes, which moves with the tokens where it has
+            a number for each, `[B or 1, S, ...]`.
         tokens: the soft tokens that the rows hold, or None.
         embed: embeddings `[B, S, C]` of ids and the table of soft tokens.
+
+    Raises:
+        ValueError: for numbers that soft tokens have none of.
     """
+    ids, embeds, mask = (given.get(name) for name in _ROWS)
+    read = ids if embeds is None else embeds
+    assert read is not None
+    B, S = read.shape[:2]
+    beside = {name: x.expand(B, *x.shape[1:]) for name, x in given.items() if _of_tokens(name, x, (B, S))}
     if tokens is not None:
         if ids is not None:
             embeds, ids = embed(tokens.in_table(ids), tokens.table), None
         assert embeds is not None
         if tokens.longest:
-            B, S, _ = embeds.shape
             layout = RowLayout.of((B, S), mask, None, embeds.device)
             insertion = Insertion.into(layout, tokens.place(layout.first, layout.last), tokens.first, tokens.block)
             if mask is None and tokens.ragged:  # shorter blocks leave padding
                 mask = torch.ones(B, S, dtype=torch.long, device=embeds.device)
             embeds = insertion.embeddings(embeds, tokens.table)
             mask = mask if mask is None else insertion.attention_mask(mask)
+            beside = {name: _joined(name, x, insertion) for name, x in beside.items()}
     if mask is not None and padded_in_front(mask):
         order = right_order(mask)
         ids, embeds = (x if x is None else in_order(x, order) for x in (ids, embeds))
-        mask = in_order(mask, order)
-    return ids, embeds, mask
+        mask, beside = in_order(mask, order), {name: in_order(x, order) for name, x in beside.items()}
+    return given | beside | dict(zip(_ROWS, (ids, embeds, mask), strict=True))
+
+
+def _of_tokens(name: str, x: Any, shape: tuple[int, int]) -> bool:
+    """Whether a tensor has a number for each token: its kind, its position, its place on a page."""
+    if name in _ROWS or not isinstance(x, Tensor) or x.dim() not in (2, 3):
+        return False
+    return (name == "bbox" or not x.is_floating_point()) and x.shape[0] in (1, shape[0]) and x.shape[1] == shape[1]
+
+
+def _joined(name: str, x: Tensor, insertion: Insertion) -> Tensor:
+    """Numbers `[B, T']` of tokens `[B, S]` and the soft tokens among them."""
+    if name == "position_ids":
+        return insertion.positions(x)
+    if name not in _SOFT_IS_0:
+        raise ValueError(
+            f"{name} has a number for each token, which soft tokens between them do not have: expected PTuning, whose "
+            "rows hold all soft tokens as ids, or a prefix"
+        )
+    return x.new_zeros(len(x), insertion.source.shape[1]).scatter(1, insertion.token_at, x)
 
 
 def encoded_mask(mask: Tensor | None, tokens: RowTokens | None, shape: tuple[int, int]) -> Tensor | None:
