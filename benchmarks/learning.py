@@ -1,8 +1,9 @@
 """`python -m benchmarks.learning`: how well each method learns, beside PEFT's, LoRA and what needs no training.
 
 Every contestant sees the same rows in the same order for the same number of steps, on SmolLM2-135M-Instruct. softkv's
-run at their own learning rates, as `softkv train` does where none is given. A cell (data set, contestant, seed) is a
-process of its own, and its record is written when it is done: a run goes on where an earlier one stopped.
+run at their own learning rates, as `softkv train` does where none is given; the others at the best of those that
+`benchmarks.learning_search` tried. A cell (data set, contestant, seed) is a process of its own, and its record is
+written when it is done: a run goes on where an earlier one stopped.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import os
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
@@ -27,6 +28,8 @@ from .peft_peer import in_peft, without_soft_tokens
 from .results import FOLDER, merge, read_json
 
 ROWS, TEST_ROWS, SHOTS, FEATURE_ROWS = 8, 160, 8, 320
+DEV_ROWS = 128  # out of the training rows: what rates are chosen on; the first of them measure a run as it goes on
+LOOKED_AT, LOOKS = 48, (5, 10, 20, 40)  # rows, and after how many steps
 LONGEST = 24  # tokens of a row
 WARM_UP = 0.1
 LENGTH, TOKENS = 32, 20  # slots of a prefix, soft tokens of a prompt
@@ -39,21 +42,23 @@ class Contestant:
     """What learns.
 
     Attributes:
-        kind: "softkv", "peft", "few-shot" or "features".
+        kind: "softkv", "peft", "full" (fine-tuning of all weights), "few-shot" or "features".
         method: of softkv, or PEFT's name of it.
         options: of the method.
-        rate: of PEFT's (their documentation's examples); softkv's have their own.
+        rate: what `softkv.Trainer` takes for softkv's, or a number for each parameter; of others a number.
+        variant: of a method: run at one seed only.
         trains: whether there are steps.
     """
 
     kind: str
     method: str = ""
     options: dict[str, Any] = field(default_factory=dict)
-    rate: float = 0.0
+    rate: float | str | dict[str, float] = "auto"
+    variant: bool = False
 
     @property
     def trains(self) -> bool:
-        return self.kind in ("softkv", "peft")
+        return self.kind in ("softkv", "peft", "full")
 
 
 # The most telling ones first.
@@ -66,16 +71,23 @@ CONTESTANTS = {
     "PEFT prompt tuning": Contestant("peft", "PROMPT_TUNING", {"length": TOKENS}, 3e-2),
     "PEFT p-tuning": Contestant("peft", "P_TUNING", {"length": TOKENS}, 1e-3),
     "LoRA, r = 8": Contestant("peft", "LORA", {}, 1e-3),
+    "full fine-tuning": Contestant("full", rate=3e-5),
     "few-shot in context": Contestant("few-shot"),
     "frozen features": Contestant("features"),
-    "P-tuning v2, from a text": Contestant("softkv", "PTuningV2", {"init": "text"}),
-    "P-tuning v2, random": Contestant("softkv", "PTuningV2", {"length": LENGTH, "init": "random"}),
-    "P-tuning v2, reparametrised": Contestant("softkv", "PTuningV2", {"length": LENGTH, "reparametrize": True}),
-    "P-tuning v2, LSTM encoder": Contestant("softkv", "PTuningV2", {"length": LENGTH, "encoder": "lstm"}),
-    "P-tuning v2, attention encoder": Contestant("softkv", "PTuningV2", {"length": LENGTH, "encoder": "attention"}),
-    "Prefix-tuning, random": Contestant("softkv", "PrefixTuning", {"length": LENGTH, "init": "random"}),
-    "Prompt-tuning, before": Contestant("softkv", "PromptTuning", {"length": TOKENS, "position": "before"}),
-    "Prompt-tuning, from a text": Contestant("softkv", "PromptTuning", {"init": "text"}),
+    "P-tuning v2, from a text": Contestant("softkv", "PTuningV2", {"init": "text"}, variant=True),
+    "P-tuning v2, random": Contestant("softkv", "PTuningV2", {"length": LENGTH, "init": "random"}, variant=True),
+    "P-tuning v2, reparametrised": Contestant(
+        "softkv", "PTuningV2", {"length": LENGTH, "reparametrize": True}, variant=True
+    ),
+    "P-tuning v2, LSTM encoder": Contestant("softkv", "PTuningV2", {"length": LENGTH, "encoder": "lstm"}, variant=True),
+    "P-tuning v2, attention encoder": Contestant(
+        "softkv", "PTuningV2", {"length": LENGTH, "encoder": "attention"}, variant=True
+    ),
+    "Prefix-tuning, random": Contestant("softkv", "PrefixTuning", {"length": LENGTH, "init": "random"}, variant=True),
+    "Prompt-tuning, before": Contestant(
+        "softkv", "PromptTuning", {"length": TOKENS, "position": "before"}, variant=True
+    ),
+    "Prompt-tuning, from a text": Contestant("softkv", "PromptTuning", {"init": "text"}, variant=True),
 }
 QUICK = ("P-tuning v2", "Prefix-tuning", "Prompt-tuning", "P-tuning", "PEFT prefix tuning", "PEFT prompt tuning")
 
@@ -83,7 +95,7 @@ QUICK = ("P-tuning v2", "Prefix-tuning", "Prompt-tuning", "P-tuning", "PEFT pref
 @app.command()
 def main(
     steps: int = typer.Option(40, help="Of each cell."),
-    seeds: int = typer.Option(3, help="Of each contestant and data set."),
+    seeds: int = typer.Option(3, help="Of each contestant and data set; variants have one."),
     case: list[str] = typer.Option([], help="Cells to run, DATA/CONTESTANT/SEED; * stands for anything."),
     quick: bool = typer.Option(False, "--quick", help="Two data sets, the defaults and PEFT's, one seed: ten minutes."),
     output: Path = typer.Option(RESULTS, help="The file of results; cells in it are not run again."),
@@ -96,7 +108,7 @@ def main(
     began, known = time.time(), list(cells(seeds, quick))
     done = read_json(output)["results"] if output.exists() else {}
     wanted = [name for name in known if name not in done and (not case or any(fnmatch(name, one) for one in case))]
-    _LOADED[:] = load()
+    LOADED[:] = load()
     fork = multiprocessing.get_context("fork")  # cells find what is loaded
     for name in wanted:
         if minutes and time.time() - began > 60 * minutes:
@@ -108,11 +120,13 @@ def main(
 
 
 def cells(seeds: int, quick: bool) -> Iterator[str]:
-    """Names of the cells, in the order in which they are worth running."""
-    for seed in range(1 if quick else seeds):
-        for contestant in QUICK if quick else CONTESTANTS:
+    """Names of the cells, in the order in which they are worth running: variants last, at one seed."""
+    first = QUICK if quick else [title for title, one in CONTESTANTS.items() if not one.variant]
+    variants = [] if quick else [title for title, one in CONTESTANTS.items() if one.variant]
+    for seed, titles in [*((seed, first) for seed in range(1 if quick else seeds)), (0, variants)]:
+        for title in titles:
             for data in ("glosses", "sources") if quick else SETS:
-                yield f"{data}/{contestant}/{seed}"
+                yield f"{data}/{title}/{seed}"
 
 
 def load() -> tuple[Any, Any]:
@@ -129,14 +143,14 @@ def _flag(name: str) -> bool:
     return info.exists() and name in info.read_text(encoding="utf-8", errors="replace")
 
 
-_LOADED: list[Any] = []  # the base and its tokenizer
+LOADED: list[Any] = []  # the base and its tokenizer
 
 
 def run(name: str, steps: int) -> dict[str, Any]:
     """The record of one cell."""
     import torch
 
-    base, tokenizer = _LOADED
+    base, tokenizer = LOADED
     data_name, title, seed = name.split("/")
     data, contestant = SETS[data_name], CONTESTANTS[title]
     torch.manual_seed(int(seed))
@@ -157,25 +171,27 @@ class Learner:
     def __init__(self, contestant: Contestant, data: DataSet, base: Any, tokenizer: Any, seed: int) -> None:
         self.contestant, self.data, self.tokenizer = contestant, data, tokenizer
         self.order = random.Random(seed)
-        train, test = data.read("train"), data.read("test")
+        train, test = (short_rows(data, split, tokenizer) for split in ("train", "test"))
         options = dict(contestant.options)
         if contestant.kind == "few-shot":
-            shots = random.Random(seed).sample(train, SHOTS)
+            shots = random.Random(seed).sample(train[:-DEV_ROWS], SHOTS)
             text = "\n\n".join(data.template.replace("[text]", s["text"]).replace("[Y]", s["label"]) for s in shots)
             options = {"init": "text", "init_text": text + "\n\n"}
         elif options.get("init") == "text":
             options["init_text"] = data.instruction
         self.encode: Callable[..., dict[str, list[int]]]
-        if contestant.kind == "peft":
+        self.groups: list[dict[str, Any]]
+        if contestant.kind in ("peft", "full"):
             self._in_peft(base, options)
         else:
             self._in_softkv(base, options)
-        self.train, self.test = self._encoded(train), self._encoded(test)[:TEST_ROWS]
+        self.train = train[:-DEV_ROWS]
+        self.dev, self.test = self._encoded(train[-DEV_ROWS:]), self._encoded(test[:TEST_ROWS])
 
     def _in_softkv(self, base: Any, options: dict[str, Any]) -> None:
         import softkv
         from softkv.methods.p_tuning import SOFT_TOKENS
-        from softkv.train.rates import own_rates
+        from softkv.train.rates import factor_of, own_rates
 
         template = self.data.template
         if self.contestant.method == "PTuning":
@@ -183,20 +199,26 @@ class Learner:
         method = getattr(softkv, self.contestant.method or "PTuningV2")(template=template, **options)
         self.model: Any = softkv.attach(base, method, tokenizer=self.tokenizer)
         self.encode = lambda **fields: self.model.method.encode(self.tokenizer, **fields)
-        rates = own_rates(self.model)
-        self.groups: list[dict[str, Any]] = [
-            {"params": [p], "lr": rates[id(p)]} for p in self.model.parameters() if p.requires_grad
-        ]
+        rates, rate = own_rates(self.model), self.contestant.rate
+        if isinstance(rate, dict):
+            rates = {id(p): rate[name] for name, p in self.model.soft.named_parameters()}
+        else:
+            factor = factor_of(rate)
+            rates = {each: own * factor if factor else float(rate) for each, own in rates.items()}
+        self.groups = [{"params": [p], "lr": rates[id(p)]} for p in self.model.parameters() if p.requires_grad]
 
     def _in_peft(self, base: Any, options: dict[str, Any]) -> None:
         import peft
+        import torch
 
         import softkv
 
         name = self.contestant.method
-        for parameter in base.parameters():
-            parameter.requires_grad_(False)
-        if name == "LORA":
+        self.half = base.dtype == torch.bfloat16
+        base.requires_grad_(self.contestant.kind == "full")
+        if self.contestant.kind == "full":
+            self.model = base.train()
+        elif name == "LORA":
             self.model = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16)).train()
         else:
             self.model = in_peft(base, name, options["length"], encoder_size=256)
@@ -208,8 +230,7 @@ class Learner:
         self.groups = [{"params": learned, "lr": self.contestant.rate}]
 
     def _encoded(self, rows: list[dict[str, str]]) -> list[dict[str, list[int]]]:
-        short = [row for row in rows if is_short(self.data, row, self.tokenizer)]
-        return [self.encode(text=row["text"], answer=f" {row['label']}") for row in short]
+        return [self.encode(text=row["text"], answer=f" {row['label']}") for row in rows]
 
     def logits(self, rows: list[dict[str, list[int]]]) -> tuple[Any, Any]:
         """fp32 logits `[n, V]` where an answer's tokens are predicted, and these tokens `[n]`."""
@@ -218,51 +239,63 @@ class Learner:
         from softkv.train.batches import PackingCollator, PaddingCollator
         from softkv.train.label_logits import label_logits, next_labels
 
-        if self.contestant.kind != "peft":
+        if self.contestant.kind not in ("peft", "full"):
             output, targets = label_logits(self.model, PackingCollator()(rows))
             return output.logits.float(), targets
         batch = PaddingCollator()(rows)
         targets = next_labels(batch.pop("labels"))
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.model.dtype == torch.bfloat16):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.half):
             logits = self.model(**batch).logits[:, -targets.shape[1] :]
         return logits[targets >= 0].float(), targets[targets >= 0]
 
     def record(self, steps: int) -> dict[str, Any]:
         """Trains and tests."""
-        losses = self.learn(steps) if self.contestant.trains else []
-        hits, loss = self.measure()
+        self.learn(steps)
+        hits, loss = self.measure(self.test)
         learned = sum(p.numel() for group in self.groups for p in group["params"]) if self.contestant.trains else 0
         used = sorted({group["lr"] for group in self.groups}) if self.contestant.trains else []
         return {
-            "steps": len(losses), "rows_a_step": ROWS, "correct": sum(hits), "rows": len(hits), "hits": hits,
-            "loss": loss, "losses": [round(one, 4) for one in losses], "trainable": learned, "rates": used,
+            "steps": len(self.losses), "rows_a_step": ROWS, "rates": used, "trainable": learned,
+            "losses": [round(one, 4) for one in self.losses], "looks": self.looks, "looked_at": LOOKED_AT,
+            **scored(hits, loss),
         }  # fmt: skip
 
-    def learn(self, steps: int) -> list[float]:
-        """The loss of each step: AdamW, a warm-up of a tenth and a linear decay, gradients clipped to 1."""
+    def learn(self, steps: int, looks: Collection[int] = LOOKS) -> None:
+        """AdamW, a warm-up of a tenth and a linear decay, gradients clipped to 1. Keeps the loss of each step, and
+        what looks at held-out rows found: steps, CPU seconds of training so far, right answers and loss."""
         import torch
         import torch.nn.functional as F
 
-        self.model.train()
+        self.losses: list[float] = []
+        self.looks: list[tuple[int, float, int, float]] = []
+        if not self.contestant.trains:
+            return
         optimizer = torch.optim.AdamW([dict(group) for group in self.groups], weight_decay=0.0)
         warm = max(1, int(WARM_UP * steps))
         schedule = torch.optim.lr_scheduler.LambdaLR(
             optimizer, lambda step: min((step + 1) / warm, (steps - step) / max(1, steps - warm))
         )
         learned = [p for group in self.groups for p in group["params"]]
-        losses = []
-        for _ in range(steps):
-            loss = F.cross_entropy(*self.logits([dict(row) for row in self.order.sample(self.train, ROWS)]))
+        seconds = 0.0
+        for step in range(steps + 1):
+            if step in looks:
+                hits, held_out = self.measure(self.dev[:LOOKED_AT])
+                self.looks.append((step, round(seconds, 3), sum(hits), round(held_out, 4)))
+            if step == steps:
+                return
+            began = time.process_time()
+            self.model.train()
+            loss = F.cross_entropy(*self.logits(self._encoded(self.order.sample(self.train, ROWS))))
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(learned, 1.0)
             optimizer.step()
             schedule.step()
-            losses.append(loss.item())
-        return losses
+            self.losses.append(loss.item())
+            seconds += time.process_time() - began
 
-    def measure(self) -> tuple[list[bool], float]:
-        """Which test rows are right (the likeliest class, or the whole answer word for word), and the mean loss of an
+    def measure(self, data: list[dict[str, list[int]]]) -> tuple[list[bool], float]:
+        """Which rows are right (the likeliest class, or the whole answer word for word), and the mean loss of an
         answer's token."""
         import torch
         import torch.nn.functional as F
@@ -271,8 +304,8 @@ class Learner:
         first = [self.tokenizer(f" {name}", add_special_tokens=False)["input_ids"][0] for name in self.data.classes]
         hits: list[bool] = []
         total, count = 0.0, 0
-        for start in range(0, len(self.test), 32):
-            rows = self.test[start : start + 32]
+        for start in range(0, len(data), 32):
+            rows = data[start : start + 32]
             with torch.no_grad():
                 logits, targets = self.logits([dict(row) for row in rows])
             total += F.cross_entropy(logits, targets, reduction="sum").item()
@@ -285,10 +318,17 @@ class Learner:
         return hits, total / count
 
 
-def is_short(data: DataSet, row: dict[str, str], tokenizer: Any) -> bool:
-    """Whether a row is taken: the same ones for all contestants."""
-    text = data.template.replace("[text]", row["text"]).replace("[Y]", row["label"])
-    return len(tokenizer(text, add_special_tokens=False)["input_ids"]) <= LONGEST
+def scored(hits: list[bool], loss: float) -> dict[str, Any]:
+    """Of a record; hits are a character a row, 1 for right."""
+    return {"correct": sum(hits), "rows": len(hits), "hits": "".join(str(int(hit)) for hit in hits), "loss": loss}
+
+
+def short_rows(data: DataSet, split: str, tokenizer: Any) -> list[dict[str, str]]:
+    """The rows that are taken: the same ones for all contestants."""
+    rows = data.read(split)
+    texts = [data.template.replace("[text]", row["text"]).replace("[Y]", row["label"]) for row in rows]
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return [row for row, one in zip(rows, ids, strict=True) if len(one) <= LONGEST]
 
 
 def features(data: DataSet, base: Any, tokenizer: Any, seed: int) -> dict[str, Any]:
@@ -311,8 +351,8 @@ def features(data: DataSet, base: Any, tokenizer: Any, seed: int) -> dict[str, A
             labels.append(row["label"])
         return vectors, labels
 
-    train, test = ([row for row in data.read(s) if is_short(data, row, tokenizer)] for s in ("train", "test"))
-    vectors, labels = read(random.Random(seed).sample(train, FEATURE_ROWS))
+    train, test = (short_rows(data, split, tokenizer) for split in ("train", "test"))
+    vectors, labels = read(random.Random(seed).sample(train[:-DEV_ROWS], FEATURE_ROWS))
     fitted = make_pipeline(StandardScaler(), LogisticRegression(max_iter=500, C=0.01)).fit(vectors, labels)
     vectors, labels = read(test[:TEST_ROWS])
     hits = [bool(hit) for hit in fitted.predict(vectors) == labels]
@@ -321,8 +361,8 @@ def features(data: DataSet, base: Any, tokenizer: Any, seed: int) -> dict[str, A
     known = [chances[row, classes.index(label)] for row, label in enumerate(labels) if label in classes]
     loss = -sum(torch.tensor(known).clamp(min=1e-9).log().tolist()) / len(known)
     return {
-        "steps": 0, "rows_a_step": FEATURE_ROWS, "correct": sum(hits), "rows": len(hits), "hits": hits, "loss": loss,
-        "losses": [], "trainable": len(classes) * (len(vectors[0]) + 1), "rates": [],
+        "steps": 0, "rows_a_step": FEATURE_ROWS, "rates": [], "trainable": len(classes) * (len(vectors[0]) + 1),
+        "losses": [], "looks": [], **scored(hits, loss),
     }  # fmt: skip
 
 

@@ -8,73 +8,110 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from .learning import CONTESTANTS
+from . import learning_peers
+from .learning import CONTESTANTS, LENGTH, TOKENS
 from .learning_sets import SETS
 from .results import FOLDER, read_json
 
 PLOT = "learning.png"
-WINDOW = 5  # steps of a point of a curve
+WINDOW = 5  # steps of a point of a training curve
 Records = dict[str, Any]
 
 TABLE = """\
-`python -m benchmarks.learning`: SmolLM2-135M-Instruct ({dtype}), {steps} steps of {rows} rows, the same for all;
-part of right answers among {test} test rows (with more than one seed, their mean; 95 % interval of Wilson over all),
-and the mean loss of an answer's token in nats. softkv's methods run at their own learning rates, PEFT's at those of its
-documentation. Cells that have not run are empty. {device}.
+`python -m benchmarks.learning`: SmolLM2-135M-Instruct ({dtype}), {steps} steps of {rows} rows, the same for all,
+{seeds}; part of right answers among {test} test rows (the mean of the seeds; 95 % interval of Wilson for that many
+rows), and the mean loss of an answer's token in nats. "Mean" is that of the data sets. {device}.
 
-| | trainable | {sets} |
-|---|---:|{lines}
+| | trained values | CPU s a step | {sets} | mean |
+|---|---:|---:|{lines}---:|
 {body}
 """
 
 RATES = """\
-One run each on `{data}`: {steps} steps of {rows_a_step} rows of at most {longest_row} tokens, seed {seed}, {dtype},
-{length} slots or {soft_tokens} soft tokens; loss of an answer's token and part of right answers among {test_rows} test
-rows. {cpu}, torch {torch}, {date}.
+`python -m benchmarks.learning_search`: loss of an answer's token and part of right answers among {rows} rows held out
+of the training rows; {steps} steps of 8 rows, one seed, {length} slots or {tokens} soft tokens. {device}.
 
-| | start | learning rate | loss | right |
-|---|---|---|---:|---:|
+| | learning rate | {sets} |
+|---|---|{lines}
 {body}
 """
 
 
 def rates_table() -> str:
-    """What starts and learning rates gave, from records of the runs by which the defaults were chosen."""
-    content = read_json(FOLDER / "learning_rates.json")
-    rows = [
-        f"| {one['method']} | {one['start']} | {one['rate']} | {one['loss']:.2f} | {one['accuracy']:.2f} |"
-        for one in content["results"]
-    ]
-    return RATES.format(**content["settings"], body="\n".join(rows))
+    """What learning rates gave: the runs by which defaults were chosen."""
+    records: Records = read_json(FOLDER / "learning_rates.json")["results"]
+    sets = list(dict.fromkeys(name.split("/")[0] for name in records))
+    body = []
+    for title, rate in dict.fromkeys(tuple(name.split("/")[1:]) for name in records):
+        found = [records.get(f"{data}/{title}/{rate}") for data in sets]
+        cells = [f"{one['loss']:.2f}, {one['accuracy']:.2f}" if one else "" for one in found]
+        body.append(f"| {title} | {rate} | " + " | ".join(cells) + " |")
+    first = next(iter(records.values()))
+    return RATES.format(
+        rows=first["rows"],
+        steps=first["steps"],
+        length=LENGTH,
+        tokens=TOKENS,
+        device=_device(first),
+        sets=" | ".join(sets),
+        lines="---:|" * len(sets),
+        body="\n".join(body),
+    )
 
 
 def learning_table() -> str:
     """The table of docs/learning.md."""
-    records: Records = read_json(FOLDER / "learning.json")["results"]
-    first = next(iter(records.values()))
+    records = _records()
     body = []
     for title in CONTESTANTS:
-        cells = [_cell(_of(records, data, title)) for data in SETS]
-        if any(cells):
-            known = [one for data in SETS for one in _of(records, data, title)]
-            trainable = max(one["trainable"] for one in known)
-            body.append(f"| {title} | {trainable:,} | " + " | ".join(cells) + " |")
-    about = first["machine"]
-    trained = [one for one in records.values() if one["steps"]]
+        found = {data: _of(records, data, title) for data in SETS}
+        known = [one for each in found.values() for one in each]
+        if not known:
+            continue
+        speeds = [one["looks"][-1][1] / one["steps"] for one in known if one["steps"]]
+        speed = f"{statistics.median(speeds):.2f}" if speeds else "—"
+        means = [statistics.fmean(one["correct"] / one["rows"] for one in each) for each in found.values() if each]
+        mean = f"{statistics.fmean(means):.3f}" if len(means) == len(SETS) else ""
+        cells = [f"{max(one['trainable'] for one in known):,}", speed, *map(_cell, found.values()), mean]
+        body.append(f"| {title} | " + " | ".join(cells) + " |")
+    first = next(iter(records.values()))
+    counts = {title: {len(_of(records, data, title)) for data in SETS} for title in CONTESTANTS}
+    main = [count for title, one in CONTESTANTS.items() if not one.variant for count in counts[title]]
     return TABLE.format(
         dtype=first["dtype"],
-        steps=" or ".join(sorted({str(one["steps"]) for one in trained})),
+        steps=" or ".join(sorted({str(one["steps"]) for one in records.values() if one["steps"]})),
         rows=first["rows_a_step"],
+        seeds=f"{min(main)} to {max(main)} seeds" if min(main) < max(main) else f"{max(main)} seeds",
         test=max(one["rows"] for one in records.values()),
         sets=" | ".join(SETS),
         lines="---:|" * len(SETS),
         body="\n".join(body),
-        device=f"{about['cpu']}, torch {about['torch']}, {about['date'][:10]}",
+        device=_device(first),
     )
+
+
+def peers_table() -> str:
+    """softkv's methods less PEFT's."""
+    return learning_peers.differences_table(_records())
+
+
+def times_table() -> str:
+    """How soon softkv's methods are where PEFT's end."""
+    return learning_peers.times_table(_records())
+
+
+def _records() -> Records:
+    records: Records = read_json(FOLDER / "learning.json")["results"]
+    return records
 
 
 def _of(records: Records, data: str, title: str) -> list[Any]:
     return [record for name, record in records.items() if name.rpartition("/")[0] == f"{data}/{title}"]
+
+
+def _device(record: Any) -> str:
+    about = record["machine"]
+    return f"{about['cpu']}, torch {about['torch']}, {about['date'][:10]}"
 
 
 def _cell(found: list[Any]) -> str:
@@ -83,31 +120,41 @@ def _cell(found: list[Any]) -> str:
     if not found:
         return ""
     result = Accuracy(sum(one["correct"] for one in found), sum(one["rows"] for one in found))
-    seeds = f", {len(found)} seeds" if len(found) > 1 else ""
+    seeds = ", 1 seed" if len(found) == 1 else ""
     return f"{result}, {statistics.fmean(one['loss'] for one in found):.2f}{seeds}"
 
 
 def draw(records: Records, path: Path) -> None:
-    """A panel a data set: training losses, mean of 5 steps; with several seeds a band from the least to the most."""
+    """A column a data set: training losses (means of 5 steps) and right answers among held-out rows; lines are means of
+    the seeds, bands go from the least to the most. Variants are left out."""
     from matplotlib.figure import Figure
 
     sets = [data for data in SETS if any(name.startswith(f"{data}/") for name in records)]
-    figure = Figure(figsize=(4.4 * len(sets), 4.2), layout="constrained")
-    for axes, data in zip(figure.subplots(1, len(sets), squeeze=False)[0], sets, strict=True):
-        axes.set(title=data, xlabel="step", ylabel="training loss (nats a token)", yscale="log")
-        for number, title in enumerate(CONTESTANTS):
-            curves = [_smooth(one["losses"]) for one in _of(records, data, title) if one["losses"]]
-            if not curves:
+    figure = Figure(figsize=(4.4 * len(sets), 7), layout="constrained")
+    grid = figure.subplots(2, len(sets), squeeze=False)
+    for column, data in enumerate(sets):
+        grid[0][column].set(title=data, ylabel="training loss (nats a token)", yscale="log")
+        grid[1][column].set(xlabel="step", ylabel="right among held-out rows")
+        for number, title in enumerate(title for title, one in CONTESTANTS.items() if one.trains and not one.variant):
+            found = [one for one in _of(records, data, title) if one["losses"]]
+            if not found:
                 continue
-            points = list(zip(*curves, strict=True))
-            steps = [WINDOW * (i + 1) for i in range(len(points))]
-            style = "--" if title.startswith(("PEFT", "LoRA")) else "-"
-            axes.plot(steps, [statistics.fmean(p) for p in points], style, color=f"C{number % 10}", label=title)
-            if len(curves) > 1:
-                axes.fill_between(steps, [*map(min, points)], [*map(max, points)], color=f"C{number % 10}", alpha=0.15)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=6)
-    figure.savefig(path, dpi=110)
+            style: dict[str, Any] = {"color": f"C{number}", "label": title}
+            style["linestyle"] = "--" if CONTESTANTS[title].kind != "softkv" else "-"
+            losses = [_smooth(one["losses"]) for one in found]
+            _band(grid[0][column], [WINDOW * (i + 1) for i in range(len(losses[0]))], losses, style)
+            right = [[look[2] / one["looked_at"] for look in one["looks"]] for one in found]
+            _band(grid[1][column], [look[0] for look in found[0]["looks"]], right, style)
+        for axes in (grid[0][column], grid[1][column]):
+            axes.spines[["top", "right"]].set_visible(False)
+    grid[0][0].legend(frameon=False, fontsize=7)
+    figure.savefig(path, dpi=100)
+
+
+def _band(axes: Any, steps: list[int], curves: list[list[float]], style: dict[str, Any]) -> None:
+    points = list(zip(*curves, strict=True))
+    axes.plot(steps, [statistics.fmean(point) for point in points], **style)
+    axes.fill_between(steps, [*map(min, points)], [*map(max, points)], color=style["color"], alpha=0.12, linewidth=0)
 
 
 def _smooth(losses: Iterable[float]) -> list[float]:
@@ -116,4 +163,4 @@ def _smooth(losses: Iterable[float]) -> list[float]:
 
 
 if __name__ == "__main__":
-    draw(read_json(FOLDER / "learning.json")["results"], FOLDER / PLOT)
+    draw(_records(), FOLDER / PLOT)

@@ -25,7 +25,7 @@ Placement = Literal["before", "after", "inline"]
 NETWORK_RATE = 1e-3
 TOKEN_RATE = 0.2
 KEY_RATE, VALUE_RATE = 1e-2, 1e-2
-SHARED_KEY_RATE, SHARED_VALUE_RATE = 5e-2, 1.5e-2
+SHARED_KEY_RATE, SHARED_VALUE_RATE = 1e-1, 3e-2
 
 
 @dataclass(frozen=True)

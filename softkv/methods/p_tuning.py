@@ -16,6 +16,7 @@ from softkv.methods import initial
 from softkv.methods.base import Computed, FrozenModel, Method, SoftPrompt, SoftTokens
 from softkv.methods.template import Template
 
+ENCODER_RATE = 3e-3  # that was measured to work (docs/learning.md): three times that of networks that make keys and values
 SOFT_TOKENS = "".join(f"[P{number}]" for number in range(1, 9))  # of a template that says nothing of them
 
 
@@ -116,6 +117,9 @@ class EncodedTokens(Computed):
 
     def soft_tokens(self) -> Tensor:
         return self.computed()
+
+    def learning_rates(self) -> dict[str, float]:
+        return {name: ENCODER_RATE for name, _ in self.named_parameters()}
 
     @torch.no_grad()
     def folded(self) -> SoftTokens:
