@@ -22,7 +22,7 @@ from typing import Any
 import typer
 
 from . import smollm2
-from .learning_sets import SETS, DataSet
+from .learning_sets import SETS, UNSEEN, DataSet
 from .machine import machine
 from .peft_peer import in_peft, without_soft_tokens
 from .results import FOLDER, merge, read_json
@@ -89,7 +89,8 @@ CONTESTANTS = {
     ),
     "Prompt-tuning, from a text": Contestant("softkv", "PromptTuning", {"init": "text"}, variant=True),
 }
-QUICK = ("P-tuning v2", "Prefix-tuning", "Prompt-tuning", "P-tuning", "PEFT prefix tuning", "PEFT prompt tuning")
+OURS = ("P-tuning v2", "Prefix-tuning", "Prompt-tuning", "P-tuning")
+QUICK = (*OURS, "PEFT prefix tuning", "PEFT prompt tuning")
 
 
 @app.command()
@@ -127,6 +128,8 @@ def cells(seeds: int, quick: bool) -> Iterator[str]:
         for title in titles:
             for data in ("glosses", "sources") if quick else SETS:
                 yield f"{data}/{title}/{seed}"
+    if not quick:
+        yield from (f"{data}/{title}/0" for title in OURS for data in UNSEEN)
 
 
 def load() -> tuple[Any, Any]:
@@ -152,7 +155,7 @@ def run(name: str, steps: int) -> dict[str, Any]:
 
     base, tokenizer = LOADED
     data_name, title, seed = name.split("/")
-    data, contestant = SETS[data_name], CONTESTANTS[title]
+    data, contestant = (SETS | UNSEEN)[data_name], CONTESTANTS[title]
     torch.manual_seed(int(seed))
     began = time.process_time()
     if contestant.kind == "features":

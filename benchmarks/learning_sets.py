@@ -60,3 +60,13 @@ SETS = {
         DataSet("countries", "Place: [text]\nCountry: [Y]", "In which country or state is the place?\n"),
     )
 }
+
+# No rate, start or number of steps was ever chosen on it.
+UNSEEN = {
+    "verbs": DataSet(
+        "verbs",
+        "Definition: [text]\nKind: [Y]",
+        "What kind of act is defined: thought, speech, emotion, motion, or possession?\n",
+        ("emotion", "motion", "possession", "speech", "thought"),
+    )
+}
