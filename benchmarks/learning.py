@@ -68,7 +68,7 @@ CONTESTANTS = {
     "Prompt-tuning": Contestant("softkv", "PromptTuning", {"length": TOKENS}),
     "P-tuning": Contestant("softkv", "PTuning"),
     "PEFT prefix tuning": Contestant("peft", "PREFIX_TUNING", {"length": LENGTH}, 1e-2),
-    "PEFT prompt tuning": Contestant("peft", "PROMPT_TUNING", {"length": TOKENS}, 3e-2),
+    "PEFT prompt tuning": Contestant("peft", "PROMPT_TUNING", {"length": TOKENS}, 1e-1),
     "PEFT p-tuning": Contestant("peft", "P_TUNING", {"length": TOKENS}, 1e-3),
     "LoRA, r = 8": Contestant("peft", "LORA", {}, 1e-3),
     "full fine-tuning": Contestant("full", rate=3e-5),
