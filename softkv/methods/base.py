@@ -24,7 +24,7 @@ Placement = Literal["before", "after", "inline"]
 # and values, a pair for each layer or one for all: half of what is best in 30 steps, for runs of hundreds.
 NETWORK_RATE = 1e-3
 TOKEN_RATE = 0.2
-KEY_RATE, VALUE_RATE = 1e-2, 1e-2
+KEY_RATE, VALUE_RATE = 2e-2, 2e-2
 SHARED_KEY_RATE, SHARED_VALUE_RATE = 1e-1, 3e-2
 
 
