@@ -13,7 +13,8 @@ import transformers
 import softkv
 from softkv.hf.attention_mass import attention_mass
 from softkv.train.range_test import range_test
-from softkv.train.rates import OTHERS_RATE, factor_of, own_rates
+from softkv.train.rates import HEAD_RATE, OTHERS_RATE, factor_of, own_rates
+from tests.hf.encoders import encoder
 from tests.hf.tiny import NAMES, TEXT, model_of, tokenizer
 from tests.training_runs import METHODS, arguments, attach, losses, rows, trainer
 
@@ -109,6 +110,15 @@ def test_what_is_trained_beside_a_prompt_has_a_rate_of_its_own() -> None:
     model = attach("p-tuning v2")
     weight = model.base.model.norm.weight.requires_grad_(True)
     assert own_rates(model)[id(weight)] == OTHERS_RATE
+
+
+def test_a_drawn_head_learns_faster_than_what_is_pretrained() -> None:
+    base = encoder("Bert", "SequenceClassification")
+    model = softkv.attach(base, softkv.PTuningV2(length=4), modules_to_save=["classifier", "LayerNorm"])
+    rates = own_rates(model)
+    saved = dict(model.modules_to_save["default"].named_parameters())
+    assert {name.split(".")[0] for name in saved if rates[id(saved[name])] == HEAD_RATE} == {"classifier"}
+    assert {rates[id(each)] for each in saved.values()} == {HEAD_RATE, OTHERS_RATE}
 
 
 def test_rates_of_soft_tokens_grow_with_the_base() -> None:

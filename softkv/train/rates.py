@@ -14,10 +14,12 @@ from typing import Any, cast
 from torch import nn
 from transformers import TrainingArguments
 
+from softkv.hf.task_heads import SavedModules, head_of
 from softkv.io.model import SoftModel
 from softkv.methods.base import SoftPrompt
 
-# Heads of tasks, and LoRA's matrices.
+# What a task's class adds to its base, drawn at random; and all else that is pretrained, or LoRA's matrices.
+HEAD_RATE = 1e-2
 OTHERS_RATE = 1e-3
 # transformers' default, made for whole models: no soft prompt learns at it.
 DEFAULT_OF_TRANSFORMERS: float = TrainingArguments.__dataclass_fields__["learning_rate"].default
@@ -49,6 +51,9 @@ def factor_of(rate: float | str) -> float | None:
 def own_rates(model: SoftModel) -> dict[int, float]:
     """The method's own rate of each trained parameter, by the parameter's `id`."""
     rates = {id(each): OTHERS_RATE for each in model.parameters() if each.requires_grad}
+    for saved in model.modules_to_save.values():
+        head = [module for name, module in cast(SavedModules, saved).items() if name in head_of(model.base)]
+        rates |= {id(each): HEAD_RATE for module in head for each in module.parameters()}
     for soft in model.adapters.values():
         names = cast(SoftPrompt, soft).learning_rates()
         rates |= {id(each): names[name] for name, each in soft.named_parameters() if each.requires_grad}
