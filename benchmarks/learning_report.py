@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from softkv.train.classification import Accuracy
+
 from . import learning_peers
 from .learning import CONTESTANTS, LENGTH, TOKENS
 from .learning_sets import SETS
@@ -35,6 +37,53 @@ of the training rows; {steps} steps of 8 rows, one seed, {length} slots or {toke
 |---|---|{lines}
 {body}
 """
+
+STARTS = """\
+Earlier runs, one each on `{data}`: {steps} steps of {rows_a_step} rows of at most {longest_row} tokens, seed {seed},
+{length} slots; loss of an answer's token and part of right answers among {test_rows} test rows. {cpu}, torch {torch},
+{date}.
+
+| | start | learning rate | loss | right |
+|---|---|---|---:|---:|
+{body}
+"""
+
+COMMAND = """\
+`python -m benchmarks.learning_command`: right answers among the study's test rows after `softkv train` with nothing
+said but the data, its template and the method (one run each, {steps} steps of 16 rows); beside it the mean of the
+study's seeds for that method, or for the best of its variants. {device}.
+
+| | data | `softkv train` | the study | part of it |
+|---|---|---:|---:|---:|
+{body}
+"""
+
+
+def command_table() -> str:
+    """What `softkv train` reaches, beside the study."""
+    runs: Records = read_json(FOLDER / "learning_command.json")["results"]
+    records = _records()
+    body = []
+    for name, run in runs.items():
+        data, title = name.split("/")
+        titles = [one for one in CONTESTANTS if one.split(",")[0] == title]
+        known = [found for one in titles if (found := _of(records, data, one))]
+        best = max(statistics.fmean(one["correct"] / one["rows"] for one in found) for found in known)
+        reached = Accuracy(run["correct"], run["rows"])
+        body.append(f"| {title} | {data} | {reached} | {best:.3f} | {100 * reached.value / best:.0f} % |")
+    first = next(iter(runs.values()))
+    steps = " or ".join(sorted({str(run["steps"]) for run in runs.values()}))
+    return COMMAND.format(steps=steps, device=_device(first), body="\n".join(body))
+
+
+def starts_table() -> str:
+    """What starts gave."""
+    content = read_json(FOLDER / "learning_starts.json")
+    rows = [
+        f"| {one['method']} | {one['start']} | {one['rate']} | {one['loss']:.2f} | {one['accuracy']:.2f} |"
+        for one in content["results"]
+    ]
+    return STARTS.format(**content["settings"], body="\n".join(rows))
 
 
 def rates_table() -> str:
@@ -115,8 +164,6 @@ def _device(record: Any) -> str:
 
 
 def _cell(found: list[Any]) -> str:
-    from softkv.train.classification import Accuracy
-
     if not found:
         return ""
     result = Accuracy(sum(one["correct"] for one in found), sum(one["rows"] for one in found))

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import gpu_tables, learning_report, static_bounds, trainers
+from . import encoders, gpu_tables, learning_report, static_bounds, trainers
 from .figures import geometric_means, of_peak
 from .models import page as models
 from .results import FOLDER, read_json
@@ -298,7 +298,12 @@ TABLES: dict[str, Callable[[], str]] = {
     "attention-decoding-bank": lambda: _decoding("decoding-bank", f"a bank of A prefixes; {CACHED}", axes="BPA"),
     **gpu_tables.TABLES,
     "learning": learning_report.learning_table,
+    "learning-peers": learning_report.peers_table,
+    "learning-times": learning_report.times_table,
+    "learning-command": learning_report.command_table,
     "learning-rates": learning_report.rates_table,
+    "learning-starts": learning_report.starts_table,
+    "encoders": encoders.table,
     "static-bounds": static_bounds.table,
     "static-published": static_bounds.published,
     "kernel-bounds": static_bounds.kernels,

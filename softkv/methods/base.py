@@ -21,7 +21,7 @@ from softkv.prefix import Prefix
 Placement = Literal["before", "after", "inline"]
 
 # Learning rates that were measured to work (docs/learning.md): of networks; of soft tokens, times their size; of keys
-# and values, a pair for each layer or one for all: half of what is best in 30 steps, for runs of hundreds.
+# and values, a pair for each layer or one for all.
 NETWORK_RATE = 1e-3
 TOKEN_RATE = 0.2
 KEY_RATE, VALUE_RATE = 2e-2, 2e-2

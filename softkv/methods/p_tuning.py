@@ -16,7 +16,7 @@ from softkv.methods import initial
 from softkv.methods.base import Computed, FrozenModel, Method, SoftPrompt, SoftTokens
 from softkv.methods.template import Template
 
-ENCODER_RATE = 3e-3  # that was measured to work (docs/learning.md): three times that of networks that make keys and values
+ENCODER_RATE = 3e-3  # measured to work (docs/learning.md); networks that make keys and values learn more slowly
 SOFT_TOKENS = "".join(f"[P{number}]" for number in range(1, 9))  # of a template that says nothing of them
 
 
