@@ -65,10 +65,10 @@ WAYS = {
     "fine-tuning": Way(rate=1e-4, whole=True),
 }
 TABLE = """\
-`python -m benchmarks.encoders`: {steps} steps of {batch} rows of at most {tokens} tokens, {seeds} seeds; part of right
-answers among {rows} test rows of the movie snippets, 95 % interval of Wilson over all seeds. {device}.
+`python -m benchmarks.encoders`: {steps} steps of {batch} rows of at most {tokens} tokens, {seeds}; accuracy on {rows}
+test rows of the movie snippets, with Wilson's 95 % interval over all seeds. {device}.
 
-| | rate | {encoders} |
+| | learning rate | {encoders} |
 |---|---:|{lines}
 {body}
 """
@@ -182,13 +182,14 @@ def table() -> str:
             cells += [f"{found[0]['trained']:,}", str(total)] if found else ["", ""]
         body.append(f"| {title} | {way.rate} | " + " | ".join(cells) + " |")
     about = first["machine"]
+    seeds = len({name.rpartition("/")[2] for name in records})
     return TABLE.format(
         steps=first["steps"],
         batch=BATCH,
         tokens=TOKENS,
-        seeds=len({name.rpartition("/")[2] for name in records}),
+        seeds="one seed" if seeds == 1 else f"{seeds} seeds",
         rows=first["rows"],
-        encoders=" | ".join(f"{encoder}: trained values | right" for encoder in MODELS),
+        encoders=" | ".join(f"{encoder}: trainable | accuracy" for encoder in MODELS),
         lines="---:|" * 2 * len(MODELS),
         body="\n".join(body),
         device=f"{about['cpu']}, torch {about['torch']}, {about['date'][:10]}",

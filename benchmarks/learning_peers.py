@@ -19,16 +19,16 @@ Records = dict[str, Any]
 Pairs = list[tuple[str, Any, Any]]  # data set, softkv's record, PEFT's record
 
 DIFFERENCES = """\
-Right answers of softkv's method less those of PEFT's, in points, on the same test rows at the same seeds; 95 %
-interval of a bootstrap over rows and seeds; in brackets the p of McNemar's exact test. "All" is the mean of the sets.
+Accuracy of softkv's method minus that of PEFT's, in percentage points, on the same test rows with the same seeds; 95 %
+bootstrap interval over rows and seeds; in brackets the p of McNemar's exact test. "All" is the mean of the data sets.
 
 | | {sets} | all |
 |---|{lines}---:|
 {body}
 """
 TIMES = """\
-CPU seconds of training until the loss on held-out rows is as low as PEFT's is after all steps, as a part of PEFT's for
-all steps: the median of the runs that get there, and how many do. (Looked at after 5, 10, 20 and 40 steps.)
+CPU seconds of training until the loss on held-out rows is as low as PEFT's after all steps, as a fraction of PEFT's for
+all steps: the median of the runs that get there, and how many do (evaluated after 5, 10, 20 and 40 steps).
 
 | | {sets} | all |
 |---|{lines}---:|

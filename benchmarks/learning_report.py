@@ -20,18 +20,18 @@ WINDOW = 5  # steps of a point of a training curve
 Records = dict[str, Any]
 
 TABLE = """\
-`python -m benchmarks.learning`: SmolLM2-135M-Instruct ({dtype}), {steps} steps of {rows} rows, the same for all,
-{seeds}; part of right answers among {test} test rows (the mean of the seeds; 95 % interval of Wilson for that many
-rows), and the mean loss of an answer's token in nats. "Mean" is that of the data sets. {device}.
+`python -m benchmarks.learning`: SmolLM2-135M-Instruct ({dtype}), {steps} steps of {rows} rows, the same for all;
+accuracy on {test} test rows (the mean of {seeds} seeds, or "of" fewer; Wilson's 95 % interval for that many rows), and
+the mean loss of an answer token in nats. "Mean" is over the data sets. {device}.
 
-| | trained values | CPU s a step | {sets} | mean |
+| | trainable | CPU s / step | {sets} | mean |
 |---|---:|---:|{lines}---:|
 {body}
 """
 
 RATES = """\
-`python -m benchmarks.learning_search`: loss of an answer's token and part of right answers among {rows} rows held out
-of the training rows; {steps} steps of 8 rows, one seed, {length} slots or {tokens} soft tokens. {device}.
+`python -m benchmarks.learning_search`: loss of an answer token, and accuracy, on {rows} rows held out of the training
+rows; {steps} steps of 8 rows, one seed, {length} slots or {tokens} soft tokens. {device}.
 
 | | learning rate | {sets} |
 |---|---|{lines}
@@ -40,20 +40,19 @@ of the training rows; {steps} steps of 8 rows, one seed, {length} slots or {toke
 
 STARTS = """\
 Earlier runs, one each on `{data}`: {steps} steps of {rows_a_step} rows of at most {longest_row} tokens, seed {seed},
-{length} slots; loss of an answer's token and part of right answers among {test_rows} test rows. {cpu}, torch {torch},
-{date}.
+{length} slots; loss of an answer token, and accuracy, on {test_rows} test rows. {cpu}, torch {torch}, {date}.
 
-| | start | learning rate | loss | right |
+| | initialisation | learning rate | loss | accuracy |
 |---|---|---|---:|---:|
 {body}
 """
 
 COMMAND = """\
-`python -m benchmarks.learning_command`: right answers among the study's test rows after `softkv train` with nothing
-said but the data, its template and the method (one run each, {steps} steps of 16 rows); beside it the mean of the
-study's seeds for that method, or for the best of its variants. {device}.
+`python -m benchmarks.learning_command`: accuracy on the study's test rows after `softkv train`, given only the data,
+its template and the method (one run each, {steps} steps of 16 rows), and the mean of the study's seeds for that method,
+or for the best of its variants. {device}.
 
-| | data | `softkv train` | the study | part of it |
+| | data | `softkv train` | the study | ratio |
 |---|---|---:|---:|---:|
 {body}
 """
@@ -111,6 +110,7 @@ def rates_table() -> str:
 def learning_table() -> str:
     """The table of docs/learning.md."""
     records = _records()
+    seeds = 1 + max(int(name.rpartition("/")[2]) for name in records)
     body = []
     for title in CONTESTANTS:
         found = {data: _of(records, data, title) for data in SETS}
@@ -121,16 +121,15 @@ def learning_table() -> str:
         speed = f"{statistics.median(speeds):.2f}" if speeds else "—"
         means = [statistics.fmean(one["correct"] / one["rows"] for one in each) for each in found.values() if each]
         mean = f"{statistics.fmean(means):.3f}" if len(means) == len(SETS) else ""
-        cells = [f"{max(one['trainable'] for one in known):,}", speed, *map(_cell, found.values()), mean]
+        told = [_cell(each, seeds) for each in found.values()]
+        cells = [f"{max(one['trainable'] for one in known):,}", speed, *told, mean]
         body.append(f"| {title} | " + " | ".join(cells) + " |")
     first = next(iter(records.values()))
-    counts = {title: {len(_of(records, data, title)) for data in SETS} for title in CONTESTANTS}
-    main = [count for title, one in CONTESTANTS.items() if not one.variant for count in counts[title]]
     return TABLE.format(
         dtype=first["dtype"],
         steps=" or ".join(sorted({str(one["steps"]) for one in records.values() if one["steps"]})),
         rows=first["rows_a_step"],
-        seeds=f"{min(main)} to {max(main)} seeds" if min(main) < max(main) else f"{max(main)} seeds",
+        seeds=seeds,
         test=max(one["rows"] for one in records.values()),
         sets=" | ".join(SETS),
         lines="---:|" * len(SETS),
@@ -163,16 +162,16 @@ def _device(record: Any) -> str:
     return f"{about['cpu']}, torch {about['torch']}, {about['date'][:10]}"
 
 
-def _cell(found: list[Any]) -> str:
+def _cell(found: list[Any], seeds: int) -> str:
     if not found:
         return ""
     result = Accuracy(sum(one["correct"] for one in found), sum(one["rows"] for one in found))
-    seeds = ", 1 seed" if len(found) == 1 else ""
-    return f"{result}, {statistics.fmean(one['loss'] for one in found):.2f}{seeds}"
+    fewer = f" (of {len(found)})" if len(found) < seeds else ""
+    return f"{result}, {statistics.fmean(one['loss'] for one in found):.2f}{fewer}"
 
 
 def draw(records: Records, path: Path) -> None:
-    """A column a data set: training losses (means of 5 steps) and right answers among held-out rows; lines are means of
+    """A column a data set: training losses (means of 5 steps) and accuracy on held-out rows; lines are means of
     the seeds, bands go from the least to the most. Variants are left out."""
     from matplotlib.figure import Figure
 
@@ -181,7 +180,7 @@ def draw(records: Records, path: Path) -> None:
     grid = figure.subplots(2, len(sets), squeeze=False)
     for column, data in enumerate(sets):
         grid[0][column].set(title=data, ylabel="training loss (nats a token)", yscale="log")
-        grid[1][column].set(xlabel="step", ylabel="right among held-out rows")
+        grid[1][column].set(xlabel="step", ylabel="accuracy on held-out rows")
         for number, title in enumerate(title for title, one in CONTESTANTS.items() if one.trains and not one.variant):
             found = [one for one in _of(records, data, title) if one["losses"]]
             if not found:
