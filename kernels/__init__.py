@@ -1,9 +1,9 @@
-"""Triton kernels of softkv: attention over a prefix that is never copied, and over tokens; forward, backward, decoding.
+"""Triton kernels of softkv: attention over tokens and over a prefix that is never copied; forward, backward, decoding.
 
-`forward` and `backward` are the engine behind `softkv.prefix_attention(..., backend="triton")`. Arguments are trusted:
-the public op checks them. Nothing here waits for the device, and what a call allocates and launches depends on shapes
-alone: it is planned once (`softkv.kernels.launch`), and a call can be captured in a CUDA graph. Axes as in
-`softkv.prefix_attention`.
+`forward` and `backward` are the engine behind `softkv.prefix_attention(..., backend="triton")`. Arguments are not
+validated here; the public op does that. Nothing synchronises with the device. What a call allocates and launches
+depends on shapes alone, so it is planned once (`softkv.kernels.launch`), and a call can be captured in a CUDA graph.
+Axes as in `softkv.prefix_attention`.
 """
 
 import math
@@ -35,7 +35,7 @@ def forward(
     is_causal: bool, window: int | None = None, window_covers_prefix: bool = False, softcap: float | None = None,
     chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(out [..., Dv] laid out as q, lse [B, H, T] or packed [H, N])."""
+    """(out [..., Dv] with q's layout, lse [B, H, T] or packed [H, N])."""
     x = {
         "q": q, "k": k, "v": v, "prefix_k": prefix_k, "prefix_v": prefix_v, "prefix_index": prefix_index,
         "prefix_lengths": prefix_lengths, "key_mask": key_mask, "key_lengths": key_lengths,
@@ -55,7 +55,7 @@ def backward(
     is_causal: bool, window: int | None = None, window_covers_prefix: bool = False, softcap: float | None = None,
     chunk: int | None = None,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """(dq, dk, dv, dprefix_k, dprefix_v, dsinks); what `needs` doesn't ask for is None and costs nothing."""
+    """(dq, dk, dv, dprefix_k, dprefix_v, dsinks); those not in `needs` are None and not computed."""
     x = {
         "q": q, "k": k, "v": v, "prefix_k": prefix_k, "prefix_v": prefix_v, "prefix_index": prefix_index,
         "prefix_lengths": prefix_lengths, "key_mask": key_mask, "key_lengths": key_lengths,
@@ -68,7 +68,7 @@ def backward(
 
 
 def plan_backward(p: Problem, needs: tuple[bool, ...]) -> Plan:
-    """At most four launches: Δ and lse, dq, the gradients of all keys and values, the sum of a prefix's parts."""
+    """At most four launches: Δ and lse, dq, the gradients of all keys and values, the sum of the prefix's parts."""
     wanted = [
         name
         for name, need in zip(GRADIENTS, needs, strict=True)
@@ -97,7 +97,7 @@ def sink_gradient(x: Tensors) -> None:
 
 
 def _run(make: Any, x: Tensors, options: Options, *more: Any) -> tuple[Any, ...]:
-    """A call by the plan for its kind, which is made where there is none yet, on the operands' device."""
+    """Run a call on the operands' device by the plan for its kind, which is made on first use."""
     q = x["q"]
     if q.is_cuda and q.get_device() != torch.cuda.current_device():
         with torch.cuda.device(q.device):

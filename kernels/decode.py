@@ -1,13 +1,13 @@
-"""Decoding: a few queries a row (T ≤ 16), many keys. The keys are cut in parts, each part attended on its own, then
-merged.
+"""Decoding: few queries per row (T ≤ 16), many keys. The keys are split into parts; each part is attended to
+separately, then the parts are merged.
 
     out = Σ_part exp(lse_part − lse) out_part,     lse = ln(Σ_part exp(lse_part) + exp(sink))
 
-One launch holds two kinds of program. *Prefix programs* take a tile of items from all rows that read the same prefix,
-queries of the whole batch packed with the heads of the group, so that a shared prefix is read once for the batch (P +
-ΣS key rows instead of B·P + ΣS) and matrix units have whole tiles to work on. *Token programs* take one row's items
-over a part of its own keys. A second kernel merges the parts in fixed order. Where there is nothing to gain by parts,
-the forward kernel does it all in one launch.
+One launch has two kinds of programs. *Prefix programs* take a tile of items from all rows that read the same prefix,
+with queries of the whole batch packed with the heads of the group, so that a shared prefix is read once for the batch
+(P + ΣS key rows instead of B·P + ΣS) and matrix units get full tiles. *Token programs* take one row's items over a part
+of its own keys. A second kernel merges the parts in a fixed order. If splitting gains nothing, the forward kernel runs
+in a single launch instead.
 
 Axes: B rows, H query heads, G key/value heads, T query tokens, S key tokens, P slots, A prefixes, D head dim, U flat
 tokens.
@@ -28,18 +28,18 @@ from softkv.kernels.geometry import (
     store_items,
     token_offset,
 )
-from softkv.kernels.keys import Stretch, slots_seen, tokens_seen
+from softkv.kernels.keys import Segment, slots_seen, tokens_seen
 from softkv.kernels.launch import Launch, Plan
 from softkv.kernels.problem import SIZES, Problem, contiguous
 from softkv.kernels.readers import Readers, group_extent
 from softkv.kernels.softmax import LOG2E, LOWEST, attend, finish
 from softkv.kernels.tiles import block_d
 
-MOST_QUERIES = 16  # queries a row up to which the decode kernels are used
+MOST_QUERIES = 16  # queries per row up to which the decode kernels are used
 MOST_PARTS = 64  # parts of either kind
-WAVES = 2  # programs a multiprocessor aimed at, of either kind
-FEW_TILES = 4  # of keys: so many a program may walk alone, however idle the device is meanwhile
-LAUNCH_BYTES = 4 << 20  # what the device reads while a second kernel is started
+WAVES = 2  # target number of programs per multiprocessor, of either kind
+FEW_TILES = 4  # of keys: so many a single program may process, even if the rest of the device is idle
+LAUNCH_BYTES = 4 << 20  # read by the device in the time of a second launch
 POINTERS = (
     "q", "k", "v", "prefix_k", "prefix_v", "cu_seqlens_q", "cu_seqlens_k", "key_lengths", "key_mask", "prefix_index",
     "prefix_lengths", "position", "part_out", "part_lse",
@@ -51,8 +51,8 @@ def find_group(
     block, ptr, T, count, groups,
     SHARED: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_A: tl.constexpr,
 ):  # fmt: skip
-    """(prefix, first token, tokens, first item) of a block: item tiles are dealt to groups in order; past the last one
-    there are no tokens. BLOCK_A is a power of two, no less than the number of groups."""
+    """(prefix, first token, tokens, first item) of a block: item tiles are assigned to groups in order; past the last
+    group there are no tokens. BLOCK_A is a power of two, at least the number of groups."""
     a = tl.arange(0, BLOCK_A)
     start, size = group_extent(a, a < groups, ptr, T, count, SHARED)
     blocks = tl.cdiv(size * GROUP, BLOCK_M)
@@ -73,9 +73,9 @@ def attend_part(
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Attend to the part-th share of a stretch of keys; items are stored `at` offsets (in head vectors)."""
+    """Attend to the part-th share of a segment of keys; items are stored at offsets `at` (in head vectors)."""
     tiles = share(keys.tiles, part, parts, BLOCK_N)
-    own = Stretch(keys.k, keys.v, keys.k_stride, keys.v_stride, keys.lower, keys.upper, keys.mask, tiles)
+    own = Segment(keys.k, keys.v, keys.k_stride, keys.v_stride, keys.lower, keys.upper, keys.mask, tiles)
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     m = tl.full([BLOCK_M], LOWEST, tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
@@ -169,7 +169,7 @@ def merge_kernel(
     ptr, stride, T, H, count, parts,
     PACKED: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Merge the parts of M items, an item here being (flat token, head), by a running softmax over their lse."""
+    """Merge the parts of M items by a running softmax over their lse. Here an item is (flat token, head)."""
     item = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     total = tl.cast(count, tl.int64) * H
     live = item < total
@@ -200,13 +200,13 @@ def merge_kernel(
 
 
 def parts_of(keys: int, programs: int, block: int, units: int) -> int:
-    """How many parts the keys are cut in: enough programs to fill the device, no part without a tile."""
+    """The number of parts of the keys: enough programs to fill the device, but at least one tile per part."""
     return max(1, min(triton.cdiv(keys, block), triton.cdiv(WAVES * units, max(programs, 1)), MOST_PARTS))
 
 
 def one_pass_will_do(p: Problem, programs: int, token_parts: int) -> bool:
-    """Whether a program for each row and head, which reads prefix and tokens alone, is no slower than parts and a
-    merge: nothing is idle, or the walk is short, and what rows read again of a shared prefix takes less than a
+    """Whether one program per row and head, which reads prefix and tokens, is no slower than parts and a merge: no
+    multiprocessor is idle or there are few tiles, and re-reading a shared prefix for every row takes less time than a
     launch."""
     step = p.tile("decode").step
     walk = triton.cdiv(p.P, step) + triton.cdiv(p.S_max, step)
@@ -216,7 +216,7 @@ def one_pass_will_do(p: Problem, programs: int, token_parts: int) -> bool:
 
 
 def plan_decode(p: Problem) -> Plan:
-    """As `plan_forward`, for rows of few queries."""
+    """Like `plan_forward`, for rows with few queries."""
     tile, prefix_tile, units = p.tile("decode"), p.tile("decode_prefix"), p.target.units
     blocks = triton.cdiv(p.T_max * p.group, tile.own)
     programs = blocks * p.G * p.B
@@ -229,7 +229,7 @@ def plan_decode(p: Problem) -> Plan:
         readers = Readers(p, by_position=False)
         items = p.tokens * p.group
         prefix_blocks = triton.cdiv(items, prefix_tile.own)
-        if not p.shared:  # each group may end in a part-filled tile
+        if not p.shared:  # each group may end in a partly filled tile
             groups = readers.count
             prefix_blocks = min(items, prefix_blocks + groups)
         if readers.fields:

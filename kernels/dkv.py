@@ -1,12 +1,12 @@
-"""Gradients of keys and values: of the tokens, and of the prefix, summed over everything that read it.
+"""Gradients of keys and values: of the tokens, and of the prefix, summed over all its readers.
 
     p = exp(s − lse)      ds = p ∘ (dout vᵀ − Δ)  (soft cap: ∘ (1 − tanh²))      dk = scale · dsᵀ q      dv = pᵀ dout
 
-A program keeps a tile of keys and walks items: for token keys the items of its row, for a prefix the items of *all*
-rows that read it, and all heads of the group, so the reduction over the batch happens in registers. Both kinds share
-one grid, the prefix's programs first. When these alone are few, their items are split in `parts`, and fp32 partial sums
-are added in a second pass (`softkv.kernels.reduce`), always in the same order. A key nobody needs to mask is not
-masked: what a hidden key's row adds up is not stored.
+A program keeps a tile of keys and iterates over items: for token keys the items of its row, for a prefix the items of
+*all* rows that read it, with all heads of the group, so the reduction over the batch happens in registers. Both kinds
+share one grid, with the prefix's programs first. If these are too few to fill the device, their items are split into
+`parts`, and the fp32 partial sums are added in a second pass (`softkv.kernels.reduce`), always in the same order.
+Hidden keys are not masked; their sums are just not stored.
 
 Axes: B rows, H query heads, G key/value heads, T query tokens, S key tokens, P slots, A prefixes, D head dim.
 """
@@ -35,7 +35,7 @@ from softkv.kernels.problem import SIZES, SLOTS, Problem, contiguous
 from softkv.kernels.readers import Readers, group_extent
 from softkv.kernels.softmax import raw_scores, slope
 
-WAVES = 2  # programs a multiprocessor that a split reduction over a prefix aims at
+WAVES = 2  # target number of programs per multiprocessor for a split reduction over a prefix
 READ = (
     "q", "k", "v", "cu_seqlens_q", "cu_seqlens_k", "key_lengths", "key_mask", "prefix_k", "prefix_v", "prefix_lengths",
     "grad_out", "lse2", "delta",
@@ -43,18 +43,18 @@ READ = (
 
 
 class Items(NamedTuple):
-    """Where items are read: pointers to those of a row, or to all."""
+    """Pointers from which items are loaded: to those of a row, or to all."""
 
     q: Any
     grad_out: Any
     lse2: Any
     delta: Any
-    order: Any  # flat tokens in order of the prefixes that they read, or None
+    order: Any  # flat tokens sorted by the prefix that they read, or None
 
 
 @triton.jit
 def load_per_item(ptrs, live, hidden):
-    """One number an item, read where it is used: it then holds no registers during a product."""
+    """One value per item, loaded just before its use, so that it needs no registers during a product."""
     return tl.load(ptrs, mask=live, other=hidden) if live is not None else tl.load(ptrs)
 
 
@@ -64,10 +64,9 @@ def dkv_step(
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Take in one tile of items, transposed: rows are keys, columns are items, which lie at these offsets in q, dout,
-    Δ.
+    """Add one tile of items, transposed: rows are keys, columns are items at the given offsets in q, dout, Δ.
 
-    `live` [M] and `seen` [N, M] are None where every item exists and sees every key."""
+    `live` [M] and `seen` [N, M] are None if every item exists and sees every key."""
     q = load_rows(item_pointers(of.q, at_q, BLOCK_D), live, HEAD_DIM, BLOCK_D)
     s = raw_scores(k, q, scale.softcap, PRECISION)
     p = tl.exp2(s * scale.score - load_per_item(of.lse2 + at_item, live, float("inf"))[None, :])
@@ -80,7 +79,7 @@ def dkv_step(
         p = slope(p, s, scale.softcap is not None)
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         ds = p * (dp - load_per_item(of.delta + at_item, live, 0.0)[None, :])
-        if seen is not None:  # dp of a hidden key may be anything
+        if seen is not None:  # dp of a hidden key is arbitrary
             ds = tl.where(seen, ds, 0.0)
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     return dk, dv
@@ -91,9 +90,9 @@ def place_items(
     items, live, order, stride, first, g, T,
     FLAT: tl.constexpr, LINEAR: tl.constexpr, WIDE: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Offsets in (q, dout, Δ) of items: of one row, counted from its start, or (FLAT) of all tokens that read a prefix.
+    """Offsets of items in (q, dout, Δ): of one row, relative to its start, or (FLAT) of all tokens that read a prefix.
 
-    LINEAR: flat token u lies u items from the start. Offsets are 64-bit only where they must be (WIDE)."""
+    LINEAR: flat token u is u items from the start. Offsets are 64-bit only if necessary (WIDE)."""
     head = g * GROUP + items % GROUP
     token = first + items // GROUP
     if order is not None:
@@ -114,7 +113,7 @@ def place_items(
 
 @triton.jit
 def readers_of_key(j, n, T, reach, CAUSAL: tl.constexpr, CHUNKED: tl.constexpr, GROUP: tl.constexpr):
-    """(first, last) item that sees key j of a row with n keys and T queries."""
+    """The (first, last) item that sees key j of a row with n keys and T queries."""
     lower = j * 0
     upper = j * 0 + (T * GROUP - 1)
     if CAUSAL:
@@ -127,7 +126,7 @@ def readers_of_key(j, n, T, reach, CAUSAL: tl.constexpr, CHUNKED: tl.constexpr, 
 
 @triton.jit
 def readers_of_slot(j, a, readers, P, ptr, GROUP: tl.constexpr):
-    """(first, last) item that sees slot j of prefix a: all that read it, or (window) those up to a position."""
+    """The (first, last) item that sees slot j of prefix a: all its readers, or (window) those up to a position."""
     lower = j * 0
     if ptr.seen is not None:
         upper = tl.load(ptr.seen + a * P + j, mask=j < P, other=0) * GROUP - 1
@@ -144,7 +143,7 @@ def collect_dkv(
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add up a tile of keys over the items that see them: whole tiles of M items, then the edges, E at a time."""
+    """Accumulate a tile of keys over the items that see them: full tiles of M items, then the edges, E at a time."""
     _, full_lo, full_hi, hi = tiles
     for start in tl.range(full_lo, full_hi, BLOCK_M, num_stages=STAGES):
         items = start + tl.arange(0, BLOCK_M)
@@ -183,7 +182,7 @@ def token_program(
     j = j_first + tl.arange(0, BLOCK_N)
     q_start, t_count, k_start, n = row_extent(row, ptr, T, S)
     stored = n if PACKED else S
-    # Bounds grow with j: those of the first and of the last existing key say which tiles need a mask.
+    # Bounds increase with j, so those of the first and the last existing key determine which tiles need a mask.
     last = tl.maximum(tl.minimum(j_first + BLOCK_N, n) - 1, j_first)
     lower_min, upper_min = readers_of_key(j_first, n, t_count, reach, CAUSAL, CHUNKED, GROUP)
     lower_max, upper_max = readers_of_key(last, n, t_count, reach, CAUSAL, CHUNKED, GROUP)
@@ -293,15 +292,15 @@ def dkv_kernel(
 
 
 def parts_of_prefix(p: Problem) -> int:
-    """As many runs of items as there are tiles of them, but no more programs than fill the device."""
+    """The number of parts: at most one per tile of items, and no more programs than fill the device."""
     tile = p.tile("dkv_prefix")
     most = triton.cdiv(p.tokens * p.group, tile.step * p.A)
     return max(1, min(most, WAVES * p.target.units // max(triton.cdiv(p.P, tile.own) * p.G * p.A, 1)))
 
 
 def plan_dkv(p: Problem, wanted: list[str]) -> tuple[dict[str, Memory], list[Readers], Launch]:
-    """`wanted`: those of dk, dv, dprefix_k, dprefix_v to compute; where a prefix's come in parts, part_k and part_v are
-    made."""
+    """`wanted`: those of dk, dv, dprefix_k, dprefix_v to compute. If the prefix's are split into parts, part_k and
+    part_v are allocated."""
     readers = Readers(p, by_position=True)
     tile, prefix_tile = p.tile("dkv"), p.tile("dkv_prefix")
     over_tokens = "dk" in wanted or "dv" in wanted

@@ -1,4 +1,4 @@
-"""The gradient of queries: as the forward, a program owns items and walks the keys that they see.
+"""The gradient of queries: as in the forward, a program owns items and iterates over the keys that they see.
 
     p = exp(s − lse)      ds = p ∘ (dout vᵀ − Δ)  (soft cap: ∘ (1 − tanh²))      dq = scale · ds k
 
@@ -40,7 +40,7 @@ def dq_step(
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add ds k of one tile of keys. `exists` [N] and `seen` [M, N] are None where every key exists and every item sees
+    """Add ds k of one tile of keys. `exists` [N] and `seen` [M, N] are None if every key exists and every item sees
     it."""
     k = load_rows(k_ptrs, exists, HEAD_DIM, BLOCK_D)
     s = raw_scores(q, k, scale.softcap, PRECISION)
@@ -59,7 +59,7 @@ def collect_dq(
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add Σ ds k over a stretch of keys: whole tiles of N keys, then the edges, E at a time."""
+    """Add Σ ds k over a segment of keys: full tiles of N keys, then the edges, E at a time."""
     _, full_lo, full_hi, hi = keys.tiles
     k_ptrs = keys.k + tl.cast(full_lo, tl.int64) * keys.k_stride
     v_ptrs = keys.v + tl.cast(full_lo, tl.int64) * keys.v_stride

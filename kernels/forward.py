@@ -2,9 +2,10 @@
 
     out = (Σ_slots 2^(s − lse) v_slot + Σ_tokens 2^(s − lse) v_token),     lse = ln(Σ exp(s) + exp(sink))
 
-A program owns M items (query tokens × the H/G heads of a group) of one row. It walks the prefix, which is read where it
-lies (stride 0 over the batch when shared, picked by `prefix_index` in a bank), then the row's key tiles. Programs with
-the last queries start first (they see most keys); neighbours share the kv-head, so prefix and keys are found in L2.
+A program owns M items (query tokens × the H/G heads of a group) of one row. It iterates over the prefix, which is read
+in place (with stride 0 over the batch if shared, or selected by `prefix_index` in a bank), then over the row's key
+tiles. Programs with the last queries start first, because they see the most keys; neighbours share the kv-head, so
+prefix and keys are found in L2.
 
 Axes: B rows, H query heads, G key/value heads, T query tokens, S key tokens, P slots, D head dim, GROUP = H/G.
 """

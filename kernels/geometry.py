@@ -1,12 +1,12 @@
-"""Where things are: rows, prefixes, and which tiles of keys (or of queries) a program must visit.
+"""Index arithmetic: rows, prefixes, and the tiles of keys (or of queries) that a program must visit.
 
-Every kernel sees the same picture, dense or packed. A *row* of the batch has queries t < T and keys j < n; its query t
-stands at key position n − T + t. The H/G query heads that share a key/value head are packed with the queries into
-*items*: item i of (row, g) is query i // GROUP of head g·GROUP + i % GROUP, GROUP = H/G. So one load of a key tile
+The same conventions hold in every kernel, dense or packed. A *row* of the batch has queries t < T and keys j < n; its
+query t is at key position n − T + t. The H/G query heads that share a key/value head are packed with the queries into
+*items*: item i of (row, g) is query i // GROUP of head g·GROUP + i % GROUP, GROUP = H/G. One load of a key tile thus
 serves all of them, and short rows still fill a tile.
 
-Visibility is always an interval. Seen from an item, keys `lower ≤ j ≤ upper`; seen from a key, items
-`lower ≤ i ≤ upper`. `span` cuts the visited tiles into those that need a mask (both edges) and those that don't.
+Visibility is always an interval: an item sees keys `lower ≤ j ≤ upper`, and a key is seen by items `lower ≤ i ≤ upper`.
+`span` divides the visited tiles into those that need a mask (both edges) and those that don't.
 
 Axes: B rows, H query heads, G key/value heads, T query tokens, S key tokens, P prefix slots, A prefixes, D head dim.
 """
@@ -18,8 +18,8 @@ import triton.language as tl
 
 
 class Operands(NamedTuple):
-    """One field a tensor of a call. Kernels take two of these: `ptr`, the addresses, and `stride`, the `Strides` of
-    those that have any. None: the kernel has no use for it, or the call does without."""
+    """One field per tensor of a call. Kernels take two of these: `ptr`, the addresses, and `stride`, the `Strides` of
+    those that have any. None: not used by the kernel, or not given in the call."""
 
     q: Any = None
     k: Any = None
@@ -29,20 +29,20 @@ class Operands(NamedTuple):
     sinks: Any = None
     cu_seqlens_q: Any = None  # [rows + 1], packed rows
     cu_seqlens_k: Any = None
-    key_lengths: Any = None  # [B] of part-filled caches
+    key_lengths: Any = None  # [B] of partly filled caches
     key_mask: Any = None  # [B, S] as int16
     prefix_index: Any = None  # [B]; without it row b reads prefix b, or the only one
     prefix_lengths: Any = None  # [A]
-    position: Any = None  # [tokens], where the window covers the prefix: the query's position counted from slot P on
+    position: Any = None  # [tokens], if the window covers the prefix: the query's position relative to slot P
     order: Any = None  # group a of the tokens, those that read prefix a, is order[start[a] : start[a + 1]]
     start: Any = None
-    seen: Any = None  # [A, P], where a group goes by position: so many of its tokens see a slot
+    seen: Any = None  # [A, P], if a group is sorted by position: the number of its tokens that see a slot
     out: Any = None
     lse: Any = None
     grad_out: Any = None
     grad_lse: Any = None
     lse2: Any = None  # the base-2 lse, [H, tokens]
-    delta: Any = None  # Δ of the backward, laid out as lse2
+    delta: Any = None  # Δ of the backward, with the layout of lse2
     dq: Any = None
     dk: Any = None
     dv: Any = None
@@ -55,7 +55,7 @@ class Operands(NamedTuple):
 
 
 class Strides(NamedTuple):
-    """In elements; that of the last axis is 1. A packed tensor has `row` = 0, and a shared prefix too."""
+    """Strides in elements; that of the last axis is 1. Packed tensors and shared prefixes have `row` = 0."""
 
     row: Any  # from row to row of the batch, or from prefix to prefix
     head: Any
@@ -63,8 +63,8 @@ class Strides(NamedTuple):
 
 
 class Scale(NamedTuple):
-    """`score`: raw scores to base-2 exponents. `softcap`: products to the argument of tanh, or None. `dq`, `dk`: what
-    ds k and dsᵀ q are multiplied by."""
+    """Factors. `score`: from raw scores to base-2 exponents. `softcap`: from products to the argument of tanh, or None.
+    `dq`, `dk`: on ds k and dsᵀ q."""
 
     score: Any
     softcap: Any
@@ -89,7 +89,7 @@ def row_extent(row, ptr, T, S):
 
 @triton.jit
 def prefix_length(a, ptr, A, P):
-    """Slots of prefix `a`; an index out of range reads none."""
+    """The number of slots of prefix `a`; 0 for an index out of range."""
     known = (a >= 0) & (a < A)
     if ptr.prefix_lengths is not None:
         length = tl.load(ptr.prefix_lengths + a, mask=known, other=0).to(tl.int32)
@@ -100,7 +100,7 @@ def prefix_length(a, ptr, A, P):
 
 @triton.jit
 def prefix_of_row(row, ptr, A, P, SHARED: tl.constexpr):
-    """(prefix, its length) that a row reads."""
+    """The prefix that a row reads, and its length."""
     if ptr.prefix_index is not None:
         a = tl.load(ptr.prefix_index + row)
     elif SHARED:
@@ -113,14 +113,14 @@ def prefix_of_row(row, ptr, A, P, SHARED: tl.constexpr):
 
 @triton.jit
 def block_of_program(B, G):
-    """(row, kv-head, block of items): a row's last block first, neighbours on the same kv-head."""
+    """(row, kv-head, block of items) of a program: a row's last block first, neighbours on the same kv-head."""
     program = tl.program_id(0)
     return program % B, (program // B) % G, tl.num_programs(0) // (B * G) - 1 - program // (B * G)
 
 
 @triton.jit
 def items_of_block(block, q_start, t_count, g, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
-    """(which exist, query token, query head) of a block's items [BLOCK_M]."""
+    """(whether it exists, query token, query head) of each item [BLOCK_M] of a block."""
     item = block * BLOCK_M + tl.arange(0, BLOCK_M)
     token = tl.cast(q_start, tl.int64) + item // GROUP
     return item < t_count * GROUP, token, tl.cast(g, tl.int64) * GROUP + item % GROUP
@@ -128,7 +128,7 @@ def items_of_block(block, q_start, t_count, g, GROUP: tl.constexpr, BLOCK_M: tl.
 
 @triton.jit
 def item_offset(stride, row, token, head):
-    """Offset of items by row, token of the row (of the batch when packed), and head."""
+    """Offset of items by row, token of the row (of the batch if packed), and head."""
     return tl.cast(row, tl.int64) * stride.row + token * stride.item + head * stride.head
 
 
@@ -144,7 +144,7 @@ def token_offset(stride, token, head, T, PACKED: tl.constexpr):
 
 @triton.jit
 def span(lower_min, lower_max, upper_min, upper_max, MASK_ALL: tl.constexpr, BLOCK: tl.constexpr):
-    """(lo, full_lo, full_hi, hi): tiles from lo to hi; those in [full_lo, full_hi) are visible whole."""
+    """(lo, full_lo, full_hi, hi): tiles from lo to hi; those in [full_lo, full_hi) are fully visible."""
     lo = (lower_min // BLOCK) * BLOCK
     hi = upper_max + 1
     if MASK_ALL:
@@ -158,7 +158,7 @@ def span(lower_min, lower_max, upper_min, upper_max, MASK_ALL: tl.constexpr, BLO
 
 @triton.jit
 def share(tiles, part, parts, BLOCK: tl.constexpr):
-    """Cut a span into `parts` runs of whole tiles and return the part-th."""
+    """Split a span into `parts` runs of whole tiles and return the part-th."""
     lo, full_lo, full_hi, hi = tiles
     run = tl.cdiv(tl.cdiv(tl.maximum(hi - lo, 0), BLOCK), parts) * BLOCK
     first = lo + part * run
@@ -171,7 +171,7 @@ def share(tiles, part, parts, BLOCK: tl.constexpr):
 
 @triton.jit
 def masked_start(i, tiles, BLOCK: tl.constexpr):
-    """Start of the i-th tile that needs a mask: first those left of the whole ones, then those right of them."""
+    """Start of the i-th tile that needs a mask: first those left of the full ones, then those right of them."""
     lo, full_lo, full_hi, _ = tiles
     return lo + i * BLOCK + tl.where(lo + i * BLOCK >= full_lo, full_hi - full_lo, 0)
 
@@ -184,7 +184,7 @@ def masked_count(tiles, BLOCK: tl.constexpr):
 
 @triton.jit
 def tile_offsets(stride, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr):
-    """[BLOCK, BLOCK_D] consecutive rows. Unsigned: the high halves of the addresses then need no registers."""
+    """[BLOCK, BLOCK_D] consecutive rows. Unsigned, so that the high halves of the addresses need no registers."""
     return tl.cast(tl.arange(0, BLOCK)[:, None] * stride + tl.arange(0, BLOCK_D)[None, :], tl.uint32)
 
 
@@ -196,7 +196,7 @@ def tile_pointers(ptr, start, stride, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr
 
 @triton.jit
 def load_rows(ptrs, exists, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """A tile of which only the rows `exists` [BLOCK] do; None: all."""
+    """Load the rows of a tile that exist, given by `exists` [BLOCK]; None: all."""
     if HEAD_DIM != BLOCK_D:
         keep = tl.arange(0, BLOCK_D)[None, :] < HEAD_DIM
         if exists is not None:
@@ -210,7 +210,7 @@ def load_rows(ptrs, exists, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def item_pointers(ptr, offsets, BLOCK_D: tl.constexpr):
-    """[items, BLOCK_D]: one head vector an item."""
+    """[items, BLOCK_D]: one head vector per item."""
     return ptr + offsets[:, None] + tl.arange(0, BLOCK_D)[None, :]
 
 

@@ -1,6 +1,6 @@
 """The keys that a program's items may see: the slots of a prefix, then the tokens of a row.
 
-Both are one `Stretch` of keys to the passes that walk keys (forward, dq, decode).
+Both are a `Segment` of keys to the passes that iterate over keys (forward, dq, decode).
 
 Axes: M items (query tokens × heads of the group), T query tokens, n keys of a row, P slots, D head dim.
 """
@@ -13,22 +13,22 @@ import triton.language as tl
 from softkv.kernels.geometry import span
 
 
-class Stretch(NamedTuple):
-    """Keys j from the base pointers on, and which of them each item sees: `lower ≤ j ≤ upper`, where `mask` agrees."""
+class Segment(NamedTuple):
+    """Keys j relative to the base pointers. An item sees those with `lower ≤ j ≤ upper` that `mask` does not hide."""
 
     k: Any
     v: Any
     k_stride: Any  # from key to key
     v_stride: Any
-    lower: Any  # [M], or None: from the first on
+    lower: Any  # [M], or None: from the first
     upper: Any  # [M]
-    mask: Any  # pointer to an int16 a key, or None
-    tiles: Any  # those to visit, cut by `span`
+    mask: Any  # pointer to one int16 per key, or None
+    tiles: Any  # the tiles to visit, from `span`
 
 
 @triton.jit
 def slots_seen(token, live, a, length, g, ptr, stride, window, BLOCK_N: tl.constexpr):
-    """Slots of prefix `a` that items of flat tokens `token` [M] see: all, unless a window covers the prefix."""
+    """The slots of prefix `a` that items of flat tokens `token` [M] see: all, unless a window covers the prefix."""
     upper = tl.cast(token * 0, tl.int32) + (length - 1)
     if ptr.position is not None:
         position = tl.load(ptr.position + token, mask=live, other=0)
@@ -42,12 +42,12 @@ def slots_seen(token, live, a, length, g, ptr, stride, window, BLOCK_N: tl.const
     g64 = tl.cast(g, tl.int64)
     k = ptr.prefix_k + a64 * stride.prefix_k.row + g64 * stride.prefix_k.head
     v = ptr.prefix_v + a64 * stride.prefix_v.row + g64 * stride.prefix_v.head
-    return Stretch(k, v, stride.prefix_k.item, stride.prefix_v.item, lower, upper, None, tiles)
+    return Segment(k, v, stride.prefix_k.item, stride.prefix_v.item, lower, upper, None, tiles)
 
 
 @triton.jit
 def first_seen(position, reach, CHUNKED: tl.constexpr):
-    """The first key that a query at key position `position` sees under a window, or in its chunk."""
+    """The first key within the window or chunk of a query at key position `position`."""
     if CHUNKED:
         return tl.maximum(position, 0) // reach * reach
     else:
@@ -59,11 +59,11 @@ def tokens_seen(
     block, row, g, T, k_start, n, S, ptr, stride, reach,
     CAUSAL: tl.constexpr, CHUNKED: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Keys of a row of T queries and n keys that the items of a block see."""
+    """The keys that the items of a block see, in a row of T queries and n keys."""
     t = (block * BLOCK_M + tl.arange(0, BLOCK_M)) // GROUP
     if CAUSAL:
         upper = n - T + t
-        # A block past a short row reads nothing past it.
+        # Blocks past the end of a short row read nothing.
         upper_min = n - T + tl.minimum(block * BLOCK_M // GROUP, T - 1)
         upper_max = n - T + tl.minimum((block * BLOCK_M + BLOCK_M - 1) // GROUP, T - 1)
     else:
@@ -87,12 +87,12 @@ def tokens_seen(
     if mask is not None:
         mask += row64 * S
     tiles = span(lower_min, lower_max, upper_min, upper_max, mask is not None, BLOCK_N)
-    return Stretch(k, v, stride.k.item, stride.v.item, lower, upper, mask, tiles)
+    return Segment(k, v, stride.k.item, stride.v.item, lower, upper, mask, tiles)
 
 
 @triton.jit
 def key_exists(j, lower, hi, mask):
-    """[N] keys that some item of the program may see. What nobody sees is not loaded: it may hold anything."""
+    """[N] keys that some item of the program may see. Others are not loaded, because they may contain NaN."""
     exists = j < hi
     if lower is not None:
         exists = exists & (j >= tl.min(lower, 0))
@@ -103,7 +103,7 @@ def key_exists(j, lower, hi, mask):
 
 @triton.jit
 def visible(j, exists, keys):
-    """[M, N] which keys `j` [N] an item may see."""
+    """[M, N]: whether each item may see the keys `j` [N]."""
     seen = exists[None, :] & (j[None, :] <= keys.upper[:, None])
     if keys.lower is not None:
         seen = seen & (j[None, :] >= keys.lower[:, None])

@@ -1,11 +1,11 @@
-"""From a plan to the device: `Launch` starts one kernel, `Plan` a whole call, and one place knows what was started.
+"""Launching: `Launch` runs one kernel, `Plan` a whole call, and `recording` collects launches without running them.
 
-A plan is what follows from shapes, strides, dtypes, alignment and options alone: what to allocate, which kernels to
-start on which grid, with which arguments but for the addresses. It is worked out at the first call of its kind, kept,
-and holds no tensor. The first launch goes through Triton's JIT, which binds, specialises and compiles; later ones hand
-the addresses to the compiled kernel. The stream, Triton's launch hooks and the addresses are looked up at every launch.
+A plan depends on shapes, strides, dtypes, alignment and options only: what to allocate, and which kernels to launch,
+with their grids and all arguments except addresses. It is made at the first call of its kind and cached, and holds no
+tensor. The first launch goes through Triton's JIT, which binds, specialises and compiles; later ones pass the addresses
+to the compiled kernel. The stream, Triton's launch hooks and the addresses are looked up at every launch.
 
-Inside `recording()` launches are kept instead of run: that is how an offline compiler sees exactly the signatures that
+Inside `recording()` launches are recorded instead of run, which gives the offline compiler exactly the signatures that
 are launched, from tensors on the meta device.
 """
 
@@ -23,8 +23,8 @@ from triton.runtime.jit import JITFunction
 from softkv.kernels.geometry import Operands
 from softkv.kernels.tiles import Target, Tile
 
-INTERPRETED = bool(knobs.runtime.interpret)  # as kernels are decorated, when this package is imported
-Tensors = dict[str, Any]  # the tensors of a call by their fields of `Operands`, None for those it does without
+INTERPRETED = bool(knobs.runtime.interpret)  # fixed when this package is imported and kernels are decorated
+Tensors = dict[str, Any]  # the tensors of a call by field of `Operands`, None if absent
 
 
 class Recorded(NamedTuple):
@@ -44,12 +44,13 @@ _recorder = _Recorder()
 
 @torch.compiler.assume_constant_result
 def interpreter_enabled() -> bool:
-    """Whether TRITON_INTERPRET is on: then the kernels run on CPU tensors, slowly."""
+    """Whether TRITON_INTERPRET is set, which runs the kernels slowly on CPU tensors."""
     return bool(knobs.runtime.interpret)
 
 
 def target_of(x: Tensor) -> Target:
-    """The device's row of the tile table and its number of multiprocessors. Reads cached properties, never waits."""
+    """The device's architecture in the tile table and its number of multiprocessors, from cached properties, without
+    synchronising."""
     if _recorder.target is not None:
         return _recorder.target
     if x.device.type != "cuda":
@@ -58,7 +59,7 @@ def target_of(x: Tensor) -> Target:
     if torch.version.hip:
         return Target("gfx942", properties.multi_processor_count)
     arch = properties.major * 10 + properties.minor
-    small = arch in (86, 89)  # sm_80's matrix instructions, but 99 KiB of shared memory as sm_120
+    small = arch in (86, 89)  # sm_80's matrix instructions, but 99 KiB of shared memory like sm_120
     known = 120 if arch >= 120 or small else 100 if arch >= 100 else 90 if arch >= 90 else 80
     return Target(f"sm_{known}", properties.multi_processor_count)
 
@@ -68,20 +69,20 @@ def recording_target() -> Target | None:
 
 
 def _asked_for(hook: Any) -> Any:
-    """A launch hook, or None where nobody has put one in the chain: calling an empty chain costs, too."""
+    """A launch hook, or None if its chain is empty, because calling an empty chain takes time too."""
     return hook if hook is not None and getattr(hook, "calls", True) else None
 
 
 class Launch:
-    """One kernel on `grid` programs: every argument is settled but `ptr`, and of that, which tensor each field
-    takes."""
+    """One kernel on `grid` programs. Every argument is fixed except the addresses in `ptr`, of which only the fields
+    are."""
 
     def __init__(self, kernel: Any, grid: int, tile: Tile, pointers: dict[str, str], **arguments: Any):
         self.kernel, self.grid, self.tile = kernel, grid, tile
         self.pointers = [(Operands._fields.index(field), name) for field, name in pointers.items()]
         self.arguments = arguments
         self.compiled: Any = None
-        self.settled: tuple[Any, ...] = ()  # the arguments after `ptr`, the first of all kernels
+        self.settled: tuple[Any, ...] = ()  # the arguments after `ptr`, which is first in all kernels
 
     def __call__(self, x: Tensors) -> None:
         if _recorder.target is not None:
@@ -131,7 +132,7 @@ class Memory(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """A call: allocate `memory`, take `steps` in turn (launches, and the few things torch does), return `results`."""
+    """A call: allocate `memory`, run `steps` in order (launches and a few torch operations), return `results`."""
 
     memory: dict[str, Memory]
     steps: list[Callable[[Tensors], None]]
@@ -148,7 +149,7 @@ class Plan:
 
 @contextmanager
 def recording(target: Target) -> Iterator[list[Recorded]]:
-    """Collect what would be launched on `target`; nothing runs."""
+    """Collect the launches for `target` without running them."""
     _recorder.target, _recorder.launches = target, []
     try:
         yield _recorder.launches

@@ -1,5 +1,6 @@
-"""The newest plans, found by everything that they depend on: the kind of call, its tensors' shapes, strides, dtypes and
-alignment, its options, the driver and the device that launches go to, the tiles in use, and whether TF32 is allowed."""
+"""The cache of plans, keyed by everything that they depend on: the kind of call, its tensors' shapes, strides, dtypes
+and alignment, its options, the driver and the device that launches go to, the tiles in use, and whether TF32 is
+allowed."""
 
 from collections.abc import Callable
 from threading import Lock
@@ -13,7 +14,7 @@ from softkv.kernels.problem import Options, Problem
 from softkv.kernels.tiles import MEASURED
 
 MOST_PLANS = 1024
-SMALL_STORAGE = 2**31  # within which AMD's loads need no 64-bit addresses
+SMALL_STORAGE = 2**31  # bytes within which AMD's loads need no 64-bit addresses
 
 _kept: dict[Any, Plan] = {}
 _lock = Lock()
@@ -27,7 +28,7 @@ def _device_of_launches() -> tuple[Any, ...]:
 
 
 def find_plan(make: Callable[..., Plan], x: Tensors, options: Options, more: tuple[Any, ...]) -> Plan:
-    """`make(problem, *more)`, made anew only where there is none yet for such a call."""
+    """The cached plan for such a call, or else `make(problem, *more)`."""
     if recording_target() is not None:
         return make(Problem.of(x, options), *more)
     key = (

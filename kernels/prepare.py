@@ -1,5 +1,5 @@
-"""Before the backward: Δ = Σ_d out·dout − dlse and the base-2 lse of every item (+∞ for one that saw nothing: its p is
-0).
+"""Before the backward: Δ = Σ_d out·dout − dlse and the base-2 lse of every item (+∞ for an item that saw nothing, so
+that its p is 0).
 
 Axes: H query heads, T query tokens, D head dim of values; an item here is (flat token, head).
 """

@@ -1,4 +1,4 @@
-"""What is known of a call before any value is: sizes, strides, options. Plans are made from it, by every pass."""
+"""What is known of a call without its values: sizes, strides, options. Every pass makes its plan from it."""
 
 import math
 from dataclasses import dataclass
@@ -13,8 +13,8 @@ from softkv.kernels.tiles import Target, Tile, block_d, tile
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MOST_HEAD_DIM = 256
-SIZES = ["B", "G", "T", "S", "A", "P", "reach"]  # values that must not make a new binary
-FARTHEST = 2**24  # elements from token to token: a tile of 256 is addressed by 32 bits
+SIZES = ["B", "G", "T", "S", "A", "P", "reach"]  # values that must not trigger a new compilation
+FARTHEST = 2**24  # elements from token to token, so that a tile of 256 can be addressed with 32 bits
 SMALLEST_SCALE = 1e-30  # a scale of 0 would make hidden scores −∞·0
 NOWHERE = Strides(0, 0, 0)
 READ = ["q", "k", "v", "prefix_k", "prefix_v"]
@@ -23,7 +23,7 @@ SLOTS = ("prefix_k", "prefix_v")
 
 
 class Options(NamedTuple):
-    """The options of an engine's call that are no tensors."""
+    """The options of a call that are not tensors."""
 
     max_seqlen_q: int | None
     max_seqlen_k: int | None
@@ -36,19 +36,20 @@ class Options(NamedTuple):
 
 
 def strides(name: str, x: Tensor) -> Strides:
-    """Of [B, H, T, D], packed [N, H, D], a prefix [A, G, P, D], or one number an item: [B, H, T], packed [H, N]."""
+    """Strides of [B, H, T, D], packed [N, H, D], a prefix [A, G, P, D], or one value per item: [B, H, T], packed [H,
+    N]."""
     if name in PER_ITEM:
         return Strides(0, x.stride(0), x.stride(1)) if x.dim() == 2 else Strides(*x.stride())
     return Strides(0, x.stride(1), x.stride(0)) if x.dim() == 3 else Strides(*x.stride()[:3])
 
 
 def like(x: Tensor) -> Memory:
-    """What `torch.empty_like` makes."""
+    """The memory that `torch.empty_like` would allocate."""
     return Memory(tuple(x.shape), torch.empty_like(memory_of(Memory(x.shape, x.stride(), x.dtype))).stride(), x.dtype)
 
 
 def output(q: Tensor, width: int) -> Memory:
-    """Laid out as q where values are as wide as keys, token by token otherwise."""
+    """With q's layout if values are as wide as keys, otherwise token by token."""
     if width == q.shape[-1]:
         return like(q)
     if q.dim() == 3:
@@ -64,12 +65,12 @@ def contiguous(shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Me
 
 @dataclass(frozen=True)
 class Problem:
-    """`T`, `S` are 0 when packed: a flat token's place is then its own. `T_max` is the longest row's number of
-    queries."""
+    """`T` and `S` are 0 if packed, where a flat token's index is its position in memory. `T_max` is the longest row's
+    number of queries."""
 
-    like: dict[str, Memory]  # what a gradient of an operand looks like; "out" and "lse" themselves
+    like: dict[str, Memory]  # the memory of each operand's gradient, and of "out" and "lse"
     stride: dict[str, Strides]
-    given: frozenset[str]  # the tensors that the call comes with, and `position` where it is needed
+    given: frozenset[str]  # the tensors given in the call, and `position` if it is needed
     dtype: torch.dtype
     target: Target
     B: int
@@ -91,8 +92,8 @@ class Problem:
     scale: float
     flipped: bool  # the scale was negative: q is negated instead
     tf32: bool
-    linear: bool  # whether flat token u lies u items from the start of q and grad_out
-    wide: bool  # whether their offsets pass 31 bits
+    linear: bool  # whether flat token u is u items from the start of q and grad_out
+    wide: bool  # whether their offsets exceed 31 bits
 
     @classmethod
     def of(cls, x: Tensors, options: Options) -> "Problem":
@@ -152,27 +153,27 @@ class Problem:
 
     @property
     def shared(self) -> bool:
-        """Whether all rows read the one prefix."""
+        """Whether all rows read the same prefix."""
         return self.A == 1 and "prefix_index" not in self.given
 
     def tile(self, name: str) -> Tile:
         return tile(name, self.target, max(self.D, self.value_dim), self.dtype, self.softcap is not None)
 
     def pointers(self, *names: str) -> dict[str, str]:
-        """Of the named fields, those that this call has or makes."""
+        """Those of the named fields that this call has or allocates."""
         optional = {*READ, "sinks", "key_lengths", "key_mask", "prefix_index", "prefix_lengths", "position", "grad_lse",
                     "cu_seqlens_q", "cu_seqlens_k"}  # fmt: skip
         return {name: name for name in names if name in self.given or name not in optional}
 
     def strides(self, *names: str) -> Operands:
-        own = Strides(self.T, self.tokens, 1)  # of one number an item, [H, tokens]
+        own = Strides(self.T, self.tokens, 1)  # of one value per item, [H, tokens]
         known = self.stride | {"delta": own}
         known |= {f"d{name}": strides(name, memory_of(m)) for name, m in self.like.items() if name in READ}
         return Operands(**{name: known[name] for name in names if name in known})
 
     @property
     def dims(self) -> dict[str, Any]:
-        """Constants of every pass over keys or items."""
+        """The constants of every pass over keys or items."""
         return dict(  # noqa: C408
             GROUP=self.group, HEAD_DIM=self.D, VALUE_DIM=self.value_dim, BLOCK_D=block_d(self.D),
             BLOCK_V=block_d(self.value_dim), PRECISION="tf32" if self.tf32 else "ieee",
@@ -192,7 +193,7 @@ class Problem:
         )
 
     def preparations(self) -> list[Any]:
-        """The steps that turn a call's tensors into what kernels read."""
+        """The steps that convert a call's tensors to what kernels read."""
         steps: list[Any] = []
         if self.flipped:
             steps.append(negate_queries)
@@ -227,22 +228,22 @@ def negate_queries(x: Tensors) -> None:
 
 
 def widen_mask(x: Tensors) -> None:
-    """16 bits: Triton lays out matrix operands by the narrowest load behind them, and bytes would cost the loads
-    ahead."""
+    """Convert to 16 bits: Triton lays out matrix operands by the narrowest load that feeds them, and byte loads would
+    prevent pipelining."""
     x["key_mask"] = x["key_mask"].to(torch.int16, memory_format=torch.contiguous_format)
 
 
 def row_of_token(cu_seqlens: Tensor, count: int) -> Tensor:
-    """[N] the row each packed token belongs to."""
+    """[N] the row of each packed token."""
     ids = torch.arange(count, device=cu_seqlens.device, dtype=torch.int32)
     return (torch.searchsorted(cu_seqlens, ids, right=True) - 1).clamp(0, cu_seqlens.shape[0] - 2)
 
 
 def linear(x: Tensor) -> bool:
-    """Whether flat token u lies u items from the start: packed, or [B, T, H, D] in memory."""
+    """Whether flat token u is u items from the start: packed, or [B, T, H, D] in memory."""
     return x.dim() == 3 or x.stride(0) == x.shape[2] * x.stride(2)
 
 
 def wide(x: Tensor) -> bool:
-    """Whether offsets in x pass 31 bits."""
+    """Whether offsets in x exceed 31 bits."""
     return sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) >= 2**31

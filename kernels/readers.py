@@ -1,9 +1,8 @@
-"""The tokens that read each prefix, grouped without leaving the device: fixed shapes, a stable sort, no wait for the
-host.
+"""The tokens that read each prefix, grouped on the device: fixed shapes, a stable sort, no synchronisation.
 
-Group a is `order[start[a] : start[a + 1]]`, flat tokens. Without `order` the tokens lie in order of their groups;
-without `start`, too, all tokens read the one prefix (SHARED), or group a is the T tokens of row a. Rows that read no
-prefix form a last group, number A.
+Group a is `order[start[a] : start[a + 1]]`, flat tokens. Without `order` the tokens are already in the order of their
+groups; if `start` is missing too, all tokens read the same prefix (SHARED), or group a is the T tokens of row a. Rows
+that read no prefix form a last group with index A.
 """
 
 import torch
@@ -14,12 +13,12 @@ from torch import Tensor
 from softkv.kernels.launch import Tensors
 from softkv.kernels.problem import Problem, row_of_token
 
-FAR = 2**32  # between the groups' places in one sorted line
+FAR = 2**32  # distance between groups in the sort keys
 
 
 @triton.jit
 def group_extent(a, exists, ptr, T, count, SHARED: tl.constexpr):
-    """(first token, tokens) of the groups `a`; of those that don't exist, nothing."""
+    """(first token, number of tokens) of the groups `a`; those that don't exist are empty."""
     if ptr.start is not None:
         first = tl.load(ptr.start + a, mask=exists, other=0)
         return first, tl.load(ptr.start + a + 1, mask=exists, other=0) - first
@@ -30,7 +29,7 @@ def group_extent(a, exists, ptr, T, count, SHARED: tl.constexpr):
 
 
 class Readers:
-    """A step that groups a call's tokens, and what it leaves: the fields `order`, `start`, `seen` named in `fields`."""
+    """A step that groups a call's tokens and writes those of `order`, `start`, `seen` that are in `fields`."""
 
     def __init__(self, problem: Problem, by_position: bool):
         self.problem = problem
@@ -45,7 +44,7 @@ class Readers:
 
     @property
     def count(self) -> int:
-        """Groups, the one that reads no prefix included."""
+        """The number of groups, including the one that reads no prefix."""
         return self.problem.A + self.indexed
 
     def __call__(self, x: Tensors) -> None:
@@ -60,7 +59,7 @@ class Readers:
             x["start"] = x["cu_seqlens_q"]
 
     def prefix_of_token(self, x: Tensors) -> Tensor:
-        """[tokens] the prefix that a flat token reads; A where it reads none."""
+        """[tokens] the prefix that each flat token reads; A if it reads none."""
         p, device = self.problem, x["q"].device
         if p.shared:
             return torch.zeros(p.tokens, device=device, dtype=torch.int64)
@@ -71,19 +70,19 @@ class Readers:
         return index[row_of_token(x["cu_seqlens_q"], p.tokens)] if p.packed else index.repeat_interleave(p.T)
 
     def group_by_position(self, x: Tensors) -> None:
-        """Under a window over the prefix, what sees a slot is then a run of its group."""
+        """Sort a group by position, so that with a window over the prefix the readers of a slot are contiguous."""
         p, device, lengths = self.problem, x["q"].device, x["prefix_lengths"]
         assert p.reach is not None
         place, x["order"] = sorted_as_int32(self.prefix_of_token(x) * FAR + x["position"])
         start = torch.searchsorted(place, torch.arange(p.A + 2, device=device) * FAR - FAR // 2)
         length = p.P if lengths is None else lengths.clamp(0, p.P).long()[:, None]
-        first_hidden = torch.arange(p.P, device=device) - length + p.reach  # position that no longer sees a slot
+        first_hidden = torch.arange(p.P, device=device) - length + p.reach  # first position that can't see a slot
         a = torch.arange(p.A, device=device)[:, None]
         seen = torch.searchsorted(place, a * FAR + first_hidden) - start[: p.A, None]
         x["start"], x["seen"] = start.to(torch.int32), seen.to(torch.int32)
 
 
 def sorted_as_int32(places: Tensor) -> tuple[Tensor, Tensor]:
-    """(sorted, the order that sorts them)."""
+    """(sorted values, sorting indices)."""
     place, order = torch.sort(places, stable=True)
     return place, order.to(torch.int32)

@@ -1,4 +1,5 @@
-"""The second pass of a split reduction: out = Σ_part x[part], part after part, so the sum is the same in every run.
+"""The second pass of a split reduction: out = Σ_part x[part], one part after another, so the sum is the same in every
+run.
 
 Keys and values of a prefix in one launch: the first `k_programs` programs add up dprefix_k, the others dprefix_v.
 """
@@ -34,7 +35,7 @@ def add_parts_kernel(ptr, parts, k_programs, k_size, v_size, BLOCK: tl.constexpr
 
 
 def plan_add_parts(p: Problem, memory: dict[str, Memory]) -> list[Launch]:
-    """Nothing where there are no parts. The sums are contiguous: `memory` is told so."""
+    """Plan nothing if there are no parts. The sums are contiguous, which is recorded in `memory`."""
     made = [name for name in SLOTS if name.replace("prefix", "part") in memory]
     if not made:
         return []

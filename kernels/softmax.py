@@ -1,15 +1,15 @@
-"""The online softmax, in base 2: the one place where scores become weights.
+"""The online softmax, in base 2: the only place where scores become weights.
 
-Going over key tiles with raw scores r (q kᵀ, or tanh(q kᵀ·scale/c) under a soft cap), `score_scale` = scale·log₂e
-(or c·log₂e) and the running maximum m, sum l and output acc of an item:
+Over key tiles with raw scores r (q kᵀ, or tanh(q kᵀ·scale/c) with a soft cap), `score_scale` = scale·log₂e (or c·log₂e)
+and the running maximum m, sum l and output acc of an item:
 
     m' = max(m, max r · score_scale)      a = 2^(m − m')      p = 2^(r·score_scale − m')
     l' = a·l + Σp                         acc' = a·acc + p v
 
-m starts at a finite, very negative number, so an item that has seen nothing yet is never −∞ − (−∞): a hidden key's
-score is −∞, its weight 0, and an item that saw nothing ends with l = 0, output 0 and lse −∞.
+m starts at a finite, very negative number, so that −∞ − (−∞) never occurs: a hidden key has score −∞ and weight 0, and
+an item that sees nothing ends with l = 0, output 0 and lse −∞.
 
-Axes: M items (query tokens × heads of the group), N keys of a tile, D head dim (of values, too, where it differs).
+Axes: M items (query tokens × heads of the group), N keys of a tile, D head dim (of values, if it differs).
 """
 
 import triton
@@ -25,7 +25,7 @@ LOWEST = tl.constexpr(-1.2676506002282294e30)  # −2^100: below every score, fa
 
 @triton.jit
 def raw_scores(q, k, softcap_scale, PRECISION: tl.constexpr):
-    """q kᵀ [M, N], under a soft cap tanh(q kᵀ·softcap_scale)."""
+    """q kᵀ [M, N], or with a soft cap tanh(q kᵀ·softcap_scale)."""
     s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if softcap_scale is not None:
         root = tl.rsqrt(tl.exp2(s * (softcap_scale * 2 * LOG2E)) + 1)
@@ -35,8 +35,7 @@ def raw_scores(q, k, softcap_scale, PRECISION: tl.constexpr):
 
 @triton.jit
 def slope(p, s, CAPPED: tl.constexpr):
-    """p times the soft cap's slope, by the raw scores s: taken before dp is there, so that s needs no registers
-    then."""
+    """p times the soft cap's slope at the raw scores s, computed before dp, so that s needs no registers afterwards."""
     if CAPPED:
         p = p * (1 - s * s)
     return p
@@ -48,8 +47,7 @@ def softmax_step(
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Take in one tile of keys. `exists` [N] and `seen` [M, N] are None where every key exists and every item sees
-    it."""
+    """Add one tile of keys. `exists` [N] and `seen` [M, N] are None if every key exists and every item sees it."""
     k = load_rows(k_ptrs, exists, HEAD_DIM, BLOCK_D)
     s = raw_scores(q, k, scale.softcap, PRECISION)
     if seen is not None:
@@ -69,7 +67,7 @@ def attend(
     HEAD_DIM: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Run the softmax over a stretch of keys: whole tiles of N keys, then the edges, E at a time."""
+    """Run the softmax over a segment of keys: full tiles of N keys, then the edges, E at a time."""
     _, full_lo, full_hi, hi = keys.tiles
     k_ptrs = keys.k + tl.cast(full_lo, tl.int64) * keys.k_stride
     v_ptrs = keys.v + tl.cast(full_lo, tl.int64) * keys.v_stride
@@ -98,7 +96,7 @@ def attend(
 
 @triton.jit
 def finish(acc, m, l, sink):
-    """(out, lse): the normalised output, and the natural log of the denominator, which a sink's logit joins."""
+    """(out, lse): the normalised output, and the natural log of the denominator, including the sink."""
     seen = l > 0
     total = tl.where(seen, l, 1)
     lse = tl.where(seen, m + tl.log2(total), float("-inf"))  # base 2

@@ -1,10 +1,10 @@
-"""Tile sizes, warps and pipeline stages: one table, one reason a row.
+"""Tile sizes, warps and pipeline stages: one table, with a reason for each row.
 
-A program owns `own` items (query tokens × heads of a group) and walks keys `step` at a time; in "dkv" it owns keys and
-walks items, and so in "dkv_prefix", which shares dkv's launch and warps (where it has no row, it takes dkv's). Rows
-that were measured say where and when. All others are static: their figures are bounds read from binaries
-(`softkv.profiling.sass`), bf16, full-tile loops. docs/kernels.md has what was tried, and why the bounds do not rank
-tiles.
+A program owns `own` items (query tokens × heads of a group) and processes `step` keys at a time; in "dkv" it owns keys
+and processes items. "dkv_prefix" does the same and shares dkv's launch and warps (without a row of its own, it uses
+dkv's). Measured rows give device and date. All others are static: their figures are bounds derived from binaries
+(`softkv.profiling.sass`), bf16, full-tile loops. docs/kernels.md lists the alternatives tried, and why the bounds do
+not rank tiles.
 """
 
 from collections import UserDict
@@ -27,7 +27,8 @@ class Tile(NamedTuple):
 
     @property
     def edge(self) -> int:
-        """The step where a mask is needed: half, so that compares and bounds find registers, and less is hidden."""
+        """The step of masked tiles: half, which leaves registers for compares and bounds, and wastes less work on
+        hidden scores."""
         return max(16, self.step // 2)
 
 
@@ -54,7 +55,7 @@ EVERYWHERE = {
     "add_parts": Tile(1024, 1, 4, 1, ONE_PASS),
 }
 
-# (pass, architecture) → padded head dim up to which a row serves → row.
+# (pass, architecture) → largest padded head dim that a row applies to → row.
 TABLE: dict[tuple[str, str], dict[int, Tile]] = {
     ("forward", "sm_80"): {
         64: Tile(
@@ -159,7 +160,7 @@ TABLE: dict[tuple[str, str], dict[int, Tile]] = {
     },
 }
 
-# fp32 products are exact (ieee) unless TF32 is allowed. There is nothing to load ahead for.
+# fp32 products are exact (IEEE) unless TF32 is allowed. Loading ahead gains nothing.
 LANES = "FP32 lanes: a thread holds whole rows of operands; longer steps or fewer warps spill, by thousands at D = 256"
 MFMA = "gfx942 has matrix instructions for fp32; steps of 32 spill at D = 256"
 FP32: dict[tuple[str, str], dict[int, Tile]] = {
@@ -174,8 +175,8 @@ FP32: dict[tuple[str, str], dict[int, Tile]] = {
     ("decode", "gfx942"): {256: Tile(16, 16, 4, 1, MFMA)},
 }
 
-# Under a soft cap tanh and its slope need registers too. (pass, architecture, padded head dim) → row, where the table's
-# spills.
+# With a soft cap, tanh and its slope need registers too. (pass, architecture, padded head dim) → row, where the row
+# above spills.
 CAPPED: dict[tuple[str, str, int], Tile] = {
     ("forward", "sm_120", 128): Tile(
         64, 32, 4, 2, "0.63, two programs; 128×32 with 8 warps: 0.72 but for 3 spills a step"
@@ -185,7 +186,7 @@ CAPPED: dict[tuple[str, str, int], Tile] = {
 
 
 class Measured(UserDict[tuple[str, str, int, torch.dtype], Tile]):
-    """Counts its changes: what was planned before the last one is known to be stale."""
+    """Counts its changes, so that plans made before the last one are recognised as stale."""
 
     changes = 0
 
@@ -198,7 +199,7 @@ class Measured(UserDict[tuple[str, str, int, torch.dtype], Tile]):
         super().__delitem__(key)
 
 
-MEASURED = Measured()  # filled by `softkv.kernels.tuning`, and nobody else
+MEASURED = Measured()  # filled by `softkv.kernels.tuning` only
 
 
 def block_d(head_dim: int) -> int:
@@ -207,7 +208,7 @@ def block_d(head_dim: int) -> int:
 
 
 def tile(name: str, target: Target, head_dim: int, dtype: torch.dtype, capped: bool = False) -> Tile:
-    """The row for a pass on a target: what was measured there, where somebody asked for it, or the table's."""
+    """The row for a pass on a target: the measured one if `tuning` was used, otherwise the table's."""
     if measured := MEASURED.get((name, target.arch, block_d(head_dim), dtype)):
         return measured
     if target.arch == "interpreter":

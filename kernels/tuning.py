@@ -1,12 +1,12 @@
-"""Measured tiles: on request, on a real GPU, kept on disk. Without a call of `tune` or `load`, tiles are the table's.
+"""Measured tiles: on request, on a GPU, stored on disk. Without a call of `tune` or `load`, the table is used.
 
     from softkv.kernels.tuning import load, tune
     tune(q, k, v, prefix_k, prefix_v, file="tiles.json")  # once: times each pass with each candidate
     load("tiles.json", q)  # later: no timing
 
-What was measured holds for one device, one triton, one padded head dim and dtype; elsewhere the table stays. Tiles
-change only inside these two calls, which refuse to run while a CUDA graph is captured: a captured or compiled call
-can't meet two tiles.
+Measurements apply to one device, Triton version, padded head dim and dtype; the table is used for others. Tiles change
+only inside these two calls, which refuse to run during CUDA graph capture, so that a captured call can't use two
+different tiles.
 """
 
 import json
@@ -33,14 +33,13 @@ OPTIONS: dict[str, Any] = dict.fromkeys(
 
 
 def device_of(x: Tensor) -> str:
-    """What a measurement holds for."""
+    """The device and Triton version that a measurement applies to."""
     name = torch.cuda.get_device_name(x.device) if x.is_cuda else "interpreter"
     return f"{name}, triton {triton.__version__}"
 
 
 def candidates(name: str, arch: str, head_dim: int, dtype: torch.dtype, default: Tile) -> Iterator[Tile]:
-    """The table's row first; then what the table holds for this pass on any architecture, with one stage less and
-    more."""
+    """The table's row first, then the rows of this pass for all architectures, with one stage less and more."""
     seen = {default[:4]}
     yield default
     for (other, _), rows in TABLE.items():
@@ -60,9 +59,9 @@ def tune(
 ) -> dict[str, Tile]:  # fmt: skip
     """Time every pass of forward and backward for these operands with each candidate tile; use and keep the fastest.
 
-    Shapes and `options` as in `softkv.prefix_attention` (packed: with cu_seqlens_q, …); make them like those of the run
-    to come. `file`: JSON, added to; what it holds for this device is not timed again. `timer`: by default triton's
-    `do_bench`. Returns the tiles by pass. RuntimeError without a GPU, or during CUDA-graph capture.
+    Shapes and `options` as in `softkv.prefix_attention` (packed: with cu_seqlens_q, …); use those of the intended
+    workload. `file`: a JSON file to extend; its entries for this device are not timed again. `timer`: by default
+    triton's `do_bench`. Returns the tiles by pass. RuntimeError without a GPU, or during CUDA-graph capture.
     """
     if timer is None:
         if not q.is_cuda:
@@ -112,7 +111,8 @@ def _fastest(key: Any, options: Iterator[Tile], run: Callable[[], Any], timer: T
 
 
 def load(file: str | os.PathLike[str], like: Tensor) -> int:
-    """Use what `tune` kept for the device of `like`; returns the number of passes. A missing file holds none."""
+    """Use the tiles stored by `tune` for the device of `like`; returns the number of passes, 0 if the file is
+    missing."""
     _refuse_capture("load")
     path = Path(file)
     kept = json.loads(path.read_text()).get(device_of(like), {}) if path.exists() else {}

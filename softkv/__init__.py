@@ -1,4 +1,5 @@
-"""softkv: attention that reads soft-prompt prefixes as an operand of its own, and the four methods that train them."""
+"""softkv: attention that takes a soft-prompt prefix as a separate operand, and four methods that train such
+prefixes."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -39,7 +40,7 @@ __all__ = [
     "prefix_attention_varlen",
 ]
 
-# torch and transformers take seconds to import, so names are imported at first use.
+# Names are imported at first use, because torch and transformers take seconds to import.
 _LAZY = {
     "PTuning": "softkv.methods",
     "PTuningV2": "softkv.methods",

@@ -1,4 +1,4 @@
-"""Evaluation mode without touching a module that others use at the same time."""
+"""Evaluation mode without changing a module that other threads use at the same time."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def in_evaluation(module: Module) -> Module:
-    """The module in evaluation mode: itself where it is in it, else a view of it.
+    """The module in evaluation mode: the module itself if it already is, else a view of it.
 
-    A view is a tree of new modules that share parameters, buffers, hooks and all else with the given ones. Only the
-    training flags are its own, so those that other threads read stay as they are; and what modules set on themselves
-    as they run, as BigBird does, whose sparse attention goes out for good at the first short row.
+    A view is a tree of new modules that share parameters, buffers, hooks and everything else with the given ones,
+    except for the training flags and attributes that modules set while they run, so other threads see no change.
+    (BigBird permanently switches its sparse attention off at the first short row.)
     """
     if not any(each.training or hasattr(each, "set_attention_type") for each in module.modules()):
         return module
@@ -40,7 +40,7 @@ def in_evaluation(module: Module) -> Module:
 
 
 def _bound_to_views(value: Any, views: dict[int, Any]) -> Any:
-    """Methods that were put on a module (as offloading does) act on its view."""
+    """Bind methods that were set on a module instance (as offloading does) to its view."""
     if isinstance(value, MethodType) and id(value.__self__) in views:
         return MethodType(value.__func__, views[id(value.__self__)])
     if isinstance(value, partial):

@@ -1,8 +1,8 @@
 """`Prefix`: soft keys and values that every row of a batch may attend to, before its own tokens.
 
-One rule for positions: prefix slots stand for positions 0..P-1, and a row's first real token has position P. Keys are
-stored as attention sees them (after RoPE and q/k-norm), so a learned prefix, the cached K/V of a prompt and a PEFT
-checkpoint are interchangeable.
+Prefix slots occupy positions 0..P-1, and a row's first real token has position P. Keys are stored as attention sees
+them (after RoPE and q/k-norm), so a learned prefix, the cached K/V of a prompt and a PEFT checkpoint are
+interchangeable.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ _reader: Reader | None = None
 
 
 def read_models_by(reader: Reader) -> None:
-    """Names the function that runs a model for its K and V of every layer: `softkv.hf`, which lies above, does."""
+    """Register the function that runs a model and returns the K and V of every layer. `softkv.hf` does so on import;
+    this module can't import it."""
     global _reader
     _reader = reader
 
@@ -29,15 +30,15 @@ class Prefix:
     """Soft keys and values for attention.
 
     Args:
-        k, v: `[L or 1, A, G, P, D]` and `[L or 1, A, G, P, Dv]`, one floating dtype. A leading 1 means one pair for all
-            layers; A is the number of prefixes (1: shared by all rows of a batch). Dv is D but for multi-head latent
-            attention and its like, whose values have a width of their own.
-        lengths: `[A]` integers, the slots of each prefix that exist, or None when all P do.
+        k, v: `[L or 1, A, G, P, D]` and `[L or 1, A, G, P, Dv]`, of one floating dtype. A leading 1 means one pair for
+            all layers; A is the number of prefixes (1: shared by all rows of a batch). Dv equals D except in multi-head
+            latent attention and similar.
+        lengths: `[A]` integers, the number of slots in use of each prefix; None: all P.
         window_covers: whether sliding-window layers count the slots as the positions just before the first token.
             True for K/V of real tokens, False for learned ones, which stay visible to every query.
 
     Raises:
-        ValueError: when shapes or dtypes don't fit together.
+        ValueError: if shapes or dtypes don't match.
     """
 
     k: Tensor
@@ -48,7 +49,7 @@ class Prefix:
     def __post_init__(self) -> None:
         if self.k.dim() != 5 or self.v.dim() != 5 or self.k.shape[:4] != self.v.shape[:4]:
             raise ValueError(
-                "Prefix expects k [L or 1, A, G, P, D] and v [L or 1, A, G, P, Dv], alike but for their widths, "
+                "Prefix expects k [L or 1, A, G, P, D] and v [L or 1, A, G, P, Dv], equal except in the last dim, "
                 f"got {tuple(self.k.shape)} and {tuple(self.v.shape)}"
             )
         if self.k.dtype != self.v.dtype:
@@ -58,7 +59,7 @@ class Prefix:
 
     @property
     def count(self) -> int:
-        """A, the number of prefixes held."""
+        """A, the number of prefixes."""
         return self.k.shape[1]
 
     @property
@@ -67,13 +68,13 @@ class Prefix:
         return self.k.shape[3]
 
     def layers(self, number: int) -> list[tuple[Tensor, Tensor]]:
-        """The (k, v) of each of `number` layers, `[A, G, P, D]` and `[A, G, P, Dv]`: views, unbound once so that
-        autograd writes one gradient of the whole."""
+        """The (k, v) of each of `number` layers, views `[A, G, P, D]` and `[A, G, P, Dv]`. They are unbound once, so
+        that autograd writes a single gradient for all layers."""
         keys, values = self.k.unbind(0), self.v.unbind(0)
         if len(keys) == 1:
             keys, values = keys * number, values * number
         if len(keys) != number:
-            raise ValueError(f"this prefix holds {len(keys)} layers, the model has {number}")
+            raise ValueError(f"this prefix has {len(keys)} layers, the model has {number}")
         return list(zip(keys, values, strict=True))
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Prefix:
@@ -85,14 +86,14 @@ class Prefix:
 
     @classmethod
     def from_cache(cls, cache: Any) -> Prefix:
-        """The K/V of a transformers cache, layer by layer, as a prefix of real tokens.
+        """Make a prefix of real tokens from the K/V of a transformers cache.
 
         Args:
-            cache: a cache whose every layer holds `keys` `[A, G, P, D]` and `values` `[A, G, P, Dv]` of the same P
-                tokens (a `DynamicCache` after one unpadded forward). Of a static cache, the filled part is taken.
+            cache: a cache with `keys` `[A, G, P, D]` and `values` `[A, G, P, Dv]` of the same P tokens in every layer
+                (a `DynamicCache` after one unpadded forward). The filled part of a static cache is used.
 
         Raises:
-            ValueError: when a sliding-window layer has dropped tokens, or layers hold no K/V.
+            ValueError: if a sliding-window layer has dropped tokens, or a layer has no K/V.
 
         Models with multi-head latent attention keep compressed K/V in their caches: use `from_text` or `from_ids`.
         """
@@ -112,7 +113,7 @@ class Prefix:
 
     @classmethod
     def from_layers(cls, keys: list[Tensor], values: list[Tensor]) -> Prefix:
-        """K/V of real tokens, keys `[A, G, P, D]` and values `[A, G, P, Dv]` a layer, stacked into a prefix."""
+        """Stack the K/V of real tokens, keys `[A, G, P, D]` and values `[A, G, P, Dv]` per layer, into a prefix."""
         for name, tensors in (("keys", keys), ("values", values)):
             shapes = sorted({tuple(tensor.shape) for tensor in tensors})
             if len(shapes) != 1:
@@ -121,16 +122,17 @@ class Prefix:
 
     @classmethod
     def from_text(cls, model: Any, tokenizer: Any, text: str) -> Prefix:
-        """The K/V of a text, run once through the model: with this prefix, it answers as with the text in context.
+        """Run a text through the model once and keep its K/V: with this prefix, the model's outputs equal those with
+        the text in the context.
 
         Args:
-            model: a transformers causal LM (a `SoftModel`'s soft prompt is not applied).
-            tokenizer: its tokenizer; the text is tokenised with its special tokens (a BOS where it adds one).
+            model: a transformers causal LM. The soft prompt of a `SoftModel` is not applied.
+            tokenizer: its tokenizer; the text is tokenised with special tokens (a BOS if it adds one).
             text: at least one token long.
 
         Raises:
-            ValueError: when the text has no tokens, or K/V alone can't stand for it: in a model with other state than
-                attention's, or a bidirectional one.
+            ValueError: if the text has no tokens, or K/V alone can't represent it, because the model is bidirectional
+                or has state other than attention's.
 
         Example:
             >>> prefix = softkv.Prefix.from_text(base, tokenizer, "w5 w6")
@@ -146,24 +148,25 @@ class Prefix:
 
     @classmethod
     def from_ids(cls, model: Any, input_ids: Tensor, *, standing_in: bool = True) -> Prefix:
-        """The K/V of `input_ids` `[A, P]`, run once through the model.
+        """Run `input_ids` `[A, P]` through the model once and keep their K/V.
 
         Args:
             model: as in `from_text`.
             input_ids: the tokens.
-            standing_in: whether the prefix must answer as the tokens in context; False takes the K/V of any model.
+            standing_in: whether the prefix must be equivalent to the tokens in the context; with False, the K/V of any
+                model are accepted.
         """
         return cls._from_inputs(model, standing_in, input_ids=input_ids)
 
     @classmethod
     def from_embeddings(cls, model: Any, inputs_embeds: Tensor) -> Prefix:
-        """The K/V of input embeddings `[A, P, C]`, in the model's dtype, run once through the model."""
+        """Run input embeddings `[A, P, C]`, in the model's dtype, through the model once and keep their K/V."""
         return cls._from_inputs(model, True, inputs_embeds=inputs_embeds)
 
     @classmethod
     def _from_inputs(cls, model: Any, standing_in: bool, **inputs: Tensor) -> Prefix:
         if _reader is None:
-            raise RuntimeError("a prefix of a model's own K/V needs softkv.hf, which knows models: import it first")
+            raise RuntimeError("a prefix from a model's own K/V needs softkv.hf: import softkv.hf first")
         for name, tokens in inputs.items():
             axes, ids = ("[A, P, C]", False) if name == "inputs_embeds" else ("[A, P]", True)
             fits = isinstance(tokens, Tensor) and tokens.dim() == 3 - ids and tokens.shape[:2].numel() > 0

@@ -1,6 +1,6 @@
 """Named ranges in torch's profiles: prefix, attention of each layer and its backward, the head run once, loss.
 
-Without a profiler, and while compiling, a range is one look at a flag.
+Without a profiler, and while compiling, a range costs one check of a flag.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _open = threading.local()
 
 
 def named(name: str, number: int | None = None) -> AbstractContextManager[None]:
-    """The range `softkv: name number` of a profile."""
+    """A range called `softkv: name number` in the profile."""
     if torch.compiler.is_compiling() or not torch.autograd._profiler_enabled():
         return _NOTHING
     return _recorded(name if number is None else f"{name} {number}")
@@ -34,7 +34,7 @@ def _recorded(name: str) -> Iterator[None]:
 
 
 def current() -> str | None:
-    """The name of the innermost open range, which a backward takes up again."""
+    """The name of the innermost open range, for the range of its backward."""
     return getattr(_open, "name", None)
 
 

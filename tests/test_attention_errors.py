@@ -147,7 +147,7 @@ def test_bfloat16_in_the_interpreter_is_warned_of(monkeypatch: pytest.MonkeyPatc
     """There its products are of raw 16-bit integers: wrong by 1e8, without a word."""
     monkeypatch.setattr("softkv.kernels.interpreter_enabled", lambda: True)
     monkeypatch.setattr("softkv.kernels.forward", lambda q, *rest, **options: (q, q[..., 0].float()))
-    with pytest.warns(UserWarning, match="interpreter computes bfloat16 wrongly"):
+    with pytest.warns(UserWarning, match="interpreter computes bfloat16 incorrectly"):
         dense(P=7, A=1).to(torch.bfloat16).call(backend="triton")
 
 

@@ -1,7 +1,7 @@
 """The interface of soft-prompt methods: a frozen config that builds a module of learned parameters.
 
-Methods turn parameters into soft tokens or a `Prefix`. They know nothing of kernels or of transformers: what they may
-ask of the frozen model is `FrozenModel`.
+Methods turn parameters into soft tokens or a `Prefix`. They depend on neither kernels nor transformers; `FrozenModel`
+is their only interface to the frozen model.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from softkv.prefix import Prefix
 
 Placement = Literal["before", "after", "inline"]
 
-# Learning rates that were measured to work (docs/learning.md): of networks; of soft tokens, times their size; of keys
-# and values, a pair for each layer or one for all.
+# Learning rates measured to work (docs/learning.md): for networks; for soft tokens, relative to their size; for keys
+# and values, with a pair per layer or one for all.
 NETWORK_RATE = 1e-3
 TOKEN_RATE = 0.2
 KEY_RATE, VALUE_RATE = 2e-2, 2e-2
@@ -30,14 +30,14 @@ SHARED_KEY_RATE, SHARED_VALUE_RATE = 1e-1, 3e-2
 
 @dataclass(frozen=True)
 class BaseShape:
-    """The sizes of a frozen model that decide the shapes of learned parameters."""
+    """The sizes of a frozen model that determine the shapes of learned parameters."""
 
     layers: int  # L
-    kv_heads: int  # G, 0 where layers differ in G, D or Dv
+    kv_heads: int  # G; 0 if layers differ in G, D or Dv
     head_dim: int  # D, of keys
-    value_dim: int  # Dv, of values: D but for multi-head latent attention and its like
+    value_dim: int  # Dv, of values: equal to D except in multi-head latent attention and similar
     hidden_size: int  # C
-    embedding_size: int  # width of the input embeddings (C, but for a few OPT models)
+    embedding_size: int  # width of the input embeddings (C except in a few OPT models)
     vocab_size: int
 
     @property
@@ -53,7 +53,7 @@ class BaseShape:
 
 
 def check_uniform(shape: BaseShape) -> None:
-    """Raise where attention layers differ in shape: a prefix holds keys of one shape, and values of one."""
+    """Raise if attention layers differ in shape: a prefix has one shape of keys and one of values."""
     if not shape.kv_heads:
         raise ValueError(
             "a prefix expects the same number of key/value heads and the same head dims in every attention layer, this "
@@ -62,33 +62,33 @@ def check_uniform(shape: BaseShape) -> None:
 
 
 class FrozenModel(Protocol):
-    """What a method may ask of the model that it steers. Token ids come on the CPU; answers may be on any device and
-    of any floating dtype."""
+    """What methods can ask of the frozen model. Token ids are on the CPU; results may be on any device and of any
+    floating dtype."""
 
     shape: BaseShape
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Frozen input embeddings `[..., embedding_size]` of token ids, without gradient."""
+        """The frozen input embeddings `[..., embedding_size]` of token ids, without gradient."""
 
     def prefix_of(self, ids: Tensor, *, standing_in: bool = True) -> Prefix:
-        """The K/V of the tokens `ids` `[P]`, run through the frozen model; an error where they are to stand for the
-        tokens in context and can't."""
+        """The K/V of the tokens `ids` `[P]`, run through the frozen model. Raises if they must be equivalent to the
+        tokens in the context and can't be."""
 
     def words(self) -> Tensor:
-        """Ids `[n]` of the vocabulary that stand for words, in its order: no special or added tokens, no places of
-        images or sounds, no unused rows."""
+        """Ids `[n]` of the vocabulary that are words, in order: no special or added tokens, placeholders of images or
+        audio, or unused rows."""
 
     def tokenize(self, text: str, special: bool = False) -> list[int]:
-        """Token ids of a text, with the special tokens that the tokenizer adds if `special`; an error when no
-        tokenizer was given."""
+        """Token ids of a text, with the tokenizer's special tokens if `special`. Raises if no tokenizer was given."""
 
 
 class Method(ABC):
-    """A frozen config of what is learned and where it goes. Its fields survive JSON (`dataclasses.asdict`).
+    """The frozen config of a method: what is learned and where it goes. Its fields are JSON-serialisable
+    (`dataclasses.asdict`).
 
     Attributes:
-        in_rows: whether all that is learned are soft tokens inside rows, which need no attention of softkv's.
-        suits: when to take this method, in a line of `softkv methods`.
+        in_rows: whether the method learns only soft tokens inside rows, which don't need softkv's attention.
+        suits: when to use this method, as one line for `softkv methods`.
         learns: the number of trainable values, as a formula.
     """
 
@@ -99,50 +99,50 @@ class Method(ABC):
 
     @classmethod
     def of_length(cls, length: int) -> Self:
-        """The method with `length` soft tokens or slots and a random start: what is planned and profiled, where values
-        don't matter."""
+        """The method with `length` soft tokens or slots and random initialisation, for planning and profiling, where
+        values don't matter."""
         return cls(length=length)  # type: ignore[call-arg]
 
     @abstractmethod
     def build(self, base: FrozenModel, *, folded: bool = False) -> SoftPrompt:
         """The module of learned parameters, in fp32 on the CPU, initialised for this frozen model.
 
-        With `folded`, a module of the kind that `SoftPrompt.folded` gives, whose values are only a place to load saved
-        ones into: no tokenizer and no run of the model is needed.
+        With `folded`, a module as returned by `SoftPrompt.folded`, with placeholder values into which saved ones are
+        loaded. This needs neither a tokenizer nor a run of the model.
         """
 
     def encode(self, tokenizer: Any, *, answer: str | None = None, **fields: str) -> dict[str, list[int]]:
-        """One example as token ids, by the method's template.
+        """Encode one example as token ids, following the method's template.
 
         Args:
             tokenizer: a transformers tokenizer.
-            answer: the text of `[Y]`; None for a prompt alone, as generation needs it.
+            answer: the text of `[Y]`; None for a prompt without an answer, as in generation.
             fields: the text of each field of the template (`X="..."` for `[X]`).
 
         Returns:
-            `{"input_ids", "labels"}`, lists of one length: soft token `[Pi]` has id `-i`, labels are -100 off the
-            answer.
+            `{"input_ids", "labels"}`, lists of equal length: soft token `[Pi]` has id `-i`, and labels are -100 outside
+            the answer.
 
         Raises:
-            ValueError: when a field is missing or unknown, or the answer holds no token.
+            ValueError: if a field is missing or unknown, or the answer has no tokens.
         """
         return Template.parse(self.template).encode(tokenizer, answer=answer, **fields)
 
     def encode_pair(self, tokenizer: Any, *, answer: str | None = None, **fields: str) -> dict[str, list[int]]:
-        """One example of an encoder-decoder as token ids: what it reads, by the template without its `[Y]`, and
-        what it writes.
+        """Encode one example for an encoder-decoder as token ids: the encoder's input, following the template without
+        its `[Y]`, and the decoder's labels.
 
         Args:
-            tokenizer: a transformers tokenizer; both sides begin and end as it begins and ends a text.
-            answer: the text that is written; None for a prompt alone, as generation needs it.
+            tokenizer: a transformers tokenizer; both sides get its special tokens.
+            answer: the target text; None for a prompt without an answer, as in generation.
             fields: the text of each field of the template.
 
         Returns:
-            `{"input_ids", "labels"}`, lists with a length of their own; no labels without an answer. Soft token `[Pi]`
-            has id `-i`.
+            `{"input_ids", "labels"}`, lists that may differ in length, without labels if there is no answer. Soft token
+            `[Pi]` has id `-i`.
 
         Raises:
-            ValueError: when a field is missing or unknown, or the answer holds no token.
+            ValueError: if a field is missing or unknown, or the answer has no tokens.
         """
         read = Template.parse(self.template).encode(tokenizer, **fields)["input_ids"]
         pair = {"input_ids": read + end_ids(tokenizer)}
@@ -156,13 +156,13 @@ class Method(ABC):
 
 
 class SoftPrompt(nn.Module):
-    """The learned parameters of a method, in fp32, and what they give at a forward pass.
+    """The learned parameters of a method, in fp32, and their contribution to a forward pass.
 
     Attributes:
         config: the method that built it, with its `length` resolved.
-        placement: where `soft_tokens` go: "before" or "after" a row's prompt, "inline" at negative ids, or None
-            when the method has none.
-        encodes_rows: whether `row_prefix` makes the K/V of each block from the hidden states that enter it.
+        placement: where `soft_tokens` go: "before" or "after" a row's prompt, "inline" at negative ids, or None if the
+            method has none.
+        encodes_rows: whether `row_prefix` computes the K/V of each block from the hidden states that enter it.
     """
 
     placement: Placement | None = None
@@ -177,32 +177,31 @@ class SoftPrompt(nn.Module):
         return None
 
     def prefix(self) -> Prefix | None:
-        """The learned prefix of all rows, k `[L or 1, 1, G, P, D]` and v `[L or 1, 1, G, P, Dv]`."""
+        """The learned prefix shared by all rows, k `[L or 1, 1, G, P, D]` and v `[L or 1, 1, G, P, Dv]`."""
         return None
 
     def row_prefix(self, layer: int, hidden: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """K `[R, G, n, D]` and V `[R, G, n, Dv]` of block `layer` from the prompt's hidden states `[R, M, C]`, of which
-        row r has `lengths[r]` (the rest is padding and must not matter), in their dtype."""
+        row r has `lengths[r]` (the rest is padding and must not affect the result), in their dtype."""
         raise NotImplementedError(f"{type(self).__name__} does not encode rows")
 
     def learning_rates(self) -> dict[str, float]:
-        """The peak learning rate of each learned parameter, by its name, at which the method was measured to learn:
-        what `learning_rate="auto"` takes."""
+        """The recommended peak learning rate of each learned parameter by name, used by `learning_rate="auto"`."""
         return {name: NETWORK_RATE for name, _ in self.named_parameters()}
 
     @property
     def foldable(self) -> bool:
-        """Whether `folded` gives another module."""
+        """Whether `folded` returns a different module."""
         return type(self).folded is not SoftPrompt.folded
 
     def folded(self) -> SoftPrompt:
-        """What is worth keeping after training: reparametrisations computed once, their networks left out."""
+        """The module to keep after training: reparametrisations are replaced by their output, without the networks."""
         return self
 
 
 @torch.no_grad()
 def size_of(values: Tensor) -> float:
-    """The root mean square of values, of all shards."""
+    """The root mean square of a parameter's values, over all shards."""
     whole = values.full_tensor() if isinstance(values, DTensor) else values
     return whole.float().square().mean().sqrt().item()
 
@@ -223,11 +222,11 @@ class SoftTokens(SoftPrompt):
 
 
 class SoftMatrices(SoftPrompt):
-    """Plain matrices, k `[L or 1, 1, G, n, D]` and v `[L or 1, 1, G, n, Dv]`: what a `Prefix` holds, without a copy."""
+    """Plain matrices, k `[L or 1, 1, G, n, D]` and v `[L or 1, 1, G, n, Dv]`, which a `Prefix` uses without a copy."""
 
     def __init__(self, config: Method, k: Tensor, v: Tensor, *, window_covers: bool) -> None:
         super().__init__(config)
-        # A storage each: checkpoints keep one of two parameters that share one.
+        # Separate storages: checkpoints keep only one of two parameters that share one.
         self.k, self.v = (nn.Parameter(x.detach().to(torch.float32, copy=True).contiguous()) for x in (k, v))
         self.window_covers = window_covers
 
@@ -240,13 +239,13 @@ class SoftMatrices(SoftPrompt):
 
 
 class Computed(SoftPrompt):
-    """A soft prompt that a network computes, at every call: nothing tells cheaply that no weight has changed since."""
+    """A soft prompt that a network computes at every call, because detecting changed weights is not cheap."""
 
     def compute(self) -> Tensor:
         """Run the network, in fp32."""
         raise NotImplementedError
 
     def computed(self) -> Tensor:
-        """What `compute` gives, out of autocast."""
+        """The result of `compute`, outside autocast."""
         with torch.autocast(next(self.parameters()).device.type, enabled=False):
             return self.compute()

@@ -1,8 +1,8 @@
-"""Prompt encoders of P-tuning v2: the hidden states that enter an attention block become K and V of that block.
+"""Prompt encoders of P-tuning v2, which compute K and V of an attention block from the hidden states that enter it.
 
     hidden [R, M, C] → encoder → states [R, M, E] → average pool over the row's own length → [R, n, E] → MLP → K, V
 
-R is the number of rows, M the longest prompt; row r has `lengths[r]` positions and padding behind them.
+R is the number of rows, M the longest prompt; row r has `lengths[r]` positions, followed by padding.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class LSTMEncoder(nn.Module):
     def forward(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """States `[R, M, E]` of `hidden [R, M, C]`."""
         # Each row is reversed within its own length, so that neither direction reads padding before its tokens. (Packed
-        # sequences would do too, but need the lengths on the CPU and refuse empty rows.)
+        # sequences need the lengths on the CPU and don't support empty rows.)
         at = torch.arange(hidden.shape[1], device=hidden.device).expand(mask.shape)
         mirrored = torch.where(mask, mask.sum(1, keepdim=True) - 1 - at, at)[:, :, None]
         right, _ = self.forwards(hidden)
@@ -40,13 +40,13 @@ class LSTMEncoder(nn.Module):
 
 
 def _rows_at(x: Tensor, at: Tensor) -> Tensor:
-    """`x [R, M, C]` at the positions `at [R, M, 1]`. (`take_along_dim` would save an index as large as x.)"""
+    """`x [R, M, C]` at the positions `at [R, M, 1]`, because `take_along_dim` would save an index as large as x."""
     return x.gather(1, at.expand(x.shape))
 
 
 class AttentionEncoder(nn.Module):
-    """One pre-norm transformer layer of width E whose positions all see each other. It adds no positions: the hidden
-    states of a causal model carry them."""
+    """One bidirectional pre-norm transformer layer of width E. It adds no positions: the hidden states of a causal
+    model already contain them."""
 
     def __init__(self, hidden_size: int, size: int) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class AttentionEncoder(nn.Module):
         states = self.enter(hidden)
         qkv = self.qkv(self.attention_norm(states)).unflatten(2, (3, HEADS, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [R, HEADS, M, E / HEADS]
-        # Every position sees itself: padding too, whose rows would have nothing to see otherwise.
+        # Every position sees itself, so that padding sees something too.
         seen = mask[:, None, :] | torch.eye(mask.shape[1], dtype=torch.bool, device=mask.device)
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None])
         states = states + self.leave(attended.transpose(1, 2).flatten(2))
@@ -71,13 +71,13 @@ ENCODERS: dict[str, type[LSTMEncoder] | type[AttentionEncoder]] = {"lstm": LSTME
 
 
 class EncodedRows(SoftPrompt):
-    """The K and V of each attention block, made for each row from its prompt.
+    """The K and V of each attention block, computed for each row from its prompt.
 
     Args:
         config: the method.
-        encoders: one for all layers, or one for each: `forward(hidden [R, M, C], mask [R, M] bool) -> [R, M, E]`.
+        encoders: one for all layers, or one per layer: `forward(hidden [R, M, C], mask [R, M] bool) -> [R, M, E]`.
         slots: n.
-        std: standard deviation of K and V that the MLP begins with, for inputs of about 1.
+        std: initial standard deviation of the MLP's K and V, for inputs of about 1.
     """
 
     encodes_rows = True
@@ -102,7 +102,7 @@ class EncodedRows(SoftPrompt):
         number = layer if len(self.mlps) > 1 else 0
         encoder, mlp = self.encoders[number], self.mlps[number]
         device = hidden.device.type
-        # torch knows no autocast on the meta device, and raises.
+        # torch has no autocast on the meta device, and raises.
         with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
             weight = next(mlp.parameters())
             if hidden.shape[1] == 0:
@@ -120,7 +120,7 @@ class EncodedRows(SoftPrompt):
 def build_rows(
     config: Method, encoder: str | nn.Module, shape: BaseShape, *, slots: int, size: int, shared: bool, std: float
 ) -> EncodedRows:
-    """`EncodedRows` with fresh encoders by name, or with copies of the user's module."""
+    """`EncodedRows` with new encoders of the given name, or with copies of the user's module."""
     count = 1 if shared else shape.layers
     if isinstance(encoder, nn.Module):
         modules: list[nn.Module] = [copy.deepcopy(encoder) for _ in range(count)]
@@ -134,7 +134,7 @@ def pool_rows(states: Tensor, lengths: Tensor, slots: int) -> Tensor:
 
     Args:
         states: `[R, M, E]`.
-        lengths: `[R]` integers; what lies behind is not read. A row of length 0 gives zeros.
+        lengths: `[R]` integers; positions past it are not read. A row of length 0 gives zeros.
         slots: n; slot i averages the positions from `i·length // n` to `(i + 1)·length / n`, rounded up.
 
     Returns:
@@ -152,7 +152,7 @@ def pool_rows(states: Tensor, lengths: Tensor, slots: int) -> Tensor:
 
 @torch.no_grad()
 def _probe(encoder: nn.Module, hidden_size: int) -> int:
-    """E, from a call of the encoder on two positions."""
+    """E, from calling the encoder on two positions."""
     states = encoder(torch.zeros(1, 2, hidden_size), torch.ones(1, 2, dtype=torch.bool))
     if not isinstance(states, Tensor) or states.dim() != 3 or states.shape[:2] != (1, 2):
         got = tuple(states.shape) if isinstance(states, Tensor) else type(states).__name__

@@ -16,8 +16,8 @@ Init = Literal["random", "vocabulary", "text"]
 # Lester et al. 2021 sample among the 5,000 most common tokens; ids of learned vocabularies are ordered by frequency.
 COMMON_TOKENS = 5_000
 
-# Random K and V as large as the model's own disturb it so much that hardly anything is learned; a twentieth learns
-# (SmolLM2-135M, 30 steps of 8: docs/learning.md).
+# With random K and V as large as the model's own, hardly anything is learned; a twentieth of that works (SmolLM2-135M,
+# 30 steps of 8 rows: docs/learning.md).
 RANDOM_SIZE = 0.05
 
 
@@ -34,7 +34,7 @@ def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
 
 
 def check_init(init: str | None, init_text: str | None, length: int | None) -> None:
-    """Raise unless the three fields that say how a method starts fit together."""
+    """Raise unless the three initialisation fields of a method are consistent."""
     check_choice("init", init, (None, "random", "vocabulary", "text"))
     if init == "text" and not init_text:
         raise ValueError('init="text" expects a text to start from, got none: give init_text="..."')
@@ -45,9 +45,10 @@ def check_init(init: str | None, init_text: str | None, length: int | None) -> N
 
 
 def text_ids(base: FrozenModel, text: str, length: int | None, *, special: bool) -> Tensor:
-    """Ids `[length]` of a text, repeated where it is too short and cut where it is too long; its own length for None.
+    """Ids `[length]` of a text, repeated if it is too short and truncated if it is too long; all of its ids if `length`
+    is None.
 
-    With `special` it begins as the tokenizer begins a text (with a BOS where it adds one).
+    With `special`, it starts with the tokenizer's special tokens (a BOS if it adds one).
     """
     ids = base.tokenize(text)
     if not ids:
@@ -59,7 +60,7 @@ def text_ids(base: FrozenModel, text: str, length: int | None, *, special: bool)
 
 
 def sampled_ids(base: FrozenModel, length: int) -> Tensor:
-    """Ids `[length]` of different common words of the vocabulary (repeated when it holds fewer)."""
+    """Ids `[length]` of distinct common words of the vocabulary (repeated if there are fewer)."""
     ids = base.words()[:COMMON_TOKENS]
     if not len(ids):
         raise ValueError(
@@ -87,13 +88,15 @@ def real_matrices(base: FrozenModel, ids: Tensor, *, standing_in: bool) -> tuple
 
 
 def noise_like(real: Tensor) -> Tensor:
-    """Normal values, a part of the size of the real ones `[L, 1, G, P, D]` in each layer: layers differ by 50 times."""
+    """Normal noise, scaled to a fraction of the real values `[L, 1, G, P, D]` of each layer, because layers differ by a
+    factor of 50."""
     return torch.randn_like(real) * RANDOM_SIZE * real.square().mean((1, 2, 3, 4), keepdim=True).sqrt()
 
 
 @torch.no_grad()
 def scale_outputs(last: nn.Linear, outputs: Tensor, std: float) -> None:
-    """Rescale the last layer of a network so that `outputs`, which it just gave, would have the deviation `std`."""
+    """Rescale the last layer of a network so that `outputs`, which it just computed, would have standard deviation
+    `std`."""
     scale = std / outputs.std().clamp_min(1e-12)
     last.weight.mul_(scale)
     last.bias.mul_(scale)

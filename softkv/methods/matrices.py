@@ -1,4 +1,4 @@
-"""Learned key and value matrices, shared by prefix-tuning (one pair for all layers) and P-tuning v2 (one a layer)."""
+"""Learned key and value matrices, shared by prefix-tuning (one pair for all layers) and P-tuning v2 (one per layer)."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from softkv.methods import initial
 from softkv.methods.base import BaseShape, Computed, FrozenModel, Method, SoftMatrices, check_uniform
 from softkv.prefix import Prefix
 
-# What networks that compute matrices begin with: small enough that slots hardly disturb the frozen model before
-# anything is learned, large enough that they differ and don't all learn the same. (SmolLM2-135M, n = 32, 96 movie
+# The initial standard deviation of networks that compute matrices: small enough that slots hardly disturb the frozen
+# model before training, large enough that they differ and don't all learn the same. (SmolLM2-135M, n = 32, 96 movie
 # snippets: an untrained loss of 4.98 with slots of almost 0, 4.92 with 0.1, 5.65 with 0.3.)
 INIT_STD = 0.1
 
 LENGTH = 32
 
-# The middle width of Li & Liang's reparametrisation.
+# The hidden width of Li & Liang's reparametrisation.
 REPARAMETRIZE_SIZE = 512
 
 
@@ -28,7 +28,7 @@ def check_matrices(
     reparametrize: bool,
     reparametrize_size: int | None,
 ) -> None:
-    """Raise unless the fields that prefix-tuning and P-tuning v2 share fit together."""
+    """Raise unless the fields shared by prefix-tuning and P-tuning v2 are consistent."""
     initial.check_init(init, init_text, length)
     if init_std is not None:
         if init not in (None, "random"):
@@ -36,7 +36,7 @@ def check_matrices(
         if not init_std > 0:
             raise ValueError(f"init_std expects a number above 0, got {init_std!r}")
     if reparametrize and init not in (None, "random"):
-        raise ValueError(f'reparametrize=True expects init="random", got {init!r}: its network decides the start')
+        raise ValueError(f'reparametrize=True expects init="random", got {init!r}: the network sets the start')
     if reparametrize_size is not None:
         initial.check_positive("reparametrize_size", reparametrize_size)
         if not reparametrize:
@@ -44,7 +44,7 @@ def check_matrices(
 
 
 def resolved_init(init: initial.Init | None, init_std: float | None) -> initial.Init:
-    """How plain matrices start where nothing is said: as real tokens' K/V."""
+    """The initialisation, by default from real tokens' K/V."""
     return init or ("vocabulary" if init_std is None else "random")
 
 
@@ -64,7 +64,7 @@ def initial_matrices(
     init_text: str | None,
     init_std: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """First K `[L, 1, G, n, D]` and V `[L, 1, G, n, Dv]` of plain matrices."""
+    """Initial K `[L, 1, G, n, D]` and V `[L, 1, G, n, Dv]` of plain matrices."""
     check_uniform(base.shape)
     if init == "text":
         assert init_text is not None
@@ -78,7 +78,7 @@ def initial_matrices(
 
 
 class ReparametrizedMatrices(Computed):
-    """Matrices that an MLP computes from learned embeddings while training (Li & Liang 2021); folded to plain ones."""
+    """Matrices computed by an MLP from learned embeddings during training (Li & Liang 2021); folded to plain ones."""
 
     def __init__(self, config: Method, shape: BaseShape, layers: int, length: int, size: int, std: float) -> None:
         super().__init__(config)

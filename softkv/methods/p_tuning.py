@@ -16,20 +16,20 @@ from softkv.methods import initial
 from softkv.methods.base import Computed, FrozenModel, Method, SoftPrompt, SoftTokens
 from softkv.methods.template import Template
 
-ENCODER_RATE = 3e-3  # measured to work (docs/learning.md); networks that make keys and values learn more slowly
-SOFT_TOKENS = "".join(f"[P{number}]" for number in range(1, 9))  # of a template that says nothing of them
+ENCODER_RATE = 3e-3  # measured to work (docs/learning.md); networks that compute keys and values need a lower rate
+SOFT_TOKENS = "".join(f"[P{number}]" for number in range(1, 9))  # of the default template
 
 
 @dataclass(frozen=True, kw_only=True)
 class PTuning(Method):
     """Soft tokens where the template puts them, produced by a prompt encoder.
 
-    The encoder reads k vectors of the embeddings' width C and gives k soft embeddings, at first about as large as the
-    base's own. It is run once at inference, and `folded` drops it: k·C values stay.
+    The encoder reads k vectors of the embeddings' width C and gives k soft embeddings, initially about as large as the
+    base's own. At inference it runs once, and `folded` drops it, which leaves k·C values.
 
     Trainable, with E = `encoder_size`: the k·C pseudo-token embeddings (none with `prompt_text`), and
 
-    - "lstm": a bidirectional LSTM of two layers, E/2 wide each way, then an MLP E → E → C:
+    - "lstm": a bidirectional LSTM of two layers with E/2 units per direction, then an MLP E → E → C:
       `2·(4·E/2·(C + E/2 + 2) + 4·E/2·(E + E/2 + 2)) + E·(E + 1) + C·(E + 1)`;
     - "mlp": an MLP C → E → E → C: `E·(C + 1) + E·(E + 1) + C·(E + 1)`.
 
@@ -37,12 +37,12 @@ class PTuning(Method):
         template: fields, literal text, soft tokens `[P1]`, `[P2]`... and the answer: `"[X] is [P1] and [P2] [Y]"`; by
             default a field `[X]`, eight soft tokens and the answer.
         encoder: "lstm" (the paper's) or "mlp".
-        encoder_size: E, even.
-        prompt_text: encode the frozen embeddings of this text, adaptively average-pooled to k, in place of learned
+        encoder_size: E, an even number.
+        prompt_text: encode the frozen embeddings of this text, adaptively average-pooled to k, instead of learned
             pseudo-token embeddings.
 
     Raises:
-        ValueError: when the template is wrong or holds no soft token, or fields don't fit together.
+        ValueError: if the template is invalid or has no soft token, or fields are inconsistent.
 
     Examples:
         >>> method = softkv.PTuning(template="[P1] [X] is [P2] [Y]", encoder_size=16)
@@ -56,7 +56,7 @@ class PTuning(Method):
     prompt_text: str | None = None
     in_rows: ClassVar[bool] = True
     suits: ClassVar[str] = (
-        "soft tokens at places of a template; learns through an encoder, which is dropped afterwards: n·C values stay"
+        "soft tokens at given places of a template; trained through an encoder that is dropped afterwards, leaving n·C"
     )
     learns: ClassVar[str] = "n·C and the encoder's"
 
@@ -82,7 +82,7 @@ class PTuning(Method):
         return Template.parse(self.template).soft_tokens
 
     def build(self, base: FrozenModel, *, folded: bool = False) -> SoftPrompt:
-        """A soft prompt of `[k, embedding_size]`: the encoder with its input, or what is left of it."""
+        """A soft prompt of `[k, embedding_size]`: the encoder with its input or, if `folded`, its output."""
         if folded:
             return SoftTokens(self, torch.zeros(self.length, base.shape.embedding_size), "inline")
         return EncodedTokens(self, base)
@@ -100,7 +100,7 @@ class EncodedTokens(Computed):
         if config.prompt_text is None:
             self.inputs = nn.Parameter(torch.randn(config.length, width))
         else:
-            # Scaled to about 1: an encoder would hardly tell inputs of an embedding table's size from 0.
+            # Scaled to about 1, because values as small as those of embedding tables hardly affect an encoder.
             self.register_buffer("inputs", pooled_text(base, config.prompt_text, config.length) / std)
         last = nn.Linear(size, width)
         self.lstm: nn.LSTM | None = None

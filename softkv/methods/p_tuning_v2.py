@@ -1,5 +1,5 @@
-"""P-tuning v2: soft keys and values of each layer's own (Liu et al. 2021, arXiv:2110.07602), learned as
-matrices or made by an encoder from each row's prompt."""
+"""P-tuning v2: soft keys and values per layer (Liu et al. 2021, arXiv:2110.07602), learned as matrices or computed by
+an encoder from each row's prompt."""
 
 from __future__ import annotations
 
@@ -30,49 +30,49 @@ ENCODER_SIZE = 256
 
 @dataclass(frozen=True, kw_only=True)
 class PTuningV2(Method):
-    """A key and a value of n slots for each attention block.
+    """One key and one value matrix of n slots per attention block.
 
     Without an encoder these are learned matrices. Trainable: `n·G·(D + Dv)·L` values, fp32, as `k [L, 1, G, n, D]` and
-    `v [L, 1, G, n, Dv]`: `2·n·G·D·L` but for multi-head latent attention, whose values have a width of their own.
+    `v [L, 1, G, n, Dv]`: `2·n·G·D·L` except in multi-head latent attention, where Dv differs from D.
 
-    With an encoder they are made for each row, in each block, from the hidden states of the row's prompt that enter the
+    With an encoder they are computed for each row and block from the hidden states of the row's prompt that enter the
     block: encoder, average pool to n slots, MLP E → E → G·(D + Dv). Trainable, once (`share_encoder`) or L times:
 
-    - "lstm", bidirectional and E/2 wide each way: `2·(4·E/2·(C + E/2 + 2))`;
+    - "lstm", bidirectional with E/2 units per direction: `2·(4·E/2·(C + E/2 + 2))`;
       "attention", one transformer layer: `E·(C + 1) + 4·E + E·(12·E + 9)`;
     - the MLP: `E·(E + 1) + G·(D + Dv)·(E + 1)`.
 
-    A custom encoder module is copied when the method is built. Its contract: `forward(hidden, mask)` takes the
-    hidden states `[R, M, C]` in fp32, 0 at padding, and a mask `[R, M]`, True at the prompt's positions (a row may have
-    none), and gives states `[R, M, E]`, any E. States at padding are not read; what they are made from must not reach
-    the others, so that a row's result doesn't depend on its neighbours.
+    A custom encoder module is copied when the method is built. Its `forward(hidden, mask)` takes hidden states `[R, M,
+    C]` in fp32, 0 at padding, and a mask `[R, M]`, True at the prompt's positions (a row may have none), and returns
+    states `[R, M, E]` with any E. States at padding are not read, and must not influence other positions, so that a
+    row's result doesn't depend on other rows.
 
     Args:
-        length: n; None: the text's number of tokens with `init="text"` (a BOS included where the tokenizer adds one),
+        length: n; None: the text's number of tokens with `init="text"` (including a BOS if the tokenizer adds one),
             else 32.
-        init: the model's own K/V of common tokens ("vocabulary") or of `init_text` ("text": untrained, this is that
-            text in context, in sliding-window layers too); or "random". None: "vocabulary", or "random" with
-            `init_std`. Networks (`reparametrize`, `encoder`) start at random.
-        init_text: repeated or cut to `length`.
-        init_std: standard deviation of a random start. None: a twentieth of the size of the model's own K and V
-            in each layer; 0.1 for a network.
-        reparametrize: compute the matrices by an MLP from learned embeddings while training; `folded` leaves the plain
-            matrices.
+        init: the model's own K/V of common tokens ("vocabulary") or of `init_text` ("text": before training, this is
+            equivalent to that text in the context, also in sliding-window layers); or "random". None: "vocabulary", or
+            "random" with `init_std`. Networks (`reparametrize`, `encoder`) start at random.
+        init_text: repeated or truncated to `length`.
+        init_std: standard deviation of random values. None: a twentieth of the size of the model's own K and V in each
+            layer; 0.1 for a network.
+        reparametrize: compute the matrices with an MLP from learned embeddings during training; `folded` keeps the
+            plain matrices.
         reparametrize_size: width of these embeddings and of the MLP; 512 if None.
-        encoder: None, "lstm", "attention" or an `nn.Module`. With a module the field reads "custom" afterwards; read
-            from a file, the config needs the module again: `dataclasses.replace(config, encoder=module)`.
+        encoder: None, "lstm", "attention" or an `nn.Module`. With a module, the field becomes "custom", and a config
+            read from a file needs the module again: `dataclasses.replace(config, encoder=module)`.
         encoder_size: E of "lstm" (even) and "attention" (a multiple of 4, its heads); 256 if None.
-        share_encoder: one encoder for all blocks, or one for each.
+        share_encoder: one encoder for all blocks, or one per block.
         window_covers: whether sliding windows, and the relative position biases of T5, count the slots as the positions
-            before the first token; None: where the slots start as real tokens, with `init="text"`.
-        continues: rows continue a text that the prefix holds from its beginning: `encode` begins them with no BOS.
+            before the first token; None: only with `init="text"`, where the slots start as real tokens.
+        continues: rows continue a text that the prefix contains from its beginning, so `encode` adds no BOS.
         where: in an encoder-decoder, which attention has a prefix: "encoder" and "decoder" (self-attention), "cross"
-            (from the decoder to the encoder); None: all that softkv reaches. L counts the blocks of these. None in
-            other models.
-        template: how `encode` builds a row; without soft tokens.
+            (from the decoder to the encoder); None: all that softkv supports on the model. L counts the blocks of
+            these. None in other models.
+        template: how `encode` builds a row; it has no soft tokens.
 
     Raises:
-        ValueError: when fields don't fit together.
+        ValueError: if fields are inconsistent.
 
     Example:
         >>> softkv.attach(base, softkv.PTuningV2(length=4)).num_trainable()  # 2·n·G·D·L

@@ -1,4 +1,4 @@
-"""A frozen model of which only the sizes are known."""
+"""A frozen model with known sizes only."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from softkv.prefix import Prefix
 
 
 class Placeholder:
-    """Stands for the frozen model (`FrozenModel`) where a soft prompt is built for its shapes alone: saved values
-    replace the initial ones, or none are needed."""
+    """A `FrozenModel` for building soft prompts whose initial values don't matter: saved values replace them, or only
+    shapes are needed."""
 
     def __init__(self, shape: BaseShape) -> None:
         self.shape = shape

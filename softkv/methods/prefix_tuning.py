@@ -25,29 +25,29 @@ from softkv.methods.where import Site, checked_where
 
 @dataclass(frozen=True, kw_only=True)
 class PrefixTuning(Method):
-    """ONE key and ONE value matrix of n slots, read by every attention block.
+    """One key and one value matrix of n slots, read by every attention block.
 
-    Trainable: `n·G·(D + Dv)` values, fp32, as `k [1, 1, G, n, D]` and `v [1, 1, G, n, Dv]`: `2·n·G·D` but for
-    multi-head latent attention, whose values have a width of their own.
+    Trainable: `n·G·(D + Dv)` values, fp32, as `k [1, 1, G, n, D]` and `v [1, 1, G, n, Dv]`: `2·n·G·D` except in
+    multi-head latent attention, where Dv differs from D.
 
     Args:
-        length: n; None: the text's number of tokens with `init="text"` (a BOS included where the tokenizer adds one),
+        length: n; None: the text's number of tokens with `init="text"` (including a BOS if the tokenizer adds one),
             else 32.
-        init: the mean over layers of the model's own K/V of common tokens ("vocabulary") or of `init_text` ("text");
-            or "random". None: "vocabulary", or "random" with `init_std` or `reparametrize`. A mean is only a start: it
-            is not that text in context, as it is in `PTuningV2`.
-        init_text: repeated or cut to `length`.
-        init_std: standard deviation of a random start. None: a twentieth of the size of the model's own K and V; 0.1
-            for a network.
-        reparametrize: compute the matrices by an MLP from learned embeddings while training; `folded` leaves the plain
-            matrices.
+        init: the mean over layers of the model's own K/V of common tokens ("vocabulary") or of `init_text` ("text"); or
+            "random". None: "vocabulary", or "random" with `init_std` or `reparametrize`. The mean is not equivalent to
+            that text in the context, as it is in `PTuningV2`.
+        init_text: repeated or truncated to `length`.
+        init_std: standard deviation of random values. None: a twentieth of the size of the model's own K and V; 0.1 for
+            a network.
+        reparametrize: compute the matrices with an MLP from learned embeddings during training; `folded` keeps the
+            plain matrices.
         reparametrize_size: width of these embeddings and of the MLP; 512 if None.
         where: in an encoder-decoder, which attention has the prefix: "encoder" and "decoder" (self-attention), "cross"
-            (from the decoder to the encoder); None: all that softkv reaches. None in other models.
-        template: how `encode` builds a row; without soft tokens.
+            (from the decoder to the encoder); None: all that softkv supports on the model. None in other models.
+        template: how `encode` builds a row; it has no soft tokens.
 
     Raises:
-        ValueError: when fields don't fit together.
+        ValueError: if fields are inconsistent.
 
     Example:
         >>> softkv.attach(base, softkv.PrefixTuning(length=4)).num_trainable()  # 2·n·G·D
@@ -83,7 +83,7 @@ class PrefixTuning(Method):
             return ReparametrizedMatrices(config, base.shape, 1, self.length or LENGTH, size, std)
         init = resolved_init(self.init, self.init_std)
         k, v = initial_matrices(base, self.length, init, self.init_text, self.init_std)
-        # A mean of noise is smaller than noise.
+        # The mean of noise is smaller than the noise.
         scale = math.sqrt(len(k)) if init == "random" else 1.0
         k, v = scale * k.mean(0, keepdim=True), scale * v.mean(0, keepdim=True)
         return SoftMatrices(replace(self, length=k.shape[3], init=init), k, v, window_covers=False)

@@ -13,25 +13,25 @@ from softkv.methods import initial
 from softkv.methods.base import FrozenModel, Method, SoftTokens
 from softkv.methods.template import check_no_soft_tokens
 
-LENGTH = 20  # of Lester et al., beyond which they gain little
+LENGTH = 20  # Lester et al. find little gain beyond
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptTuning(Method):
-    """k learned embeddings, put after a row's prompt (before its answer) or before everything.
+    """k learned embeddings, inserted after a row's prompt (before its answer) or before the whole row.
 
     Trainable: `k·C` values, fp32, as `embeddings [k, C]`.
 
     Args:
         length: k, the number of soft tokens; None: the text's with `init="text"`, else 20.
         position: "after" the prompt's embeddings, before the answer; or "before" the prompt.
-        init: "vocabulary" (rows of different common tokens, what the paper found better than random), "random" (normal,
-            as large as the base's embeddings), or "text" (the rows of `init_text`).
-        init_text: tokenised without special tokens; repeated or cut to `length`.
-        template: how `encode` builds a row; without soft tokens, the block is inserted by itself.
+        init: "vocabulary" (embeddings of distinct common tokens, which the paper found better than random), "random"
+            (normal, as large as the base's embeddings), or "text" (the embeddings of `init_text`).
+        init_text: tokenised without special tokens; repeated or truncated to `length`.
+        template: how `encode` builds a row; it has no soft tokens, because the block is inserted automatically.
 
     Raises:
-        ValueError: when fields don't fit together.
+        ValueError: if fields are inconsistent.
 
     Example:
         >>> softkv.attach(base, softkv.PromptTuning(length=2)).num_trainable()  # k·C
@@ -44,7 +44,7 @@ class PromptTuning(Method):
     init_text: str | None = None
     template: str = "[X] [Y]"
     in_rows: ClassVar[bool] = True
-    suits: ClassVar[str] = "the fewest values, any causal model; learns well on large bases"
+    suits: ClassVar[str] = "the fewest parameters, works on any causal model; learns well on large bases"
     learns: ClassVar[str] = "n·C"
 
     @classmethod

@@ -2,8 +2,8 @@
 
     [X] is [P1] and [P2] [Y]
 
-`[name]` is a field, `[P1]`, `[P2]`... are soft tokens, `[Y]` is the answer, the rest is literal text; `[[` and `]]`
-stand for literal brackets.
+`[name]` is a field, `[P1]`, `[P2]`... are soft tokens, `[Y]` is the answer, the rest is literal text; `[[` and `]]` are
+literal brackets.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Soft:
 
 @dataclass(frozen=True)
 class Answer:
-    """Where the answer goes: at the end."""
+    """The position of the answer, at the end."""
 
     def __str__(self) -> str:
         return "[Y]"
@@ -63,7 +63,7 @@ Piece = Text | Field | Soft | Answer
 
 @dataclass(frozen=True)
 class Template:
-    """A parsed template. `str` gives a text that parses to it again.
+    """A parsed template; `str` returns a text that parses to it.
 
     Examples:
         >>> template = softkv.Template.parse("[P1] [text] is [P2] [Y]")
@@ -85,7 +85,7 @@ class Template:
 
     @property
     def soft_tokens(self) -> int:
-        """How many soft tokens it holds."""
+        """The number of soft tokens."""
         return sum(isinstance(piece, Soft) for piece in self.pieces)
 
     @staticmethod
@@ -94,8 +94,8 @@ class Template:
         """Read a template.
 
         Raises:
-            ValueError: when there is no `[Y]` or more than one, something follows it, soft tokens are not numbered
-                1, 2, ... without gaps and repetitions, a bracket is left open, or a field has a reserved name.
+            ValueError: if there is no `[Y]` or more than one, text follows it, soft tokens are not numbered 1, 2, ...
+                without gaps or repetitions, a bracket is unmatched, or a field has a reserved name.
         """
         pieces: list[Piece] = []
         for match in _TOKEN.finditer(template):
@@ -126,14 +126,14 @@ class Template:
     def encode(self, tokenizer: Any, *, answer: str | None = None, **fields: str) -> dict[str, list[int]]:
         """One example as `{"input_ids", "labels"}`; see `Method.encode`.
 
-        Pieces are tokenised apart. White space next to a soft token is dropped; a space before a field or `[Y]` goes
-        with its text (one space, also where the text brings its own). The row begins as the tokenizer begins a text
-        (a BOS where it adds one), and nothing is added at its end.
+        Pieces are tokenised separately. White space next to a soft token is dropped; a space before a field or `[Y]` is
+        tokenised with its text (one space, even if the text starts with one). The row starts with the tokenizer's
+        leading special tokens (a BOS if it adds one); nothing is added at its end.
         """
         self._check_fields(fields)
         input_ids = begin_ids(tokenizer)
         starts = tokenizer("a", add_special_tokens=False)["input_ids"]
-        # SentencePiece vocabularies put a space of their own in front of whatever they tokenise.
+        # SentencePiece tokenizers prepend a space to whatever they tokenise.
         adds_space = tokenizer.convert_ids_to_tokens(starts[:1])[:1] in (["▁"], ["▁a"])
 
         def ids(text: str) -> list[int]:
@@ -168,8 +168,8 @@ class Template:
                 raise ValueError(f"field {name} expects a text, got {type(text).__name__}")
 
     def _spaced(self) -> list[tuple[Piece, bool]]:
-        """The pieces with the white space of literal text resolved: whether each field or answer begins with a space,
-        and no white space next to a soft token."""
+        """The pieces with white space resolved: whether each field or answer starts with a space, and no white space
+        next to a soft token."""
         spaced: list[tuple[Piece, bool]] = []
         for at, piece in enumerate(self.pieces):
             before = self.pieces[at - 1] if at else None
@@ -190,18 +190,18 @@ class Template:
 
 
 def begin_ids(tokenizer: Any) -> list[int]:
-    """What a tokenizer begins every text with (a BOS, or nothing)."""
+    """The ids with which a tokenizer starts every text (a BOS, or nothing)."""
     return leading_special_ids(tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"])
 
 
 def end_ids(tokenizer: Any) -> list[int]:
-    """What a tokenizer ends every text with (an EOS, or nothing)."""
+    """The ids with which a tokenizer ends every text (an EOS, or nothing)."""
     ids, whole = tokenizer("a", add_special_tokens=False)["input_ids"], tokenizer("a")["input_ids"]
     return whole[len(leading_special_ids(ids, whole)) + len(ids) :]
 
 
 def leading_special_ids(ids: list[int], with_special: list[int]) -> list[int]:
-    """What a tokenizer puts in front of a text (a BOS), from the text's ids without and with special tokens."""
+    """The ids that a tokenizer prepends to a text (a BOS), from the text's ids without and with special tokens."""
     for at in range(len(with_special) - len(ids) + 1):
         if with_special[at : at + len(ids)] == ids:
             return with_special[:at]
@@ -224,9 +224,7 @@ def _piece(match: re.Match[str], template: str) -> Piece:
             raise ValueError(f"the template {template!r:.300} has {token}: soft tokens are numbered [P1], [P2], ...")
         return Soft(int(soft.group(1)))
     if slot in _RESERVED:
-        raise ValueError(
-            f"the template {template!r:.300} has a field called {slot}, a reserved name: call it otherwise"
-        )
+        raise ValueError(f"the template {template!r:.300} has a field called {slot}, a reserved name: use another one")
     return Field(slot)
 
 
@@ -235,7 +233,7 @@ def _with_space(text: str, space: bool) -> str:
 
 
 def check_no_soft_tokens(template: str, method: str) -> None:
-    """Raise when a template is wrong or holds soft tokens, for a method that puts none there."""
+    """Raise if a template is invalid or has soft tokens, for methods that don't place any."""
     if Template.parse(template).soft_tokens:
         raise ValueError(
             f"{method} expects a template without soft tokens, got {template!r:.300}: leave [P1]... out "

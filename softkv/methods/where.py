@@ -1,4 +1,4 @@
-"""Where in an encoder-decoder a prefix stands."""
+"""The kinds of attention of an encoder-decoder that a prefix acts in."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Any, Literal, cast
 
 Site = Literal["encoder", "decoder", "cross"]
 
-# In the order in which the layers of a prefix hold them.
+# In the order of the layers of a prefix.
 SITES: tuple[Site, ...] = ("encoder", "decoder", "cross")
 
 
 def checked_where(where: Any) -> tuple[Site, ...] | None:
-    """The sites named, each once and in order; None for none named.
+    """The given sites, each once and in order; None if none are given.
 
     Raises:
-        ValueError: for other names, or none.
+        ValueError: for unknown names, or an empty tuple.
     """
     if where is None:
         return None
@@ -26,12 +26,12 @@ def checked_where(where: Any) -> tuple[Site, ...] | None:
 
 
 def where_of(adapter: Any) -> tuple[Site, ...] | None:
-    """What a method, or a saved adapter of one, says of where its prefix stands; None where it says nothing."""
+    """The `where` of a method or of a saved adapter; None if it has none."""
     return cast("tuple[Site, ...] | None", getattr(getattr(adapter, "method", adapter), "where", None))
 
 
 def sections(counts: Sequence[tuple[Site, int]], where: Sequence[Site]) -> dict[Site, slice]:
-    """The layers of a prefix that stand at each of the sites it has, of which a model has so many blocks."""
+    """The range of a prefix's layers for each of its sites, given the model's number of blocks per site."""
     found: dict[Site, slice] = {}
     begin = 0
     for site, blocks in counts:

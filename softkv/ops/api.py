@@ -1,4 +1,4 @@
-"""The public attention op: two functions, dense and packed, that check their arguments and run an engine."""
+"""The public attention op: two functions, dense and packed, that validate their arguments and run an engine."""
 
 import warnings
 
@@ -33,7 +33,7 @@ def prefix_attention(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention of each row's queries to a soft-prompt prefix and to the row's own tokens, never concatenated.
+    """Attention of each row's queries to a soft-prompt prefix and to the row's own tokens, without concatenating them.
 
     Axes: B batch rows, H query heads, G key/value heads (H a multiple of G), T query tokens, S key tokens, P prefix
     slots, A prefixes, D head dim of queries and keys, Dv of values.
@@ -44,44 +44,48 @@ def prefix_attention(
         prefix_k, prefix_v: soft keys [A, G, P, D] and values [A, G, P, Dv], of q's dtype and device. Every query sees
             every slot of its row's prefix. A = 1: one prefix shared by all rows. A = B: one for each row. Any A with
             `prefix_index`.
-        prefix_index: [B] int32 or int64, the number of each row's prefix in a bank; −1: the row has none.
-        prefix_lengths: [A] int32 or int64, slots in use of each prefix (0..P); those past it do not exist.
+        prefix_index: [B] int32 or int64, the index of each row's prefix in the bank; −1: the row has no prefix.
+        prefix_lengths: [A] int32 or int64, the number of slots in use of each prefix (0..P); slots past it do not
+            exist.
         scale: factor on the scores; 1/√D by default.
-        is_causal: query t of T stands at key position n − T + t, n the row's number of keys, and sees no key after it.
-        key_mask: [B, S] bool; False keys are not seen but keep their positions.
+        is_causal: query t of T has key position n − T + t, where n is the row's number of keys, and sees no later key.
+        key_mask: [B, S] bool; keys at False are not seen but keep their positions.
         key_lengths: [B] int32 or int64, each row's n (0..S); keys from n on do not exist. S by default.
-        chunk: a query at key position i sees only keys from position ⌊i / chunk⌋·chunk on, of its own chunk, and the
-            prefix; needs `is_causal`, not together with `window`.
-        window: a query sees the last `window` key positions, its own included; needs `is_causal`. Counts tokens only.
-        window_covers_prefix: the window counts prefix slots too, as the positions just before the row's first seen key.
-        softcap: c > 0 turns a scaled score s into c·tanh(s/c).
-        sinks: [H], of any of q's dtypes, one more logit of each head in the denominator, neither scaled nor capped.
+        chunk: a query at key position i sees the prefix and the keys of its own chunk, from position ⌊i / chunk⌋·chunk;
+            needs `is_causal`, and excludes `window`.
+        window: a query sees the last `window` key positions, including its own; needs `is_causal`. It counts tokens
+            only.
+        window_covers_prefix: the window also counts prefix slots, as the positions just before the row's first visible
+            key.
+        softcap: c > 0 replaces a scaled score s by c·tanh(s/c).
+        sinks: [H], of any dtype that q may have: one additional logit per head in the denominator, neither scaled nor
+            capped.
         return_lse: also return the log-sum-exp.
-        backend: None chooses by device (CPU: "torch"; CUDA and ROCm: "triton", or what `softkv.ops.choice` says was
-            measured to be faster there); "torch" | "triton" | "cudnn" | "flash" | "reference" forces that backend;
+        backend: None chooses by device (CPU: "torch"; CUDA and ROCm: "triton", or an engine that was measured to be
+            faster, see `softkv.ops.choice`); "torch" | "triton" | "cudnn" | "flash" | "reference" forces that backend;
             unsupported calls raise.
 
     Returns:
-        out [B, H, T, Dv], of q's dtype and, for Dv = D, layout in memory (but for a head dim that is not last there).
+        out [B, H, T, Dv], of q's dtype and, for Dv = D, memory layout (except that its head dim is always contiguous).
         With `return_lse` also lse [B, H, T], the natural logarithm of the denominator, sinks included, float32 (float64
         for float64 inputs), differentiable. A query that sees nothing has out 0 and lse −inf (with sinks, its head's
         sink).
 
-    What no query sees (masked keys, keys and slots past a length) may hold anything, NaN too.
+    Keys and slots that no query sees (masked, or past a length) may contain any values, including NaN.
 
-    Gradients flow to q, k, v, prefix_k, prefix_v and sinks, and only those asked for are computed. A prefix's gradient
-    is summed over the rows and query heads that read it, in at least float32 and in a fixed order: bitwise the same
-    every run.
+    Gradients flow to q, k, v, prefix_k, prefix_v and sinks; only the required ones are computed. A prefix's gradient is
+    summed over the rows and query heads that read it, in at least float32 and in a fixed order, so it is bitwise
+    deterministic.
 
     Raises:
-        ValueError: a shape, head count, device or option that does not fit; on CPU in eager mode also a prefix index or
-            a length out of range (on other devices values are not read: an index out of range reads no prefix).
-        TypeError: a dtype that does not fit.
-        RuntimeError: a backend that cannot serve the call; double backward; `torch.func` transforms; forward-mode AD.
-            The first fails in the backward pass, the others here. `backend="reference"` does all three.
+        ValueError: for an invalid shape, head count, device or option; on CPU in eager mode also for a prefix index or
+            length out of range (on other devices values are not read, and an index out of range reads no prefix).
+        TypeError: for an invalid dtype.
+        RuntimeError: for a backend that does not support the call, double backward (raised in the backward pass),
+            `torch.func` transforms, and forward-mode AD. `backend="reference"` supports the last three.
 
-    Source: exact attention in parts merged by log-sum-exp, as in FlashDecoding and Hydragen (arXiv 2402.05099), with
-    the backward of FlashAttention-2 (arXiv 2307.08691) run on each part with the merged log-sum-exp.
+    References: exact attention over parts merged by log-sum-exp, as in FlashDecoding and Hydragen (arXiv 2402.05099),
+    with the backward of FlashAttention-2 (arXiv 2307.08691) run on each part with the merged log-sum-exp.
 
     Example:
         >>> q = torch.randn(2, 4, 5, 8)  # [B, H, T, D]
@@ -126,28 +130,29 @@ def prefix_attention_varlen(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`prefix_attention` on packed rows: all rows of a batch concatenated, without padding.
+    """`prefix_attention` on packed rows: the rows of a batch concatenated without padding.
 
     Axes: N packed query tokens, M packed key tokens, B rows; the others as in `prefix_attention`.
 
     Args:
         q: queries [N, H, D]; float16, bfloat16, float32 or float64, any strides.
         k, v: keys [M, G, D] and values [M, G, Dv] of the tokens, of q's dtype and device.
-        cu_seqlens_q, cu_seqlens_k: [B + 1] int32 on q's device: 0 and the rows' running totals, so that row b's queries
-            are q[cu_seqlens_q[b] : cu_seqlens_q[b + 1]]; the last are N and M. Rows of length 0 are allowed.
+        cu_seqlens_q, cu_seqlens_k: [B + 1] int32 on q's device: cumulative row lengths starting at 0, so that row b's
+            queries are q[cu_seqlens_q[b] : cu_seqlens_q[b + 1]]; the last values are N and M. Rows of length 0 are
+            allowed.
         max_seqlen_q, max_seqlen_k: at least the length of the longest row.
-        prefix_k, prefix_v: [A, G, P, D] and [A, G, P, Dv]; A = 1 shared, A = B one for each row, any A with
-            `prefix_index` [B].
+        prefix_k, prefix_v: [A, G, P, D] and [A, G, P, Dv]; A = 1: shared, A = B: one per row, any A with `prefix_index`
+            [B].
         return_lse, backend and the remaining keywords: as in `prefix_attention`.
 
     Returns:
         out [N, H, Dv], of q's dtype; with `return_lse` also lse [H, N].
 
     Raises:
-        As `prefix_attention`; on CPU in eager mode also ValueError for cu_seqlens that do not start at 0, decrease, end
-        elsewhere than at the number of tokens, or hold a row longer than max_seqlen.
+        As `prefix_attention`; on CPU in eager mode also ValueError for cu_seqlens that do not start at 0, decrease, do
+        not end at the number of tokens, or contain a row longer than max_seqlen.
 
-    Source: the packed layout is flash-attn's `flash_attn_varlen_func`.
+    Reference: the packed layout is that of flash-attn's `flash_attn_varlen_func`.
 
     Example:
         >>> q = torch.randn(5, 4, 8)  # two rows, of 2 and 3 tokens
@@ -186,7 +191,7 @@ def _attend(call: Call, backend: str | None, return_lse: bool) -> Tensor | tuple
 
 
 def engine_for(backend: str | None, call: Call) -> str:
-    """The engine of a backend's name, or the one that is chosen for a call."""
+    """The engine of the given backend, or the default one for the call."""
     q = call["q"]
     if backend is None:
         return choice.engine_for(call) if q.is_cuda else "torch"
@@ -195,5 +200,5 @@ def engine_for(backend: str | None, call: Call) -> str:
     if backend == "triton" and not q.is_cuda and not load_engine("triton").interpreter_enabled():
         raise RuntimeError(f"backend 'triton': expected a CUDA or ROCm tensor, or TRITON_INTERPRET=1, got {q.device}")
     if backend == "triton" and not q.is_cuda and q.dtype == torch.bfloat16:
-        warnings.warn("Triton's interpreter computes bfloat16 wrongly: expected float16 or float32 there", stacklevel=3)
+        warnings.warn("Triton's interpreter computes bfloat16 incorrectly: use float16 or float32", stacklevel=3)
     return backend

@@ -1,4 +1,4 @@
-"""Argument checks of the public functions, each done once. Errors name the expected and the given value."""
+"""Argument validation of the public functions. Errors give the expected and the actual value."""
 
 import itertools
 from typing import Any
@@ -12,13 +12,13 @@ from softkv.ops.engine import Call
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INTEGERS = (torch.int32, torch.int64)
-_FARTHEST = 2**30  # positions are 32-bit numbers in kernels; a longer window or chunk means the same
+_FARTHEST = 2**30  # positions are 32-bit in kernels; longer windows or chunks have no additional effect
 _LARGEST = 1e30  # of a scale or softcap: float32 holds it and its reciprocal, with room for the scores
 _PREFIX = ("prefix_k", "prefix_v", "prefix_index", "prefix_lengths")
 
 
 def check_queries(q: Tensor, form: str) -> None:
-    """`form` names the axes, as "[B, H, T, D]"."""
+    """`form` names the axes, such as "[B, H, T, D]"."""
     _check_tensor("q", q)
     if q.dim() != form.count(",") + 1:
         raise ValueError(f"q: expected {form.count(',') + 1} dims {form}, got {_shape(q)}")
@@ -77,7 +77,7 @@ def checked_softcap(x: float | None) -> float | None:
 
 
 def checked_reach(name: str, x: int | None) -> int | None:
-    """A window's or a chunk's number of positions."""
+    """A valid window or chunk, in positions."""
     if x is None:
         return None
     _check_integer(name, x)
@@ -96,7 +96,7 @@ def _shape(x: Tensor) -> str:
 
 
 def _value(x: object) -> str:
-    """A value that is not what was expected, in few words."""
+    """A short description of an unexpected value."""
     if isinstance(x, Tensor):
         return f"a tensor {_shape(x)}"
     text = repr(x)
@@ -177,7 +177,7 @@ def _check_integers(q: Tensor, name: str, x: Tensor, size: int, dtypes: tuple[to
 
 
 def _readable(x: Tensor) -> bool:
-    """Values are checked where reading them is free: not on a GPU (a host sync), not while tracing."""
+    """Values are checked only if reading them is free: not on a GPU (a synchronisation) and not while tracing."""
     if torch.compiler.is_compiling():
         return False
     return x.is_cpu and type(x) is Tensor and not functorch.is_functorch_wrapped_tensor(x)

@@ -1,8 +1,8 @@
-"""The default engine of a GPU call: looked up in measured rows, never timed at run time.
+"""The default engine of a GPU call: looked up in a table of measurements, never timed at run time.
 
-A row holds for plain calls (dense, 16 bits, as many queries as keys, no bank of lengths, mask, window, chunk or cap),
-which is what every library kernel takes; all others are Triton's. Prefix gradients are promised to be the same bits in
-every run, so a row for gradients needs an engine whose bits were compared (`softkv bench gpu`, determinism).
+A row applies to plain calls, which every library kernel supports: dense, 16 bits, as many queries as keys, without a
+bank, lengths, mask, window, chunk or cap. All other calls use Triton. Because prefix gradients are guaranteed to be
+bitwise deterministic, a row for gradients needs an engine that passed that test (`softkv bench gpu`, determinism).
 """
 
 from functools import cache
@@ -17,10 +17,10 @@ _SPECIAL = ("prefix_index", "prefix_lengths", "key_mask", "key_lengths", "window
 
 
 class MeasuredRow(NamedTuple):
-    """Of one device: calls of this head dim, with these many tokens and slots or more, are fastest by `engine`."""
+    """On this device, calls with this head dim and at least this many tokens and slots are fastest with `engine`."""
 
     device: str  # torch.cuda.get_device_name()
-    gradients: bool  # any operand takes one: forward and backward together
+    gradients: bool  # any operand needs one: forward and backward together
     head_dim: int
     tokens: int  # T, at least
     slots: int  # P, at least; 0: no prefix
@@ -29,12 +29,12 @@ class MeasuredRow(NamedTuple):
     measured: str  # versions and date
 
 
-# Filled from `softkv bench gpu` (docs/benchmarks.md). The first row that fits is taken.
+# Filled from `softkv bench gpu` (docs/benchmarks.md). The first matching row is used.
 MEASURED: tuple[MeasuredRow, ...] = ()
 
 
 def engine_for(call: Call) -> str:
-    """The engine of a checked call on a GPU."""
+    """The engine of a validated call on a GPU."""
     if not MEASURED or not _is_plain(call):
         return DEFAULT
     q, prefix = call["q"], call["prefix_k"]

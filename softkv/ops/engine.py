@@ -1,6 +1,6 @@
-"""The interface between the public functions and an engine: the call, declared once, and an engine's two functions.
+"""The interface between the public functions and an engine: the arguments of a call, and an engine's two functions.
 
-The operator's schema, what is saved for backward and the keywords that engines take all follow from `Call`.
+The operator's schema, the tensors saved for backward and the keywords of engines are all derived from `Call`.
 """
 
 from typing import NamedTuple, Protocol, TypeAlias, TypedDict
@@ -11,10 +11,10 @@ from typing_extensions import Unpack
 
 
 class Call(TypedDict):
-    """The arguments of one call, checked. Axes as in `softkv.prefix_attention`.
+    """The validated arguments of one call. Axes as in `softkv.prefix_attention`.
 
-    Dense: q [B, H, T, D], k [B, G, S, D], v [B, G, S, Dv], nothing of cu_seqlens and max_seqlen. Packed: q [N, H, D],
-    k [M, G, D], v [M, G, Dv], int32 cu_seqlens [rows + 1], neither key_mask nor key_lengths.
+    Dense: q [B, H, T, D], k [B, G, S, D], v [B, G, S, Dv], without cu_seqlens and max_seqlen. Packed: q [N, H, D], k
+    [M, G, D], v [M, G, Dv], int32 cu_seqlens [rows + 1], without key_mask and key_lengths.
     """
 
     q: Tensor
@@ -40,7 +40,7 @@ class Call(TypedDict):
 
 
 class Needs(NamedTuple):
-    """Which gradients a backward computes. The fields are the call's differentiable operands."""
+    """The gradients that a backward must compute. The fields are the call's differentiable operands."""
 
     q: bool
     k: bool
@@ -56,9 +56,9 @@ Gradients: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor
 
 
 class Engine(Protocol):
-    """A module with these two functions, and where it has shorter ways for some calls, `step` and `with_gradients` (see
-    `softkv.ops.torch`). It trusts its arguments, and raises NotImplementedError, naming backend and
-    option, for a valid call that it cannot serve.
+    """A module with these two functions and optionally `step` and `with_gradients`, faster paths for some calls (see
+    `softkv.ops.torch`). It does not validate its arguments. For a valid call that it does not support, it raises
+    NotImplementedError, naming backend and option.
 
     There is at least one query. The prefix is None or [A, G, P, D] and [A, G, P, Dv] with P ≥ 1; without an index A is
     1 (shared) or the number of rows. The last dim of q, k, v and the prefix is contiguous.
@@ -77,11 +77,11 @@ class Engine(Protocol):
         needs: Needs,
         **call: Unpack[Call],
     ) -> Gradients:
-        """The gradients in the order of `Needs`; None where not needed, or where nothing was read (zero)."""
+        """The gradients in the order of `Needs`; None if not needed, or if nothing was read (zero)."""
 
 
 def empty_out(q: Tensor, v: Tensor) -> Tensor:
-    """An output [..., Dv] in q's dtype: laid out as q where values are as wide as keys, token by token otherwise."""
+    """An output [..., Dv] in q's dtype, with q's layout if Dv = D, else token by token."""
     if v.shape[-1] == q.shape[-1]:
         return torch.empty_like(q)
     if q.dim() == 3:

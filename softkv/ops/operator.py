@@ -1,9 +1,9 @@
-"""From a checked call to its engine, with gradients. There are two ways, with the same results:
+"""Runs a validated call on its engine, with gradients. There are two paths with the same results:
 
-- `softkv::attention` and `softkv::attention_backward`, operators of `torch.library`, where something watches or traces:
+- `softkv::attention` and `softkv::attention_backward`, operators of `torch.library`, if something intercepts or traces:
   `torch.compile`, fake tensors, dispatch modes, tensor subclasses.
-- An `autograd.Function`, or without gradients the engine itself, in plain eager mode: the dispatcher's way through a
-  Python operator takes longer than the attention of one token.
+- An `autograd.Function`, or without gradients the engine itself, in plain eager mode, because dispatching a Python
+  operator takes longer than the attention of one token.
 """
 
 import importlib
@@ -38,7 +38,7 @@ def load_engine(name: str) -> Any:
 
 
 def attention(call: Call, engine: str, out_alone: bool = False) -> tuple[Tensor, Tensor | None]:
-    """(out, lse) of a checked call; lse may be missing where out alone is wanted."""
+    """(out, lse) of a validated call; lse may be missing if only out is wanted."""
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or is_in_torch_dispatch_mode()
     if traced or not all(_plain(x) for x in call.values() if isinstance(x, Tensor)):
         return _attention_op(*_operands(call), engine)
@@ -67,7 +67,7 @@ def _forward(call: Call, engine: str) -> tuple[Tensor, Tensor]:
 def _backward(
     grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, needs: Needs, call: Call, engine: str
 ) -> Gradients:
-    """The gradients asked for, 0 where the engine read nothing; None elsewhere."""
+    """The required gradients, 0 where the engine read nothing; None for the others."""
     grads: Sequence[Tensor | None] = [None] * len(needs)
     if call["q"].numel():
         call_read, needs_read = _without_empty_prefix(call), needs
@@ -88,7 +88,7 @@ def _leaves(call: Call) -> list[Any]:
 
 
 def _without_empty_prefix(call: Call) -> Call:
-    """Engines read prefixes of at least one slot."""
+    """Drop a prefix without slots, which engines don't support."""
     prefix = call["prefix_k"]
     if prefix is None or prefix.numel():
         return call
@@ -96,7 +96,7 @@ def _without_empty_prefix(call: Call) -> Call:
 
 
 def _like(operand: Tensor, grad: Tensor) -> Tensor:
-    """A gradient laid out as the fake operator says."""
+    """A gradient with the layout that the fake operator declares."""
     if grad.stride() == operand.stride():
         return grad
     out = torch.empty_like(operand)
@@ -110,11 +110,11 @@ def _empty_results(call: Call) -> tuple[Tensor, Tensor]:
 
 
 def rows_of_memory(x: Tensor) -> Tensor:
-    """Engines read head vectors as runs of memory."""
+    """Make head vectors contiguous, as engines need them."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-# Saved between the passes, by both ways
+# Saved between the passes, by both paths
 
 
 def _save(ctx: Any, call: Call, engine: str, out: Tensor, lse: Tensor) -> None:
@@ -147,7 +147,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
-        # The operator refuses to be differentiated again, and is what compiled autograd traces.
+        # Compiled autograd traces the operator, which refuses double backward.
         by_operator = torch.is_grad_enabled() or torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
         return None, None, *_derive(ctx, grad_out, grad_lse, Needs(*ctx.needs_input_grad[2:]), by_operator)
 

@@ -1,10 +1,11 @@
-"""The oracle: attention over really concatenated keys. Slow, short, any floating dtype, differentiable by autograd.
+"""The reference: attention over concatenated keys. Slow, short, any floating dtype, differentiable by autograd.
 
 With the prefix in front of a row's keys, and scores s = softcap(scale · q kᵀ) where a key is visible, −∞ elsewhere:
 
     lse = log(Σ exp(s) + exp(sink)),   out = exp(s − lse) v
 
-Scores of more than `_MOST_SCORES` are made in slices, and again in the backward, so that any shape fits a few GiB.
+More scores than `_MOST_SCORES` are computed in slices, and recomputed in the backward, so that any shape fits in a few
+GiB.
 
 Axes: B rows, H query heads, G key/value heads, T query tokens, S key tokens, P prefix slots, A prefixes, D head dim of
 queries and keys, Dv of values.
@@ -21,7 +22,7 @@ _MOST_SCORES = 2**25  # at once: 128 MiB in float32
 
 
 def forward(**call: Any) -> tuple[Tensor, Tensor]:
-    """(out, lse) of a dense or packed `Call`, as of an engine."""
+    """(out, lse) of a dense or packed `Call`, as from an engine."""
     starts_q, starts_k = call.pop("cu_seqlens_q"), call.pop("cu_seqlens_k")
     del call["max_seqlen_q"], call["max_seqlen_k"]
     if starts_q is None or starts_k is None:
@@ -48,7 +49,7 @@ def reference_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(out [B, H, T, Dv], lse [B, H, T]); arguments as in `softkv.prefix_attention`, nothing is checked."""
+    """(out [B, H, T, Dv], lse [B, H, T]); arguments as in `softkv.prefix_attention`, without validation."""
     B, H, T, D = q.shape
     S = k.shape[2]
     if prefix_k is None or prefix_v is None:
@@ -57,7 +58,7 @@ def reference_attention(
     index = torch.arange(B, device=q.device) % A if prefix_index is None else prefix_index.long()
     lengths = torch.full((A,), P, device=q.device) if prefix_lengths is None else prefix_lengths.long()
     has_prefix = (index >= 0) & (index < A)
-    if A == 0:  # an empty bank, of which no row reads anything
+    if A == 0:  # an empty bank, from which no row reads
         prefix_k, prefix_v, lengths = (
             torch.cat([x, x.new_zeros(1, *x.shape[1:])]) for x in (prefix_k, prefix_v, lengths)
         )
@@ -100,10 +101,10 @@ def visible_keys(
     window: int | None,
     window_covers_prefix: bool,
 ) -> Tensor:
-    """Bool [B, T, P + S]: which key each query sees. `query` [B, T] are key positions of queries, `exists` [B, S] keys
-    that are not hidden, `slots` [B] the length of each row's own prefix.
+    """Bool [B, T, P + S]: the keys that each query sees. `query` [B, T] are the key positions of queries, `exists` [B,
+    S] the keys that are not hidden, `slots` [B] the length of each row's prefix.
 
-    A prefix slot stands just before the row's first key that exists, so padding never moves it.
+    Prefix slots are placed just before the row's first existing key, so padding never moves them.
     """
     B, T = query.shape
     S = exists.shape[1]
@@ -138,10 +139,10 @@ def _attend(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """q [B, H, T, D] with prefixes [B, G, P, D], one a row."""
+    """q [B, H, T, D] with prefixes [B, G, P, D], one per row."""
     R = q.shape[1] // k.shape[1]
     visible = visible_of(query, exists, slots)
-    unseen = ~visible.any(1)[:, None, :, None]  # what no query sees may hold anything, NaN too
+    unseen = ~visible.any(1)[:, None, :, None]  # keys that no query sees may contain NaN
     keys = torch.cat([prefix_k, k], dim=2).masked_fill(unseen, 0).repeat_interleave(R, 1)
     values = torch.cat([prefix_v, v], dim=2).masked_fill(unseen, 0).repeat_interleave(R, 1)
 
@@ -152,7 +153,7 @@ def _attend(
     logits = scores
     if sinks is not None:
         logits = torch.cat([scores, sinks.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)], dim=-1)
-    # A query that sees nothing has only −∞ to add up: keep it off the graph, or its gradient is NaN.
+    # A query that sees nothing sums only −∞: keep it out of the graph, or its gradient is NaN.
     top = logits.detach().amax(-1, keepdim=True) if logits.shape[-1] else logits.new_zeros(*logits.shape[:-1], 1)
     top = top.masked_fill(top == float("-inf"), 0)
     total = (logits - top).exp().sum(-1, keepdim=True)
@@ -164,7 +165,7 @@ def _attend(
 
 
 def _packed_rows(starts_q: list[int], starts_k: list[int], **call: Any) -> tuple[Tensor, Tensor]:
-    """(out [N, H, Dv], lse [H, N]): each packed row on its own."""
+    """(out [N, H, Dv], lse [H, N]), one packed row at a time."""
     q, k, v, index, prefix_k = (call.pop(name) for name in ("q", "k", "v", "prefix_index", "prefix_k"))
     if prefix_k is not None and index is None:
         index = torch.arange(len(starts_q) - 1, device=q.device) % prefix_k.shape[0]

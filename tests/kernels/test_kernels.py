@@ -106,7 +106,7 @@ def test_fp16(name: str) -> None:
     check(build(name), torch.float16)
 
 
-@pytest.mark.filterwarnings("ignore:Triton's interpreter computes bfloat16 wrongly")
+@pytest.mark.filterwarnings("ignore:Triton's interpreter computes bfloat16 incorrectly")
 @pytest.mark.parametrize("name", HALF[:4])
 def test_bf16(name: str, bf16: None) -> None:
     check(build(name), torch.bfloat16)

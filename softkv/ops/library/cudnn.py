@@ -1,6 +1,6 @@
 """backend="cudnn": torch's cuDNN attention, `aten::_scaled_dot_product_cudnn_attention` and its backward.
 
-Its causal mask is aligned top-left, so the tokens' part must be square; it takes rows of one length only.
+Its causal mask is aligned top-left, so the tokens' part must be square; all rows must have the same length.
 """
 
 import torch
@@ -15,16 +15,16 @@ class Cudnn:
     name = "cudnn"
 
     def __init__(self) -> None:
-        self._statistics_dims = 4  # of what torch's forward returns and its backward takes: [B, H, T] or [B, H, T, 1]
+        self._statistics_dims = 4  # as torch's forward returns and its backward takes them: [B, H, T] or [B, H, T, 1]
 
     def refuse(self, q: Tensor, parts: list[Part], **asked: bool) -> None:
         refuse_common(self.name, q, parts, MOST_DIM, asked)
         for part in parts:
             T, S = (q.shape[1], part.k.shape[1]) if part.ends is None else (0, 0)
             if part.ends is not None:
-                self._refuse("dense rows of one length: packed rows are not taken")
+                self._refuse("dense rows of one length: packed rows are not supported")
             if part.softcap is not None or part.window is not None:
-                self._refuse("neither a soft cap nor a window: its kernels do not take them")
+                self._refuse("neither a soft cap nor a window: its kernels do not support them")
             if part.causal and T != S:
                 self._refuse(f"as many queries as keys where causal (it aligns top-left), got {T} and {S}")
             if S == 1:

@@ -1,9 +1,9 @@
-"""backend="flash": flash-attn's kernels, from the flash-attn package where it is installed, otherwise torch's own.
+"""backend="flash": flash-attn's kernels, from the flash-attn package if it is installed, otherwise torch's own.
 
-torch's are FlashAttention-2, or what `torch.nn.attention.activate_flash_attention_impl` has put there ("FA3", "FA4"):
-that is then taken first. A causal mask is aligned bottom-right. The package (`pip install flash-attn
---no-build-isolation`, https://github.com/Dao-AILab/flash-attention) takes soft caps too, and gives the same dq in every
-run; torch's does under `torch.use_deterministic_algorithms`.
+torch's are FlashAttention-2, or the implementation activated by `torch.nn.attention.activate_flash_attention_impl`
+("FA3", "FA4"), which then takes precedence. Causal masks are aligned bottom-right. The package (`pip install flash-attn
+--no-build-isolation`, https://github.com/Dao-AILab/flash-attention) also supports soft caps, and its dq is
+deterministic; torch's is with `torch.use_deterministic_algorithms`.
 """
 
 import importlib.util
@@ -19,14 +19,15 @@ MOST_DIM = 256
 
 
 class Flash:
-    """Whichever of the two is there, asked anew in each call: an implementation may be activated at any time."""
+    """Whichever of the two is available, looked up in each call, because an implementation may be activated at any
+    time."""
 
     name = "flash"
 
     def refuse(self, q: Tensor, parts: list[Part], **asked: bool) -> None:
         refuse_common(self.name, q, parts, MOST_DIM, asked)
         if any(part.v.shape[-1] != q.shape[-1] for part in parts):
-            raise NotImplementedError("backend 'flash': expected values as wide as keys: its kernels take one head dim")
+            raise NotImplementedError("backend 'flash': expected values as wide as keys, as its kernels need")
         if _chosen() is not _TORCH:
             return
         if any(part.softcap is not None for part in parts):

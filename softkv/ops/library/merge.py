@@ -1,4 +1,4 @@
-"""The merge of two parts and a sink, in one pass over the outputs: one launch, each number read once.
+"""Merge two parts and a sink in one pass over the outputs: one launch, each value read once.
 
     lse = log(Σ_i exp(lse_i) + exp(sink)),     out = Σ_i exp(lse_i − lse) out_i
 
@@ -12,13 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 32  # items a program: with D = 128 in 16 bits, 8 KiB of each operand
+BLOCK = 32  # items per program: with D = 128 in 16 bits, 8 KiB of each operand
 WARPS = 4
 
 
 @triton.jit
 def place(item, H, T, row, head, token, PACKED: tl.constexpr):
-    """Where an item lies in a tensor of rows, heads and tokens, or (PACKED) of heads and flat tokens."""
+    """The offset of an item in a tensor of rows, heads and tokens, or (PACKED) of heads and flat tokens."""
     at = tl.cast(item // H, tl.int64)
     if PACKED:
         return tl.cast(item % H, tl.int64) * head + at * token
@@ -32,7 +32,7 @@ def weight(lse, top):
 
 @triton.jit
 def part(ptrs, keep, share):
-    """What a query saw nothing of may hold anything."""
+    """A part of which a query saw nothing may contain any values."""
     keep = keep & (share > 0.0)[:, None]
     return tl.load(ptrs, mask=keep, other=0.0).to(tl.float32) * share[:, None]
 
@@ -47,7 +47,7 @@ def merge_kernel(
     live = item < count
     hidden = -float("inf")
     a = tl.load(lse_a + place(item, H, T, a_row, a_head, a_token, PACKED), mask=live, other=hidden)
-    a = tl.where(a == float("inf"), hidden, a)  # a library's mark of a query that saw nothing
+    a = tl.where(a == float("inf"), hidden, a)  # how libraries mark a query that saw nothing
     top = a
     if lse_b is not None:
         b = tl.load(lse_b + place(item, H, T, b_row, b_head, b_token, PACKED), mask=live, other=hidden)
@@ -79,7 +79,7 @@ def merge_kernel(
 
 
 def merge(parts: list[tuple[Tensor, Tensor]], sinks: Tensor | None, out: Tensor) -> Tensor:
-    """Writes out [B, T, H, D], or packed [N, H, D], of any strides but the last, and gives lse [B, H, T] or [H, N].
+    """Write out [B, T, H, D], or packed [N, H, D], with any strides but the last, and return lse [B, H, T] or [H, N].
 
     `parts`: one or two (out, lse) of these shapes.
     """

@@ -1,4 +1,5 @@
-"""An engine from any kernel that returns lse and whose backward takes out and lse: split, merge, a backward a part."""
+"""An engine from any kernel that returns lse and whose backward takes out and lse: split, merge, one backward per
+part."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -21,10 +22,10 @@ class Ends(NamedTuple):
 
 @dataclass(frozen=True)
 class Part:
-    """One call of a kernel: all queries, or each row's, against one stretch of keys.
+    """One call of a kernel: all queries, or each row's, against one segment of keys.
 
-    k and v are token by token: [rows, S, G, D], or packed [M, G, D] with `ends`. The queries a kernel is given are laid
-    out alike: [rows, T, H, D] or [N, H, D].
+    k and v are token by token: [rows, S, G, D], or packed [M, G, D] with `ends`. The kernel's queries have the same
+    layout: [rows, T, H, D] or [N, H, D].
     """
 
     name: str
@@ -38,11 +39,11 @@ class Part:
     in_line: bool = False  # one key sequence for the queries of all rows
 
     def queries(self, x: Tensor) -> Tensor:
-        """Of a call's queries (or out, or its gradient), token by token: those of this part."""
+        """This part's share of a call's queries (or out, or its gradient), token by token."""
         return x.reshape(1, -1, *x.shape[-2:]) if self.in_line else x
 
     def statistics(self, lse: Tensor) -> Tensor:
-        """Of a call's lse [B, H, T] or packed [H, N]: as this part's queries are."""
+        """A call's lse [B, H, T] or packed [H, N] in the layout of this part's queries."""
         if not self.in_line:
             return lse
         return (lse.transpose(0, 1).flatten(1) if lse.dim() == 3 else lse)[None].contiguous()
@@ -60,15 +61,15 @@ class Kernel(Protocol):
     name: str
 
     def refuse(self, q: Tensor, parts: list[Part], **asked: bool) -> None:
-        """Raises NotImplementedError where the kernel does not compute these parts exactly.
+        """Raise NotImplementedError if the kernel does not compute these parts exactly.
 
-        `asked`: what no library kernel can do, and whether the call wants it."""
+        `asked`: features that no library kernel supports, and whether the call uses them."""
 
     def forward(self, q: Tensor, part: Part) -> tuple[Tensor, Tensor]:
         """(out like q, of v's width; lse). A query that sees nothing has lse +∞ or −∞."""
 
     def backward(self, grad: Tensor, q: Tensor, part: Part, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(dq, dk, dv) of p = exp(s − lse), whatever attention out and lse are of; lse +∞: the query has no share."""
+        """(dq, dk, dv) of p = exp(s − lse), where out and lse may be those of a larger attention; lse +∞: p is 0."""
 
 
 class Library:
@@ -98,13 +99,13 @@ class Library:
         self, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor,
         prefix_k: Tensor | None, prefix_v: Tensor | None, *, needs: Any, **options: Any,
     ) -> tuple[Tensor | None, ...]:  # fmt: skip
-        """A part none of whose gradients is needed is not called; of one that is, the kernel computes all three."""
+        """Parts without needed gradients are skipped; for the others, the kernel computes all three gradients."""
         need_q, need_k, need_v, need_prefix_k, need_prefix_v, need_sinks = needs
         dense, sinks = q.dim() == 4, options["sinks"]
         rows, grad, merged = _by_token(q), _by_token(grad_out), _by_token(out)
         parts = _parts(q, k, v, prefix_k, prefix_v, options)
         self._refuse(rows, parts, options, grad_lse)
-        seen = lse.masked_fill(lse == -torch.inf, torch.inf)  # a query that saw nothing has no share anywhere
+        seen = lse.masked_fill(lse == -torch.inf, torch.inf)  # a query that saw nothing contributes nowhere
         dq: Tensor | None = None
         of_parts: dict[str, tuple[Tensor, Tensor]] = {}
         for part in parts:
@@ -138,7 +139,7 @@ class Library:
 
 
 def _nothing(q: Tensor, v: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Of queries that have neither a prefix nor a token to see."""
+    """The result for queries that have neither a prefix nor a token to see."""
     lse = q.new_full((*q.shape[:3],) if q.dim() == 4 else (q.shape[1], q.shape[0]), -torch.inf, dtype=torch.float32)
     if sinks is not None:
         lse.copy_(sinks.float()[:, None])
@@ -151,11 +152,11 @@ def require_gpu(kernel: str, q: Tensor) -> None:
 
 
 def refuse_common(kernel: str, q: Tensor, parts: list[Part], most_dim: int, asked: dict[str, bool]) -> None:
-    """What every library kernel refuses: dtypes, head dims, scales, and what `asked` holds."""
+    """Refuse what no library kernel supports: dtypes, head dims, scales, and the features in `asked`."""
     require_gpu(kernel, q)
     for name, is_asked in asked.items():
         if is_asked:
-            raise NotImplementedError(f"backend '{kernel}': expected no {name}: its kernels do not take it")
+            raise NotImplementedError(f"backend '{kernel}': expected no {name}: its kernels do not support it")
     if q.dtype not in (torch.float16, torch.bfloat16):
         raise NotImplementedError(f"backend '{kernel}': expected float16 or bfloat16, got {q.dtype}")
     for width in {q.shape[-1], *(part.v.shape[-1] for part in parts)}:
@@ -188,14 +189,14 @@ def _parts(
         ends, one_query = None, q.dim() == 4 and q.shape[2] == 1
         if cu_q is not None:
             ends = Ends(cu_q, cu_k, options["max_seqlen_q"], options["max_seqlen_k"])
-        # A single query of a row sees every key up to its own, the last: nothing is left to mask but a window.
+        # The single query of a row is at the last key and sees all of them, so only a window masks anything.
         causal = options["is_causal"] and not (one_query and options["window"] is None)
         parts.append(Part("tokens", _by_token(k), _by_token(v), causal, scale, softcap, options["window"], ends))
     return parts
 
 
 def _by_token(x: Tensor) -> Tensor:
-    """[B, H, T, D] → [B, T, H, D]; packed [N, H, D] is so already."""
+    """[B, H, T, D] → [B, T, H, D]; packed [N, H, D] is returned as it is."""
     return x.transpose(1, 2) if x.dim() == 4 else x
 
 

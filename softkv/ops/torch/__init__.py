@@ -1,18 +1,19 @@
-"""The engine composed of library kernels (backend "torch"): what the op runs on CPUs, and anywhere on request.
+"""The engine composed of torch's own kernels (backend "torch"): the default on CPUs, available on any device.
 
-Attention is cut into pieces (`plan`): some queries, the keys they see, at most a small mask. Each piece runs by itself
-(`piece`) and is merged into what stands there by log-sum-exp:
+Attention is cut into pieces (`split`): some queries, the keys they see, at most a small mask. Each piece runs by itself
+(`piece`) and is merged into the result so far by log-sum-exp:
 
     lse ← log(exp(lse) + exp(lse')),   out ← out + w·(out' − out),   w = exp(lse' − lse) = σ(lse' − lse_before)
 
-The backward runs the same pieces with the merged out and lse, which makes each piece's gradient exact, and adds up. The
-prefix is one piece for all the queries that share it, so it is read once and its gradient is summed inside the kernel.
+The backward runs the same pieces with the merged out and lse, which makes each piece's gradient exact, and sums them.
+The prefix is one piece for all the queries that share it, so it is read once and its gradient is summed inside the
+kernel.
 
-One query per row over one shared prefix, as in generation, takes a shorter path (`decode`), and so do calls that are
-so small that copies cost less than operations (`small`).
+One query per row over one shared prefix, as in generation, takes a shorter path (`decode`), and so do calls so small
+that copies cost less than operations (`small`).
 
-Queries, out and lse are stored token by token, [N, H, ...], N = B·T where the call is dense: a batch of queries that
-share a prefix is then a view, and so is each row.
+Queries, out and lse are stored token by token, [N, H, ...], N = B·T in a dense call, so that a batch of queries that
+share a prefix is a view, and so is each row.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,9 +28,10 @@ from typing_extensions import Unpack
 
 from softkv.ops.engine import Call, Gradients, Needs
 from softkv.ops.torch import decode, piece, small
-from softkv.ops.torch.split import Geometry, Piece, plan_prefix, plan_tokens
+from softkv.ops.torch.geometry import Geometry, Piece
+from softkv.ops.torch.split import plan_prefix, plan_tokens
 
-_SMALLEST_SCALE = 1e-30  # times a score, still more than nothing in float32
+_SMALLEST_SCALE = 1e-30  # times a score, this is still above 0 in float32
 _FEW_QUERIES = 16
 _AS_IT_IS: AbstractContextManager[None] = nullcontext()
 
@@ -65,15 +67,15 @@ def _forward(call: Call) -> tuple[Tensor, Tensor]:
 
 
 def step(call: Call) -> Callable[..., Tensor] | None:
-    """What gives out [B, H, 1, D] alone, of q, k, v, prefix_k, prefix_v, in further calls like this one of a decoding
-    step: without gradients, alike but for the number of keys. None for calls of other kinds."""
+    """A function of q, k, v, prefix_k, prefix_v that computes out [B, H, 1, D] in later decoding steps, which differ
+    from this call only in the number of keys and have no gradients. None for other kinds of calls."""
     if not decode.serves(call) or _hides(call) or not _fused(call) or torch.is_autocast_enabled("cpu"):
         return None
     return partial(decode.out_alone, scale=call["scale"])
 
 
 def with_gradients(call: Call) -> Tensor | None:
-    """out alone, differentiable, of a small call whose tokens take gradients; None for others."""
+    """Differentiable out, without lse, of a small call whose tokens need gradients; None for other calls."""
     if not small.serves(call) or not _fused(call) or torch.is_autocast_enabled("cpu"):
         return None
     if call["q"].numel() == 0 or not any(x.requires_grad for x in (call["q"], call["k"], call["v"])):
@@ -89,7 +91,7 @@ def backward(
 
 
 def _own_precision(q: Tensor) -> AbstractContextManager[Any]:
-    """Products inside are of the dtypes chosen here: autocast would lower them."""
+    """Disable autocast, which would lower the precision chosen here."""
     device = q.device.type
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _AS_IT_IS
 
@@ -131,7 +133,7 @@ def _backward(
         sums = [dk, dv, *sums]
         if dq is None and dk is None and dv is None:
             continue
-        # The longest tile comes last and covers every key: taken first, the others are added to it.
+        # The longest tile is last and covers every key: start with it and add the others.
         for p in reversed(plan(geometry)):
             at = p.queries.of
             operands = at(grad), at(line), p.keys(keys), p.keys(values)
@@ -145,7 +147,7 @@ def _backward(
                 dk.add_keys(p, parts[1])
             if dv is not None:
                 dv.add_keys(p, parts[2])
-            del parts  # or they would stay alive beside the next ones
+            del parts  # or they would stay alive together with the next ones
     dk_tokens, dv_tokens, dk_prefix, dv_prefix = [*sums, None, None][:4]
     return (
         None if dq is None else geometry.unline(dq.result()[..., :D], q),
@@ -166,8 +168,8 @@ def _keys_and_values(call: Call) -> list[Tensor]:
 
 
 def _seen(call: Call) -> Call:
-    """The call with 0 where keys or slots are hidden from every query: these may hold anything, and a mask multiplies
-    it by 0, which NaN and ∞ survive. Copies, so only made where that shows."""
+    """The call with 0 at keys and slots hidden from every query: they may contain NaN or ∞, which a mask multiplies by
+    0 but does not remove. This copies, so it is done only if they do."""
     k, v, prefix_k, prefix_v = call["k"], call["v"], call["prefix_k"], call["prefix_v"]
     mask, lengths = call["key_mask"], call["key_lengths"]
     hidden = None if mask is None else ~mask
@@ -184,17 +186,18 @@ def _seen(call: Call) -> Call:
 
 
 def _fused(call: Call) -> bool:
-    """Whether the library's kernel serves. Its causal mask is −∞ before the scale: NaN or +∞ unless scale > 0."""
+    """Whether torch's fused kernel supports the call. Its causal mask is −∞ before scaling, which gives NaN or +∞
+    unless scale > 0."""
     q, v = call["q"], call["v"]
     if not q.is_cpu or call["softcap"] is not None or call["scale"] < _SMALLEST_SCALE:
         return False
-    # It takes values as wide as keys: for a few queries the copies cost more than plain products.
+    # It needs values as wide as keys: for a few queries the copies cost more than plain products.
     few = (q.shape[2] if q.dim() == 4 else call["max_seqlen_q"] or 0) <= _FEW_QUERIES
     return q.shape[-1] == v.shape[-1] or not few
 
 
 def _of_one_width(call: Call) -> Call:
-    """The call with queries, keys and values of one width: more zeros change no score."""
+    """The call with queries, keys and values zero-padded to one width, which changes no score."""
     D, Dv = call["k"].shape[-1], call["v"].shape[-1]
     if Dv == D:
         return call
@@ -237,7 +240,7 @@ class _Merged:
         here, before = queries.of(outs), queries.of(lses)
         weight = (lse - before).sigmoid_()
         if p.blind is not None:
-            weight.nan_to_num_(0)  # blind to both: −∞ − −∞; weight 0 keeps its 0
+            weight.nan_to_num_(0)  # sees neither: −∞ − −∞; weight 0 keeps its 0
         here.lerp_(out, weight.unsqueeze(-1))
         torch.logaddexp(before, lse, out=before)
         if queries.index is not None:
@@ -253,12 +256,13 @@ class _Merged:
         if sinks is None:
             return out, lse
         total = torch.logaddexp(lse, sinks.to(lse.dtype))
-        weight = (lse - total).exp_().nan_to_num_(0)  # nothing seen and a sink of −∞: −∞ − −∞
+        weight = (lse - total).exp_().nan_to_num_(0)  # nothing visible and a sink of −∞: −∞ − −∞
         return out.mul_(weight.unsqueeze(-1)), total
 
 
 class _Sum:
-    """A gradient added up from pieces, in at least float32; a first piece that covers everything is taken as it is."""
+    """A gradient summed from pieces in at least float32; a first piece that covers everything is used without a
+    copy."""
 
     def __init__(self, like: Tensor):
         self.like = like

@@ -1,8 +1,8 @@
-"""One query per row and one prefix for all rows, as in every decoding step, with few operations around the two library
+"""One query per row and one prefix for all rows, as in every decoding step, with few operations besides the two library
 calls.
 
-A query sees every key its row has, so there is no causal mask. The query heads that share keys stand in one block: a
-row's R = H/G for its tokens, all rows' B·R for the prefix, whose slots are thus read once.
+A query sees every key its row has, so there is no causal mask. The query heads that share keys form one block: R = H/G
+of a row for its tokens, B·R of all rows for the prefix, whose slots are thus read once.
 """
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from softkv.ops.engine import Call
 from softkv.ops.torch import piece, small
 
-_HIDDEN = 0.9 * torch.finfo(torch.float32).max  # past any score
+_HIDDEN = 0.9 * torch.finfo(torch.float32).max  # beyond any score
 _LEFT_TO_PLANS = ("prefix_index", "prefix_lengths", "key_lengths", "window", "chunk", "sinks", "softcap")
 
 
@@ -35,14 +35,14 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """out [B, H, 1, D] and lse [B, H, 1]."""
     mask = None
-    if key_mask is not None:  # finite: a row of which nothing is seen has an lse that any slot outweighs, not NaN
+    if key_mask is not None:  # finite: a row of hidden keys gets an lse that any slot outweighs, not NaN
         mask = key_mask[:, None, None].to(q.dtype).sub_(1).mul_(_HIDDEN)
     out, lse, prefix_lse = _merged(q, k, v, prefix_k, prefix_v, mask, scale)
     return _like(q, out), torch.logaddexp(lse, prefix_lse).reshape(q.shape[0], q.shape[1], 1)
 
 
 def out_alone(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, scale: float) -> Tensor:
-    """out [B, H, 1, D], of a call that `serves` and that hides nothing."""
+    """out [B, H, 1, D] of a call that `serves` accepts and that hides no keys."""
     if small.fits(k, prefix_k):
         keys, values = small.side_by_side(prefix_k, k), small.side_by_side(prefix_v, v)
         out, _ = piece.flash(q.reshape(q.shape[0], k.shape[1], -1, q.shape[3]), keys, values, 0.0, False, scale=scale)

@@ -1,7 +1,7 @@
-"""Attention of one piece: queries [b, H, t, D] to keys and values [b, G, s, D], with an additive mask or none.
+"""Attention of one piece: queries [b, H, t, D] to keys and values [b, G, s, D], with an optional additive mask.
 
-`fused_*` call the library's flash attention for CPUs. `tiled_*` are products and exponentials in tiles of queries: they
-run on any device and know what the library kernel does not, softcap and the gradient of lse.
+`fused_*` call torch's flash attention for CPUs. `tiled_*` are products and exponentials in tiles of queries: they run
+on any device and support what the fused kernel does not, softcap and the gradient of lse.
 """
 
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 _TILE_SCORES = 1 << 18  # 1 MB of float32
-_FOLDED_QUERIES = 64  # up to here a copy of the queries costs less than reading keys once a head
+_FOLDED_QUERIES = 64  # up to here a copy of the queries costs less than reading keys once per head
 
 
 def fused_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float):
@@ -22,7 +22,7 @@ def fused_forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: 
     alike = not causal and (mask is None or mask.shape[-2] == 1)
     if H == G or q.shape[2] > _FOLDED_QUERIES or not alike:
         return flash(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
-    # Decoding: a group's heads stand in one block of queries, so its keys are read once.
+    # Decoding: a group's heads form one block of queries, so its keys are read once.
     out, lse = flash(_group(q, G), k, v, 0.0, False, attn_mask=mask, scale=scale)
     return _ungroup(out, H), _ungroup(lse, H)
 

@@ -1,7 +1,7 @@
-"""Small calls in one piece, prefix and tokens side by side.
+"""Small calls in one piece, with prefix and tokens concatenated.
 
-Up to some thousand numbers, copying keys and values costs less than a second library call and a merge. So little is
-copied that nothing else notices; larger calls keep the prefix an operand of its own.
+Up to some thousand values, copying keys and values costs less than a second library call and a merge, and the extra
+memory is negligible. Larger calls keep the prefix a separate operand.
 """
 
 from collections.abc import Sequence
@@ -16,12 +16,12 @@ from softkv import ranges
 from softkv.ops.engine import NO_DOUBLE_BACKWARD, Call, Gradients, Needs
 from softkv.ops.torch import piece
 
-MOST = 1 << 14  # numbers in the copy of the keys, and scores of packed rows, which see each other's
+MOST = 1 << 14  # values in the copy of the keys, and scores of packed rows, including those between rows
 _LEFT_TO_PLANS = ("prefix_index", "prefix_lengths", "key_mask", "key_lengths", "window", "chunk", "sinks", "softcap")
 
 
 def serves(call: Call) -> bool:
-    """Whether a call that the library's kernel can take is small, and so plain that one mask says what is seen."""
+    """Whether a call that the fused kernel supports is small, and one mask describes what is visible."""
     q, k, prefix_k = call["q"], call["k"], call["prefix_k"]
     if any(call[name] is not None for name in _LEFT_TO_PLANS):  # type: ignore[literal-required]
         return False
@@ -35,7 +35,7 @@ def serves(call: Call) -> bool:
 
 
 def fits(k: Tensor, prefix_k: Tensor) -> bool:
-    """Whether the keys of a dense call are few."""
+    """Whether a dense call has few keys."""
     return k.numel() + k.shape[0] * prefix_k.numel() <= MOST
 
 
@@ -56,13 +56,13 @@ def backward(grad_out: Tensor, out: Tensor, lse: Tensor, needs: Needs, call: Cal
 
 
 def with_gradients(call: Call) -> Tensor:
-    """out alone, differentiable."""
+    """Differentiable out, without lse."""
     operands = call["q"], call["k"], call["v"], call["prefix_k"], call["prefix_v"]
     return cast(Tensor, _Small.apply(*operands, _mask(call), call["scale"]))
 
 
 class _Small(torch.autograd.Function):
-    """`forward` and `backward` with nothing between them and torch: small calls are many, and wait for the host."""
+    """`forward` and `backward` with as little overhead as possible, because many small calls are host-bound."""
 
     @staticmethod
     def forward(
@@ -85,7 +85,7 @@ class _Small(torch.autograd.Function):
 
 
 class _Once(torch.autograd.Function):
-    """Gradients that are not to be differentiated again."""
+    """Gradients that can't be differentiated again."""
 
     @staticmethod
     def forward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -99,7 +99,7 @@ class _Once(torch.autograd.Function):
 def _parted(
     grads: tuple[Tensor, Tensor, Tensor], P: int, packed: bool, needs: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of queries, keys, values and the prefix's keys and values from those of what stood side by side."""
+    """Gradients of queries, keys, values and the prefix's keys and values, from those of the concatenated tensors."""
     dq, dk, dv = grads
     return (
         _unbatch(dq, packed) if needs[0] else None,
@@ -111,7 +111,7 @@ def _parted(
 
 
 def _batch(x: Tensor) -> Tensor:
-    """`[B, ., T, D]`; packed rows `[N, ., D]` are one."""
+    """`[B, ., T, D]`; packed rows `[N, ., D]` become a single row."""
     return x if x.dim() == 4 else x.transpose(0, 1)[None]
 
 
@@ -132,7 +132,7 @@ def side_by_side(prefix: Tensor | None, tokens: Tensor) -> Tensor:
 
 
 def _of_slots(grad: Tensor, P: int) -> Tensor:
-    """The sum over rows, in at least float32 and in their order."""
+    """The sum over rows, in order and in at least float32."""
     grad = grad[:, :, :P]
     if len(grad) == 1:
         return grad
@@ -151,7 +151,7 @@ def _mask(call: Call) -> Tensor | None:
     return _causal(q.shape[2], k.shape[2], prefix_k.shape[2], q.dtype)
 
 
-# Masks follow from numbers alone: kept, a few of those that are asked for again and again.
+# Masks depend on sizes only, so recently used ones are cached.
 
 
 @lru_cache(maxsize=16)

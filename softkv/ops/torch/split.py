@@ -1,194 +1,23 @@
 """Splits a call into pieces, using slices instead of masks wherever they are equivalent."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
-from itertools import pairwise
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from softkv.ops.engine import Call, empty_out
+from softkv.ops.torch.geometry import FEW_QUERIES, Geometry, Piece, Queries
 
-# Up to here rows that differ in what they see share one masked call; longer ones get slices of their own, which skip
-# the work that a mask only hides.
-_FEW_QUERIES = 32
-# The library's backward works on the heads of a batch in parallel, not on queries: a shared prefix's are cut into so
-# many chunks, always the same number, so that the sum's order is fixed.
+# torch's backward parallelises over the heads of a batch, not over queries: the queries of a shared prefix are cut into
+# this many chunks, always the same number, so that the order of summation is fixed.
 _CHUNKS = 4
-# The library's causal kernel skips whole blocks of 512 keys only: up to this many queries, tiles with a mask skip more.
+# torch's causal kernel skips whole blocks of 512 keys only: below this many queries, tiles with a mask skip more.
 _LONG = 1024
 _SHORT = 96
 _ROWS_AT_ONCE = 4
 
 
 Tile: TypeAlias = tuple[int, int, int, int, Tensor | None, bool]  # t0, t1, s0, s1, mask, causal kernel
-
-
-@dataclass(slots=True)
-class Queries:
-    """Where a piece's queries lie in a line [N, H, ...]: a part t0:t1 of equally long rows, or tokens picked singly."""
-
-    start: int
-    rows: int
-    length: int
-    t0: int
-    t1: int
-    index: Tensor | None = None
-
-    def of(self, line: Tensor) -> Tensor:
-        """[N, H, ...] → [rows, H, t, ...]: a view, or a copy of picked tokens."""
-        if self.index is not None:
-            return line[self.index].unflatten(0, (self.rows, self.length)).transpose(1, 2)
-        n, t = self.rows * self.length, self.t1 - self.t0
-        part = line if n == line.shape[0] else line[self.start : self.start + n]
-        part = part.view(self.rows, self.length, *part.shape[1:])
-        return (part if t == self.length else part[:, self.t0 : self.t1]).transpose(1, 2)
-
-    def back(self, x: Tensor) -> Tensor:
-        """[rows, H, t, ...] → [rows·t, H, ...]"""
-        return x.transpose(1, 2).flatten(0, 1)
-
-    def whole(self, N: int) -> bool:
-        return self.index is None and self.rows * (self.t1 - self.t0) == N
-
-
-@dataclass(slots=True)
-class Piece:
-    queries: Queries
-    key_rows: slice
-    s0: int
-    s1: int
-    mask: Tensor | None = None
-    causal: bool = False
-    blind: Tensor | None = None  # [b, 1, t], queries from which the mask hides everything
-
-    def keys(self, x: Tensor) -> Tensor:
-        """[rows or 1, G, S, D] → [rows, G, s, D], a view."""
-        if self.s1 - self.s0 < x.shape[2]:
-            x = x[:, :, self.s0 : self.s1]
-        if self.key_rows.stop - self.key_rows.start < x.shape[0]:
-            x = x[self.key_rows]
-        return x if x.shape[0] == self.queries.rows else x.expand(self.queries.rows, -1, -1, -1)
-
-
-@dataclass(slots=True)
-class RowGroup:
-    """Adjacent rows of the same geometry: T queries and n keys, of which lo:hi are visible except for holes."""
-
-    first: int
-    rows: int
-    start: int
-    T: int
-    key_row: int
-    key_start: int
-    n: int
-    lo: int
-    hi: int
-    holes: Tensor | None = None  # [S] bool, keys that are seen
-
-
-class Geometry:
-    """One call's operands brought into one form, dense and packed alike."""
-
-    def __init__(self, options: Call, fused: bool, backward: bool):
-        self.options, self.fused, self.backward = options, fused, backward
-        q, k, prefix_k = options["q"], options["k"], options["prefix_k"]
-        self.dtype, self.device = q.dtype, q.device
-        self.wide = torch.promote_types(q.dtype, torch.float32)
-        self.dense = q.dim() == 4
-        self.window, self.chunk = options["window"], options["chunk"]
-        self.A, self.P = (0, 0) if prefix_k is None else (prefix_k.shape[0], prefix_k.shape[2])
-        self.key_mask: Tensor | None = None
-        self.n: list[int] | None = None  # each row's keys, where that is not S
-        if self.dense:
-            self.B, self.T, self.S = q.shape[0], q.shape[2], k.shape[2]
-            self.N, self.H = self.B * self.T, q.shape[1]
-            self.starts: list[int] | range = range(0, self.N + 1, self.T)
-            mask, lengths = options["key_mask"], options["key_lengths"]
-            self.key_mask = None if mask is None or bool(mask.all()) else mask
-            self.n = None if lengths is None else lengths.tolist()
-        else:
-            self.N, self.S, self.H = q.shape[0], k.shape[0], q.shape[1]
-            starts_q, starts_k, longest = options["cu_seqlens_q"], options["cu_seqlens_k"], options["max_seqlen_q"]
-            assert starts_q is not None
-            assert starts_k is not None
-            assert longest is not None
-            self.starts, self.key_starts = starts_q.tolist(), starts_k.tolist()
-            self.B, self.T = len(self.starts) - 1, longest
-
-    @property
-    def masked(self) -> bool:
-        """Whether few queries of rows that differ are better served by one call with a mask."""
-        ragged = self.key_mask is not None or (self.n is not None and min(self.n) < max(self.n))
-        return self.dense and ragged and self.T <= _FEW_QUERIES
-
-    @cached_property
-    def extent(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Of a dense call, [B] each: keys n, the seen ones' first and end (0, 0 if there are none) and number."""
-        n = self.options["key_lengths"]
-        n = torch.full((self.B,), self.S, device=self.device) if n is None else n.long()
-        if self.key_mask is None or self.S == 0:
-            return n, torch.zeros_like(n), n, n
-        seen = (torch.arange(self.S, device=self.device) < n[:, None]) & self.key_mask
-        number = seen.sum(1)
-        end = self.S - seen.flip(1).int().argmax(1)
-        return n, seen.int().argmax(1), end.masked_fill(number == 0, 0), number
-
-    @cached_property
-    def row_groups(self) -> list[RowGroup]:
-        if not self.dense:
-            return [
-                RowGroup(b, 1, q0, q1 - q0, 0, k0, k1 - k0, 0, k1 - k0)
-                for b, ((q0, q1), (k0, k1)) in enumerate(
-                    zip(pairwise(self.starts), pairwise(self.key_starts), strict=True)
-                )
-                if q1 > q0
-            ]
-        if self.key_mask is None and self.n is None:
-            return [RowGroup(0, self.B, 0, self.T, 0, 0, self.S, 0, self.S)]
-        row_groups: list[RowGroup] = []
-        for b, (n, lo, hi, number) in enumerate(zip(*(x.tolist() for x in self.extent), strict=True)):
-            last = row_groups[-1] if row_groups else None
-            holes = self.key_mask[b] if self.key_mask is not None and number < hi - lo else None
-            if last and holes is None and last.holes is None and (last.n, last.lo, last.hi) == (n, lo, hi):
-                last.rows += 1
-            else:
-                row_groups.append(RowGroup(b, 1, b * self.T, self.T, b, 0, n, lo, hi, holes))
-        return row_groups
-
-    def tokens_of(self, rows: list[int]) -> Tensor:
-        """Where in the line the tokens of these rows are."""
-        if self.dense:
-            tokens = torch.arange(self.T, device=self.device)
-            return (torch.tensor(rows, device=self.device)[:, None] * self.T + tokens).flatten()
-        return torch.cat([torch.arange(self.starts[b], self.starts[b + 1], device=self.device) for b in rows])
-
-    def line(self, x: Tensor) -> Tensor:
-        """q-shaped → [N, H, D]"""
-        return x.transpose(1, 2).flatten(0, 1) if self.dense else x.contiguous()
-
-    def line_lse(self, x: Tensor) -> Tensor:
-        """lse-shaped → [N, H]"""
-        return x.transpose(1, 2).flatten(0, 1) if self.dense else x.transpose(0, 1).contiguous()
-
-    def unline(self, x: Tensor, q: Tensor) -> Tensor:
-        """[N, H, D] in any precision → shape, dtype and layout of q; of another width, laid out token by token."""
-        x = x.unflatten(0, (self.B, self.T)).transpose(1, 2) if self.dense else x
-        return x.to(q.dtype) if x.stride() == q.stride() else empty_out(q, x).copy_(x)
-
-    def unline_lse(self, x: Tensor) -> Tensor:
-        if self.dense:
-            return x.view(self.B, self.T, -1).transpose(1, 2).contiguous()
-        return x.transpose(0, 1).contiguous()
-
-    def keys(self, x: Tensor) -> Tensor:
-        """[B, G, S, D]; packed keys are one long row."""
-        return x if self.dense else x.transpose(0, 1).unsqueeze(0)
-
-    def unkeys(self, x: Tensor) -> Tensor:
-        return x if self.dense else x.squeeze(0).transpose(0, 1)
 
 
 def plan_tokens(call: Geometry) -> list[Piece]:
@@ -257,7 +86,7 @@ def plan_prefix(call: Geometry) -> list[Piece]:
 
 
 def _shared(call: Geometry, a: int, length: int, start: int, stop: int) -> list[Piece]:
-    """All queries of a stretch of the line to prefix a."""
+    """All queries from token `start` to `stop`, attending to prefix a."""
     if length == 0:
         return []
     chunks = _CHUNKS if call.backward and call.fused and stop - start >= _CHUNKS * _SHORT else 1
@@ -272,23 +101,24 @@ def _prefix_per_row(call: Geometry, lengths: list[int]) -> list[Piece]:
     T, P = call.T, max(lengths)
     if min(lengths) == P:
         return [Piece(Queries(0, call.B, T, 0, T), slice(0, call.B), 0, P)]
-    if T <= _FEW_QUERIES:
+    if T <= FEW_QUERIES:
         seen = torch.arange(P, device=call.device) < torch.tensor(lengths, device=call.device)[:, None]
         return [_masked(call, seen[:, None].expand(-1, T, -1), slice(0, call.B))]
     return [Piece(Queries(b * T, 1, T, 0, T), slice(b, b + 1), 0, length) for b, length in enumerate(lengths) if length]
 
 
 def _few_each(call: Geometry, readers: dict[int, list[int]]) -> bool:
-    """Whether neighbours in a bank have few queries each, about as many: generation with an adapter a row."""
+    """Whether the prefixes read are adjacent in the bank and have few queries each, about equally many, as in
+    generation with one adapter per row."""
     if call.backward or not call.dense or len(readers) < 2:
         return False
     most = max(len(rows) for rows in readers.values())
     neighbours = max(readers) - min(readers) == len(readers) - 1
-    return neighbours and most * call.T <= _FEW_QUERIES and most * len(readers) <= 2 * sum(map(len, readers.values()))
+    return neighbours and most * call.T <= FEW_QUERIES and most * len(readers) <= 2 * sum(map(len, readers.values()))
 
 
 def _bank(call: Geometry, readers: dict[int, list[int]], lengths: list[int]) -> Piece:
-    """All prefixes that are read, in one call. Where one has fewer readers than another, its last stands in again, with
+    """All prefixes that are read, in one call. If one has fewer readers than another, its last reader is repeated, with
     the same result."""
     most = max(len(rows) for rows in readers.values())
     used = sorted(readers)
@@ -303,7 +133,7 @@ def _bank(call: Geometry, readers: dict[int, list[int]], lengths: list[int]) -> 
 
 def _windowed_prefix(call: Geometry, window: int, lengths: list[int], index: list[int] | None) -> list[Piece]:
     shared = index is None and call.A == 1
-    if shared and call.masked and not call.backward:  # its gradient would be one for each row
+    if shared and call.masked and not call.backward:  # its gradient would need one copy per row
         n, lo, _, _ = (x[:, None, None] for x in call.extent)
         query = n - call.T + torch.arange(call.T, device=call.device)[:, None]
         slot = lo - lengths[0] + torch.arange(lengths[0], device=call.device)
@@ -341,7 +171,7 @@ def _masked_tokens(call: Geometry) -> Piece:
 
 
 def _masked(call: Geometry, seen: Tensor, key_rows: slice) -> Piece:
-    """All rows in one call, seen [B, T, s] in a mask: for a few queries, where calls cost more than work."""
+    """All rows in one call, with `seen` [B, T, s] as a mask: for few queries, where calls cost more than work."""
     queries = Queries(0, call.B, call.T, 0, call.T)
     return Piece(
         queries, key_rows, 0, seen.shape[2], _additive(seen, call.dtype)[:, None], False, ~seen.any(-1)[:, None]
@@ -349,9 +179,9 @@ def _masked(call: Geometry, seen: Tensor, key_rows: slice) -> Piece:
 
 
 def _band(call: Geometry, T: int, n: int, offset: int, causal: bool, window: int | None) -> Iterator[Tile]:
-    """Tiles of T queries over n keys, where query t stands at key t + offset and
-    sees keys up to itself (causal) and after t + offset − window. Queries that see nothing are in no tile."""
-    reach = offset + T + n if window is None else window  # one that no query notices, where there is no window
+    """Tiles of T queries over n keys, where query t is at key position t + offset and sees keys up to itself (causal)
+    and after t + offset − window. Queries that see nothing are in no tile."""
+    reach = offset + T + n if window is None else window  # without a window, one that hides nothing
     first = max(0, -offset) if causal else 0
     last = min(T, n - 1 + reach - offset)
     if n <= 0 or first >= last:
@@ -375,9 +205,10 @@ def _band(call: Geometry, T: int, n: int, offset: int, causal: bool, window: int
 
 
 def _chunks(call: Geometry, T: int, n: int, offset: int, origin: int, chunk: int) -> Iterator[Tile]:
-    """Tiles as of a causal `_band`, where a query sees the keys of its own chunk alone; key 0 stands at `origin`."""
+    """Tiles like those of a causal `_band`, but each query sees only the keys of its own chunk; key 0 is at position
+    `origin`."""
     first = max(0, -offset)
-    last = min(T, (origin + n - 1) // chunk * chunk + chunk - origin - offset)  # later chunks hold no key
+    last = min(T, (origin + n - 1) // chunk * chunk + chunk - origin - offset)  # later chunks have no keys
     step = max(1, _SHORT // chunk) * chunk  # short chunks share a tile
     while n > 0 and first < last:
         start = (first + offset + origin) // step * step - origin
