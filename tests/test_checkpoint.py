@@ -207,14 +207,14 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "garbage": (garbage, "is damaged"),
     "not ours": (without_header, "was not written by softkv"),
     "only a pickle": (only_a_pickle, "adapter_model.bin is a pickle, which softkv never reads"),
-    "nothing": (lambda directory: shutil.rmtree(directory), "holds no soft prompt"),
+    "nothing": (lambda directory: shutil.rmtree(directory), "contains no soft prompt"),
     "a newer version": (
         set_to("format", FORMAT + 1),
         f"has format {FORMAT + 1}, this softkv reads up to {FORMAT}: upgrade softkv",
     ),
-    "no version": (set_to("format", None), "holds no softkv config"),
-    "version true": (set_to("format", True), "holds no softkv config"),
-    "a deep config": (nested, "holds no softkv config"),
+    "no version": (set_to("format", None), "contains no softkv config"),
+    "version true": (set_to("format", True), "contains no softkv config"),
+    "a deep config": (nested, "contains no softkv config"),
     "a missing tensor": (tensor_to("v", None), r"missing \['v'\]"),
     "an extra tensor": (tensor_to("w", torch.zeros(2)), r"unexpected \['w'\]"),
     "a wrong shape": (tensor_to("k", torch.zeros(2, 1, 2, 6, 8)), r"'k' has shape .*, expected \(2, 1, 2, 7, 8\)"),
@@ -333,7 +333,7 @@ def test_custom_encoders_are_asked_for(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="give the module again"):
         softkv.load(model_of("Llama"), tmp_path)
     attach("p-tuning v2").save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="was not trained with a module of one's own"):
+    with pytest.raises(ValueError, match="was not trained with a custom encoder"):
         softkv.load(model_of("Llama"), tmp_path, encoder=OwnLinear())
 
 
@@ -435,7 +435,7 @@ class TestHub:
             FileNotFoundError, match=r"^me/soft is neither a folder nor a repository on the Hub: Cannot"
         ):
             softkv.load(model_of("Llama"), "me/soft")
-        with pytest.raises(FileNotFoundError, match="holds no soft prompt"):
+        with pytest.raises(FileNotFoundError, match="contains no soft prompt"):
             softkv.load(model_of("Llama"), "runs/of/mine")
 
 

@@ -69,7 +69,7 @@ def test_examples(words: Any) -> None:
     assert row["input_ids"][span] == [30, 31]
     squad = {"text": "w5", "context": "w7 w8 w7", "label": {"text": ["w7"], "answer_start": [6]}}
     assert made("qa", squad)["end_positions"] == len(made("qa", squad)["input_ids"]) - 1
-    with pytest.raises(ValueError, match="stands in the context"):
+    with pytest.raises(ValueError, match="contained in the context"):
         made("qa", {"text": "w5", "context": "w7", "label": "w9"})
     with pytest.raises(ValueError, match="does not occur in the training rows"):
         made("seq-cls", {"text": "w5", "label": "sideways"})

@@ -1,1 +1,1 @@
-"""Adapters on disk, in softkv's format and in others'."""
+"""Adapters on disk, in softkv's format and in those of other libraries."""

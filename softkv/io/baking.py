@@ -1,7 +1,7 @@
-"""Baking: turns what precedes every input into a P-tuning v2 prefix with the same logits.
+"""Baking: convert what precedes every input to a P-tuning v2 prefix with the same logits.
 
-In a causal decoder, leading tokens do not depend on what follows. They run once and their K/V are kept, so soft tokens,
-texts and documents are served like any shared prefix.
+In a causal decoder, leading tokens do not depend on what follows, so they run once and their K/V are kept. Soft tokens,
+texts and documents are then served like any shared prefix.
 """
 
 from __future__ import annotations
@@ -32,26 +32,25 @@ def bake(
     template: str = "[X] [Y]",
     backend: str | None = None,
 ) -> SoftModel:
-    """Turns what precedes every input into a `PTuningV2` prefix that gives the same logits.
+    """Convert what precedes every input to a `PTuningV2` prefix that gives the same logits.
 
     Args:
-        model: a `SoftModel` whose soft tokens stand in front: `PromptTuning(position="before")`, or `PTuning` with a
-            template that begins with them (text may stand between them). Or, with `text`, a transformers causal LM.
-        text: what is baked in place of soft tokens: a system prompt, a document; or its token ids. A text begins as the
-            tokenizer begins one (with a BOS where it adds one).
-        tokenizer: the model's; needed for a text and for `PTuning`.
+        model: a `SoftModel` whose soft tokens come first: `PromptTuning(position="before")`, or `PTuning` with a
+            template that begins with them, possibly with text between them. With `text`, a transformers causal LM.
+        text: the text to bake instead of soft tokens, such as a system prompt or a document, or its token ids. A text
+            is tokenised with the tokenizer's leading special tokens (a BOS if it adds one).
+        tokenizer: the model's tokenizer, needed for a text and for `PTuning`.
         template: with `text`: how `encode` builds the rows that follow it.
-        backend: of `softkv.prefix_attention`; None chooses by device.
+        backend: as in `softkv.prefix_attention`; None chooses by device.
 
     Returns:
-        A `SoftModel` in evaluation mode on the same base, beside `model`, which stays as it is. Rows of `PromptTuning`
-        are the same as before. Rows of `PTuning` or of a text are what is left of them, without a BOS: the method's
-        `encode` makes them.
+        A `SoftModel` in evaluation mode on the same base; `model` is unchanged. Rows of `PromptTuning` stay the same.
+        Rows of `PTuning` or of a text are the rest of the template, without a BOS, as built by the method's `encode`.
 
     Raises:
-        ValueError: when not all soft tokens stand in front of everything that changes from row to row, or there is
-            nothing to bake.
-        TypeError: when text and soft prompt are both given, or neither.
+        ValueError: if not all soft tokens come before everything that differs between rows, or there is nothing to
+            bake.
+        TypeError: if both a text and a soft prompt are given, or neither.
 
     Example:
         >>> model = softkv.attach(base, softkv.PromptTuning(length=2, position="before"))
@@ -65,7 +64,7 @@ def bake(
     base = model.base if isinstance(model, SoftModel) else model
     if isinstance(model, SoftModel) and not model.is_causal:
         raise ValueError(
-            f"softkv.bake expects a causal decoder: in the bidirectional {type(base).__name__} what stands in front "
+            f"softkv.bake expects a causal decoder: in the bidirectional {type(base).__name__}, what comes first "
             "depends on what follows"
         )
     if text is not None:
@@ -113,13 +112,13 @@ def _text_ids(tokenizer: Any, text: str | Sequence[int]) -> list[int]:
         ids = tokenizer(text)["input_ids"]
     else:
         ids = list(text)
-    if not ids or not text:  # a BOS alone is no text
+    if not ids or not text:  # a BOS alone is not a text
         raise ValueError(f"softkv.bake expects a text of at least one token, got {text!r}")
     return ids
 
 
 def _constant_head(method: PTuning, tokenizer: Any) -> tuple[list[int], str]:
-    """Ids of what a template has in front of its first field, and the template of the rest."""
+    """The ids of a template up to its first field, and the template of the rest."""
     pieces = Template.parse(method.template).pieces
     at = next(at for at, piece in enumerate(pieces) if isinstance(piece, Field | Answer))
     head, rest = Template((*pieces[:at], Answer())), Template(pieces[at:])

@@ -1,9 +1,9 @@
-"""Adapters on disk: `softkv.safetensors` (what is learned) and `softkv_config.json` (what it means).
+"""Adapters on disk: `softkv.safetensors` (the learned values) and `softkv_config.json` (their config).
 
-The safetensors file carries the config in its header too, so that a save is one atomic step: one that is killed leaves
-the old adapter or the new one. The header is authoritative; `softkv_config.json` is informational. A checksum of
-config and values detects damaged files (since format 2; files of format 1 have none). What was learned
-beside the prompt, a task's head above all, is in tensors `modules_to_save.<path>.<name>` (since format 3).
+The safetensors header contains the config too, so that a save is one atomic step: a killed save leaves either the old
+adapter or the new one. The header is authoritative; `softkv_config.json` is informational. A checksum of config and
+values detects damaged files (since format 2). Modules trained with the soft prompt, such as a task head, are in tensors
+`modules_to_save.<path>.<name>` (since format 3).
 """
 
 from __future__ import annotations
@@ -39,11 +39,12 @@ from softkv.methods import METHODS, PTuningV2
 from softkv.methods.base import BaseShape, FrozenModel, Method, SoftPrompt
 from softkv.methods.placeholder import Placeholder
 
-_FIXED = tuple(name for name in SHAPE if name != "vocab_size")  # tokens may be added: no learned shape depends on it
+# The vocabulary is not compared: tokens may be added, and no learned shape depends on its size.
+_FIXED = tuple(name for name in SHAPE if name != "vocab_size")
 _SIZES = ("encoder_size", "reparametrize_size")
-_MOST_SLOTS = 1 << 16  # of an encoder, whose tensors don't tell how many it makes
-_ABANDONED = 3600.0  # seconds after which no save is still writing a temporary file
-_writing = threading.Lock()  # the two files of a folder are of one save
+_MOST_SLOTS = 1 << 16  # of an encoder, whose tensors don't determine their number
+_ABANDONED = 3600.0  # seconds after which a temporary file can't belong to a running save
+_writing = threading.Lock()  # both files of a folder come from the same save
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 
@@ -55,20 +56,20 @@ def save(
     format: Literal["softkv", "peft"] = "softkv",
     is_main_process: bool = True,
 ) -> None:
-    """Writes a soft prompt to `directory`, replacing an older one atomically.
+    """Write a soft prompt to `directory`, replacing an older one atomically.
 
     Args:
-        model: the model that holds it.
-        directory: made where it doesn't exist.
-        folded: keep what inference needs: reparametrisations and the prompt encoder of P-tuning are computed once and
-            left out. False keeps them, to train on.
+        model: the model with the soft prompt.
+        directory: created if it doesn't exist.
+        folded: save only what inference needs: reparametrisations and the prompt encoder of P-tuning are replaced by
+            their output. False keeps them for further training.
         format: "softkv", or "peft": `adapter_config.json` and `adapter_model.safetensors`, which PEFT loads with the
             same logits (docs/interop.md).
-        is_main_process: whether this process writes. Where parameters are sharded, all processes must call.
+        is_main_process: whether this process writes. If parameters are sharded, all processes must call.
 
     Raises:
-        ValueError: when a learned parameter is NaN or infinite, or PEFT can't express the adapter. An older adapter is
-            left as it was.
+        ValueError: if a learned parameter is NaN or infinite, or PEFT can't express the adapter. An older adapter is
+            left unchanged.
     """
     if format not in ("softkv", "peft"):
         raise ValueError(f"save_pretrained expects format 'softkv' or 'peft', got {format!r:.300}")
@@ -89,17 +90,17 @@ def save(
 
 
 def header(config: dict[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """What the safetensors file holds beside its tensors."""
+    """The metadata of the safetensors file."""
     text = json.dumps(config, indent=2, sort_keys=True)
     return {"softkv_config": text, "softkv_sha256": checksum(text, tensors)}
 
 
 def _save_for_peft(model: PromptedModel, directory: Path, folded: bool, is_main_process: bool) -> None:
     if not folded:
-        raise ValueError("PEFT can't express folded=False: its files hold what networks compute, not the networks")
+        raise ValueError("PEFT can't express folded=False: its files contain the output of networks, not the networks")
     if learned_in(model.base):
         raise ValueError(
-            "PEFT can't express a soft prompt beside what else is learned in the base (LoRA): format='softkv'"
+            "PEFT can't express a soft prompt together with trained parameters of the base (LoRA): use format='softkv'"
         )
     config, tensors = peft.describe(model)
     if not is_main_process:
@@ -113,7 +114,7 @@ def _save_for_peft(model: PromptedModel, directory: Path, folded: bool, is_main_
                 f"{directory} holds another kind or size of PEFT adapter, whose two files can't be replaced at once: "
                 f"choose an empty folder, or delete its {peft.CONFIG}"
             )
-        # With the old config or the new one, the weights read the same: a save that is killed leaves no mixture.
+        # The weights mean the same under the old and the new config, so a killed save leaves no mixture.
         _replace(directory / peft.WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
         _replace(directory / peft.CONFIG, lambda path: path.write_text(text + "\n", encoding="utf-8"))
 
@@ -121,17 +122,17 @@ def _save_for_peft(model: PromptedModel, directory: Path, folded: bool, is_main_
 def saved(
     model: Any, config: dict[str, Any], tensors: dict[str, Tensor], *, encoder: nn.Module | None = None
 ) -> Method:
-    """What builds a soft prompt that was read or made, for a model of the same base."""
+    """A method that builds a soft prompt with saved values, for a model with the same base."""
     _check_type(config["base"], model)
     return Saved(_method(config, encoder), config, tensors)
 
 
 def restore(model: PromptedModel, directory: str | os.PathLike[str]) -> None:
-    """Gives a soft prompt the values of a checkpoint of the same method on the same base.
+    """Load the values of a checkpoint into a soft prompt of the same method on the same base.
 
     Raises:
-        FileNotFoundError: when there is no adapter.
-        ValueError: when the files are damaged, or of another method, other settings or another base. Nothing has
+        FileNotFoundError: if there is no adapter.
+        ValueError: if the files are damaged, or belong to another method, other settings or another base. Nothing is
             changed then.
     """
     config, tensors = read(Path(directory))
@@ -153,10 +154,10 @@ def restore(model: PromptedModel, directory: str | os.PathLike[str]) -> None:
 
 
 def describe(model: PromptedModel, *, folded: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The config and the tensors that `save` writes.
+    """The config and tensors that `save` writes.
 
     Raises:
-        ValueError: when the method is none of softkv's.
+        ValueError: if the method is not registered.
     """
     soft = gathered(model.soft)
     kept = soft.folded() if folded else soft
@@ -169,7 +170,7 @@ def describe(model: PromptedModel, *, folded: bool = True) -> tuple[dict[str, An
 
 
 def split(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The tensors of the soft prompt, and those of modules saved with it by their paths in the base."""
+    """The tensors of the soft prompt, and those of modules saved with it, by their paths in the base."""
     head = f"{MODULES}."
     soft = {name: tensor for name, tensor in tensors.items() if not name.startswith(head)}
     return soft, {name.removeprefix(head): tensor for name, tensor in tensors.items() if name.startswith(head)}
@@ -182,14 +183,14 @@ def parted(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, 
 
 
 def read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The config and the tensors of an adapter, checked for damage; nothing is unpickled.
+    """The config and tensors of an adapter, checked for damage; nothing is unpickled.
 
     Args:
-        directory: a folder of softkv's or PEFT's files, or a file of `softkv.io.foreign`.
+        directory: a folder with softkv's or PEFT's files, or a file for `softkv.io.foreign`.
 
     Raises:
-        FileNotFoundError: when there is no adapter.
-        ValueError: when the files are damaged or of a newer version.
+        FileNotFoundError: if there is no adapter.
+        ValueError: if the files are damaged or of a newer version.
     """
     if directory.is_file():
         if directory.suffix in _PICKLES:
@@ -205,8 +206,8 @@ def read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         pickles = sorted(file.name for file in directory.glob("*") if file.suffix in _PICKLES)
         hint = f"; {pickles[0]} is a pickle, which softkv never reads: convert it to safetensors" if pickles else ""
         if inside := peft.named_inside(directory):
-            hint += f"; PEFT keeps adapters in folders by their names: {', '.join(inside)} (give one of these)"
-        raise FileNotFoundError(f"{directory} holds no soft prompt: expected {WEIGHTS} and {CONFIG}{hint}")
+            hint += f"; PEFT saves adapters in folders by name: {', '.join(inside)} (pass one of these)"
+        raise FileNotFoundError(f"{directory} contains no soft prompt: expected {WEIGHTS} and {CONFIG}{hint}")
     metadata, tensors = read_tensors(path)
     config = of_header(metadata, path)
     check_sum(config, metadata, checksum(metadata["softkv_config"], tensors), path)
@@ -214,32 +215,32 @@ def read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def prompt_alone(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """As `read`, for an adapter beside others, which share the base.
+    """Like `read`, for an adapter added to a base that others share.
 
     Raises:
-        ValueError: also when it was trained together with parameters of the base.
+        ValueError: also if it was trained together with parameters of the base.
     """
     config, tensors = read(directory)
     if parted(tensors)[1]:
         raise ValueError(
-            f"{directory} holds LoRA or trained parameters of the base beside its soft prompt, which all adapters "
+            f"{directory} contains LoRA or trained parameters of the base, which all adapters "
             "would share: load it alone, with softkv.load(base, folder)"
         )
     return config, tensors
 
 
 def put(soft: SoftPrompt, tensors: Mapping[str, Tensor]) -> None:
-    """Copies saved tensors into a soft prompt, all or none.
+    """Copy saved tensors into a soft prompt, all or none.
 
     Raises:
-        ValueError: when names or shapes don't fit.
+        ValueError: if names or shapes don't match.
     """
     _check_shapes(soft.state_dict(), tensors)
     load_whole(soft, tensors)
 
 
 class Saved(Method):
-    """A method whose module is built with saved values, after the base was found to be the right one."""
+    """A method whose module is built with saved values, after checking that the base is the right one."""
 
     def __init__(self, method: Method, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         self.method, self.config, self.template = method, config, method.template
@@ -253,7 +254,7 @@ class Saved(Method):
             shape = base.shape
             if shape.value_dim != shape.head_dim:
                 raise ValueError(
-                    f"a flat prefix holds keys and values of one width, this model's are {shape.head_dim} and "
+                    f"a flat prefix has keys and values of one width, this model's are {shape.head_dim} and "
                     f"{shape.value_dim} wide: it was trained on another base model"
                 )
             k, v = unflatten(self.tensors[FLAT], shape.layers, shape.kv_heads, shape.head_dim)
@@ -262,7 +263,7 @@ class Saved(Method):
         self.tensors = with_narrow_values(self.config, self.tensors, base.shape)
         placeholder, folded = Placeholder(base.shape), self.config["folded"]
         encodes_rows = getattr(self.method, "encoder", None) and isinstance(self.method, PTuningV2)
-        # A config may promise more than the tensors hold, and more than there is memory.
+        # An untrusted config may ask for more values than the tensors have, or than fit in memory.
         if encodes_rows or not folded:
             self._check_sizes(_MOST_SLOTS if encodes_rows else None)
         else:
@@ -277,7 +278,7 @@ class Saved(Method):
         return soft
 
     def _check_sizes(self, most_slots: int | None) -> None:
-        """Raise where a network can't be made of the tensors."""
+        """Raise if the tensors can't be those of the network in the config."""
         total = sum(tensor.numel() for tensor in self.tensors.values())
         sizes = {name: getattr(self.method, name, None) or 0 for name in ("length", *_SIZES)}
         if sizes["length"] > (most_slots or total) or any(sizes[name] ** 2 > total for name in _SIZES):
@@ -290,13 +291,13 @@ def _check_type(saved: dict[str, Any], model: Any) -> None:
         raise ValueError(f"this soft prompt was trained on another base model: {trained_on}, not {here}")
     if here is not None and "answers" in saved and (answers := answers_of(model)) not in (saved["answers"], "other"):
         raise ValueError(
-            f"this soft prompt was trained on a base that answers for each {saved['answers']}, and "
-            f"{type(model).__name__} answers for each {answers}"
+            f"this soft prompt was trained on a base with one answer per {saved['answers']}, and "
+            f"{type(model).__name__} gives one per {answers}"
         )
 
 
 def _check_base(saved: dict[str, Any], shape: BaseShape) -> None:
-    """Raise where the base is another one than what is known of the one it was trained on."""
+    """Raise if the base differs from the one that the adapter was trained on, as far as the config describes it."""
     here = asdict(shape)
     differing = [
         f"{name} {saved[name]} (this model: {here[name]})"
@@ -335,20 +336,20 @@ def _method(config: dict[str, Any], encoder: nn.Module | None) -> Method:
     if encoder is None:
         return method
     if settings.get("encoder") != "custom":
-        raise ValueError("an encoder was given, but the adapter was not trained with a module of one's own")
+        raise ValueError("an encoder was given, but the adapter was not trained with a custom encoder")
     return replace(method, encoder=encoder)  # type: ignore[type-var]
 
 
 def _replace(path: Path, write: Callable[[Path], Any]) -> None:
-    """Writes a file under a temporary name, has it reach the disk, and renames it."""
-    for left in path.parent.glob(f".{path.name}.*.tmp"):  # by saves that were killed
+    """Write a file under a temporary name, flush it to disk, and rename it."""
+    for left in path.parent.glob(f".{path.name}.*.tmp"):  # left by killed saves
         with suppress(FileNotFoundError):
             if time.time() - left.stat().st_mtime > _ABANDONED:
                 left.unlink()
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         temporary.touch()
-        mode = temporary.stat().st_mode  # as the umask has it; safetensors makes its files private
+        mode = temporary.stat().st_mode  # from the umask; safetensors makes its files private
         write(temporary)
         temporary.chmod(mode)
         with open(temporary, "rb") as file:

@@ -1,4 +1,5 @@
-"""An adapter's config, stored in the header of its safetensors file. Imports no torch: `softkv inspect` starts fast."""
+"""An adapter's config, stored in the header of its safetensors file. Does not import torch, so that `softkv inspect`
+starts fast."""
 
 from __future__ import annotations
 
@@ -11,24 +12,24 @@ from typing import Any
 import safetensors
 
 FORMAT = 3
-MODULES = "modules_to_save"  # key of the config, and what the names of their tensors begin with
+MODULES = "modules_to_save"  # key of the config, and prefix of their tensors' names
 CONFIG, WEIGHTS = "softkv_config.json", "softkv.safetensors"
 SHAPE = ("layers", "kv_heads", "head_dim", "value_dim", "hidden_size", "embedding_size", "vocab_size")  # of a base
-LATER = ("value_dim",)  # of these, what older files don't tell
+LATER = ("value_dim",)  # those missing in older files
 LARGEST = 1 << 22  # characters: parsed JSON may take twenty times as much memory
 _TORCH_NAMES = {"F64": "torch.float64", "F32": "torch.float32", "F16": "torch.float16", "BF16": "torch.bfloat16"}
 
 
 def parse(text: str, path: Path) -> dict[str, Any]:
-    """The config in a file's header, with the right types down to the method's own settings."""
+    """The config in a file's header, with types checked down to the method's settings."""
     check_size(text, str(path))
     try:
         config = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} holds no softkv config: {error}") from error
+        raise ValueError(f"{path} contains no softkv config: {error}") from error
     version = config.get("format") if isinstance(config, dict) else None
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
-        raise ValueError(f"{path} holds no softkv config: it has format {version!r}")
+        raise ValueError(f"{path} contains no softkv config: it has format {version!r}")
     if version > FORMAT:
         raise ValueError(f"{path} has format {version}, this softkv reads up to {FORMAT}: upgrade softkv")
     kinds = {"method": str, "config": dict, "folded": bool, "base": dict}
@@ -56,21 +57,21 @@ def check_size(text: str, where: str) -> None:
 def of_header(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
     """The config in a safetensors file's metadata."""
     if "softkv_config" not in metadata:
-        raise ValueError(f"{path} was not written by softkv: its header holds no softkv_config")
+        raise ValueError(f"{path} was not written by softkv: its header has no softkv_config")
     return parse(metadata["softkv_config"], path)
 
 
 def check_sum(config: Mapping[str, Any], metadata: Mapping[str, str], found: str, path: Path) -> None:
-    """Raise where a file's checksum is not the one found; files of format 1 have none."""
+    """Raise if a file's checksum differs from the computed one; files of format 1 have none."""
     if config["format"] >= 2 and metadata.get("softkv_sha256") != found:
-        raise ValueError(f"{path} is damaged: its values or config are not those that were saved (checksum)")
+        raise ValueError(f"{path} is damaged: its values or config differ from those saved (checksum)")
 
 
 def described(path: Path) -> tuple[dict[str, Any], dict[str, list[int]]]:
-    """The config and the shapes of an adapter's safetensors file, whose values are only summed up.
+    """The config and shapes of an adapter's safetensors file; values are read for the checksum only.
 
     Raises:
-        ValueError: when the file is damaged or of a newer version.
+        ValueError: if the file is damaged or of a newer version.
     """
     try:
         with safetensors.safe_open(path, framework="numpy") as file:

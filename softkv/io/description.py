@@ -1,4 +1,4 @@
-"""The config of an adapter that is on a model: what its values mean, written beside them."""
+"""The config of an attached adapter, saved with its values."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from softkv.methods.base import SoftPrompt
 
 
 def configuration(model: PromptedModel, adapter: str, *, folded: bool) -> dict[str, Any]:
-    """What the values of an adapter of `model` mean.
+    """The config of an adapter of `model`.
 
     Raises:
-        ValueError: when the method is none of softkv's.
+        ValueError: if the method is not registered.
     """
     method = cast(SoftPrompt, model.adapters[adapter]).config
     names = [name for name, config in METHODS.items() if type(method) is config]
@@ -38,6 +38,6 @@ def configuration(model: PromptedModel, adapter: str, *, folded: bool) -> dict[s
 
 
 def _settings(method: Any) -> dict[str, Any]:
-    """The fields of a method as JSON gives them back. `where` is told where it says something."""
+    """The fields of a method as JSON returns them; `where` only if it is set."""
     settings = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(method).items()}
     return {name: value for name, value in settings.items() if name != "where" or value is not None}

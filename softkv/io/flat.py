@@ -1,4 +1,4 @@
-"""The layout in which PEFT and the P-tuning v2 repository hold the K/V of a prefix: one row of numbers a slot.
+"""The layout in which PEFT and the P-tuning v2 repository store the K/V of a prefix: one row per slot.
 
 [P, 2·L·G·D], seen as [P, 2L, G, D]: row 2l is K, row 2l + 1 is V of layer l
 """
@@ -10,14 +10,14 @@ from torch import Tensor
 
 from softkv.prefix import Prefix
 
-FLAT = "flat"  # the name of a flat prefix among tensors that only the base tells how to split
+FLAT = "flat"  # the name of a flat prefix, which can only be split with the sizes of the base
 
 
 def unflatten(flat: Tensor, layers: int, kv_heads: int, head_dim: int) -> tuple[Tensor, Tensor]:
     """K and V `[L, 1, G, P, D]` of a flat prefix `[P, 2·L·G·D]`.
 
     Raises:
-        ValueError: when its width is another one.
+        ValueError: if its width is different.
     """
     width = 2 * layers * kv_heads * head_dim
     if flat.dim() != 2 or not len(flat) or flat.shape[1] != width:

@@ -1,10 +1,10 @@
-"""Prefixes of other training code, as safetensors: the P-tuning v2 repository's and HazyResearch's cartridges.
+"""Prefixes of other training code, as safetensors: those of the P-tuning v2 repository, and HazyResearch's cartridges.
 
-Both save pickles; docs/interop.md has the few lines that turn one into the safetensors read here, outside softkv.
+Both save pickles; docs/interop.md has a short script, outside softkv, that converts them to the safetensors read here.
 
-- P-tuning v2 (THUDM/P-tuning-v2, model/prefix_encoder.py): `prefix_encoder.embedding.weight`, a flat prefix
-  `[P, 2·L·G·D]` (`softkv.io.flat`); or with prefix projection an `embedding.weight [P, C]` and an MLP of
-  `trans.0` and `trans.2` with a tanh between, which computes one. Other tensors of the model may stand beside them.
+- P-tuning v2 (THUDM/P-tuning-v2, model/prefix_encoder.py): `prefix_encoder.embedding.weight`, a flat prefix `[P,
+  2·L·G·D]` (`softkv.io.flat`); or with prefix projection an `embedding.weight [P, C]` and an MLP of `trans.0` and
+  `trans.2` with a tanh between, which computes one. The file may contain other tensors of the model.
 - Cartridges (HazyResearch/cartridges, cartridges/cache.py): for each layer `trainable_keys.{l}` and
   `trainable_values.{l}` `[1, G, P, D]` (or Dv), with `frozen_keys.{l}` and `frozen_values.{l}` (`fixed_` in older
   files) in front of them. Keys as attention sees them; tokens begin at position P.
@@ -26,21 +26,21 @@ from softkv.io.safe_files import read_tensors
 from softkv.methods import PTuningV2
 
 _ENCODER = "prefix_encoder."
-_MOST_SLOTS = 64  # for each hidden unit of an encoder: more would be far larger than the file
+_MOST_SLOTS = 64  # per hidden unit of an encoder: more would be far larger than the file
 _CARTRIDGE = re.compile(r"(trainable|frozen|fixed)_(keys|values)\.(\d{1,4})")
 
 
 def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The config and the tensors of a converted file, as `softkv.io.checkpoint.read` gives those of softkv's own.
+    """The config and tensors of a converted file, as returned by `softkv.io.checkpoint.read`.
 
     Raises:
-        ValueError: when the file is damaged or of neither kind.
+        ValueError: if the file is damaged or of neither kind.
     """
     _, tensors = read_tensors(path)
     encoder = {name.rpartition(_ENCODER)[2]: tensor for name, tensor in tensors.items() if _ENCODER in name}
     if encoder:
         kind, flat = "P-tuning v2 repository", _encoded(encoder, path)
-        # The models of its authors have no windows; in PEFT, which took the layout over, windows count the slots.
+        # The authors' models have no windows; in PEFT, which adopted the layout, windows count the slots.
         found, length, window_covers = {FLAT: flat}, len(flat), True
     elif all(map(_CARTRIDGE.fullmatch, tensors)) and tensors:
         kind, found, window_covers = "cartridge", _cartridge(tensors, path), False
@@ -48,7 +48,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     else:
         raise ValueError(
             f"{path} is neither a prefix encoder of the P-tuning v2 repository ({_ENCODER}embedding.weight) nor a "
-            f"cartridge (trainable_keys.0, ...): it holds {', '.join(sorted(tensors)[:5]) or 'nothing'}"
+            f"cartridge (trainable_keys.0, ...): it contains {', '.join(sorted(tensors)[:5]) or 'nothing'}"
         )
     method = PTuningV2(length=length, window_covers=window_covers)
     config = {"format": kind, "method": "p-tuning-v2", "config": asdict(method), "folded": True, "base": {"name": ""}}
@@ -56,7 +56,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _encoded(encoder: Mapping[str, Tensor], path: Path) -> Tensor:
-    """The flat prefix `[P, 2·L·G·D]` that a prefix encoder gives."""
+    """The flat prefix `[P, 2·L·G·D]` that a prefix encoder computes."""
     mlp = ("trans.0.weight", "trans.0.bias", "trans.2.weight", "trans.2.bias")
     expected = {"embedding.weight", *(mlp if len(encoder) > 1 else ())}
     if set(encoder) != expected:
@@ -73,7 +73,7 @@ def _encoded(encoder: Mapping[str, Tensor], path: Path) -> Tensor:
         return torch.tanh(embedding @ weight.T + bias) @ last_weight.T + last_bias
     except RuntimeError as error:
         shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in sorted(encoder.items()))
-        raise ValueError(f"{path} has a prefix encoder whose shapes don't fit together: {shapes}") from error
+        raise ValueError(f"{path} has a prefix encoder with inconsistent shapes: {shapes}") from error
 
 
 def _cartridge(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
@@ -84,7 +84,7 @@ def _cartridge(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     expected = {f"{part}_{kind}.{l}" for part in parts for kind in ("keys", "values") for l in range(layers)}
     if expected != tensors.keys():
         differing = sorted(expected ^ tensors.keys())
-        raise ValueError(f"{path} expects keys and values of the same kinds in every layer, not so: {differing[:4]}")
+        raise ValueError(f"{path} expects keys and values of the same kinds in every layer, got {differing[:4]}")
     found = {}
     for name, kind in (("k", "keys"), ("v", "values")):
         try:

@@ -72,10 +72,10 @@ def push(
     """Saves a soft prompt to a repository on the Hugging Face Hub, made where it doesn't exist.
 
     Args:
-        model: the model that holds it.
+        model: the model with the soft prompt.
         repo_id: "user/name".
         private: whether a new repository is private.
-        token: None takes the one of `hf auth login`.
+        token: None uses the one of `hf auth login`.
         **kwargs: of `huggingface_hub.upload_folder`: `commit_message`, `revision`, `create_pr`.
 
     Returns:

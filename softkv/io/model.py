@@ -27,27 +27,27 @@ def attach(
     head_once: bool = True,
     modules_to_save: Sequence[str] | None = None,
 ) -> SoftModel:
-    """Attaches a soft prompt to a transformers model and freezes the model.
+    """Attach a soft prompt to a transformers model and freeze the model.
 
     Args:
-        model: a causal LM, an encoder, an encoder-decoder, or a model with a task head. A model whose attention does
-            not go through transformers' attention interface (BLOOM, Falcon, MPT, GPT-J...) keeps its own and takes
+        model: a causal LM, an encoder, an encoder-decoder, or a model with a task head. A model that bypasses
+            transformers' attention interface (BLOOM, Falcon, MPT, GPT-J...) keeps its own attention and supports
             `PromptTuning` and `PTuning` only.
         method: `PromptTuning`, `PTuning`, `PrefixTuning` or `PTuningV2`.
-        tokenizer: the model's tokenizer, needed for inits from a text.
-        backend: of `softkv.prefix_attention`; None chooses by device.
-        head_once: run soft tokens that stand before every row once for the batch. False puts them into
-            every row of a forward with `use_cache=False`: the same results, slower (to measure by how much).
-        modules_to_save: names of modules to train and save with the soft prompt. None: the head that a task class
-            adds (`AutoModelForSequenceClassification`...); () none. Each adapter trains its own fp32 copies; the model
-            keeps its modules.
+        tokenizer: the model's tokenizer, needed to initialise from a text.
+        backend: as in `softkv.prefix_attention`; None chooses by device.
+        head_once: compute soft tokens before every row once per batch. False puts them into every row of a forward with
+            `use_cache=False`, which gives the same results more slowly (for comparison).
+        modules_to_save: names of modules to train and save with the soft prompt. None: the head added by a task class
+            (`AutoModelForSequenceClassification`...); (): none. Each adapter trains its own fp32 copies; the model's
+            modules are unchanged.
 
     Returns:
         A `SoftModel`; its only trainable parameters are the method's and those of `modules_to_save`, in fp32.
 
     Raises:
-        ValueError: when the method needs attention that softkv can't reach, or the model's layers don't fit the method
-            (an encoder of prompts in a bidirectional model).
+        ValueError: if the method needs attention that softkv can't replace, or does not support the model (a prompt
+            encoder on a bidirectional model).
 
     Example:
         >>> model = softkv.attach(base, softkv.PTuningV2(length=4))
@@ -55,7 +55,7 @@ def attach(
         ['adapters.default.k', 'adapters.default.v']
     """
     held = holders_of(model)
-    try:  # not a context manager: an interrupt may come between its end and the return
+    try:  # not a context manager, because an interrupt may come between its end and the return
         return _class_for(model)(
             model, method, tokenizer=tokenizer, backend=backend, head_once=head_once, modules_to_save=modules_to_save
         )
@@ -70,7 +70,7 @@ say_known()
 def _class_for(model: Any) -> type[SoftModel]:
     if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return SoftModel
-    from softkv.io.encoder_decoder import SoftEncoderDecoder  # which others need not wait for
+    from softkv.io.encoder_decoder import SoftEncoderDecoder  # slow to import, and not needed otherwise
 
     return SoftEncoderDecoder
 
@@ -84,22 +84,22 @@ def load(
     revision: str | None = None,
     token: str | None = None,
 ) -> SoftModel:
-    """Attaches a saved soft prompt to a transformers model.
+    """Attach a saved soft prompt to a transformers model.
 
     Args:
-        model: the base that it was trained on.
-        directory: a folder that `save_pretrained` wrote, softkv's or PEFT's, or "user/name" of one on the Hugging Face
-            Hub; or a file converted from other code (docs/interop.md).
-        encoder: the encoder module of a P-tuning v2 adapter that was trained with a custom one.
-        backend: of `softkv.prefix_attention`; None chooses by device.
+        model: the base that the soft prompt was trained on.
+        directory: a folder written by `save_pretrained` of softkv or PEFT, "user/name" of one on the Hugging Face Hub,
+            or a file converted from other code (docs/interop.md).
+        encoder: the encoder module of a P-tuning v2 adapter trained with a custom encoder.
+        backend: as in `softkv.prefix_attention`; None chooses by device.
         revision, token: of a repository on the Hub.
 
     Returns:
         A `SoftModel` in evaluation mode.
 
     Raises:
-        FileNotFoundError: when there is no adapter.
-        ValueError: when the files are damaged, of a newer version, or of another base model. Nothing is attached then.
+        FileNotFoundError: if there is no adapter.
+        ValueError: if the files are damaged, of a newer version, or for another base model. Nothing is attached then.
 
     Example:
         >>> softkv.attach(base, softkv.PTuningV2(length=4)).save_pretrained("adapter")
@@ -121,10 +121,10 @@ def assemble(
     encoder: nn.Module | None = None,
     backend: str | None = None,
 ) -> SoftModel:
-    """Puts a soft prompt that was read (`read`) or made (`describe`) on a model, in evaluation mode.
+    """Attach a soft prompt from `read` or `describe` to a model, in evaluation mode.
 
     Raises:
-        ValueError: when config, tensors and model don't fit together. Nothing is attached then.
+        ValueError: if config, tensors and model don't match. Nothing is attached then.
     """
     prompt, in_base = checkpoint.parted(tensors)
     held = holders_of(model)

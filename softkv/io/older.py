@@ -1,4 +1,4 @@
-"""Files from before values had a width of their own: they hold them as wide as keys."""
+"""Older files, which store values as wide as keys even if Dv differs from D."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch import Tensor
 
 from softkv.methods.base import BaseShape
 
-_NETWORK = re.compile(r"mlps?(\.\d+)?\.2\.(weight|bias)")  # the last layer of one that makes K and V
+_NETWORK = re.compile(r"mlps?(\.\d+)?\.2\.(weight|bias)")  # the last layer of an MLP that computes K and V
 
 
 def with_narrow_values(config: Mapping[str, Any], tensors: Mapping[str, Tensor], shape: BaseShape) -> dict[str, Tensor]:
-    """The tensors of a file without those columns of values that attention never read.
+    """The tensors of a file without the columns of values that attention never reads.
 
     Args:
-        config: of the file; newer ones say `value_dim` of their base.
+        config: of the file; newer ones contain the `value_dim` of their base.
         tensors: of the soft prompt.
-        shape: of the base, which the file was found to fit.
+        shape: of the base, already checked against the file.
     """
     base, unread = config["base"], shape.head_dim - shape.value_dim
     if unread <= 0 or "value_dim" in base or "head_dim" not in base or config["method"] == "p-tuning":

@@ -1,14 +1,14 @@
-"""Reads PEFT checkpoints, and writes them where PEFT can express the adapter. peft itself is not needed.
+"""Reads PEFT checkpoints, and writes adapters that PEFT can express. peft itself is not needed.
 
-`adapter_config.json` says what kind it is, `adapter_model.safetensors` holds `prompt_embeddings`: what PEFT computes
-from whatever was trained (projections, prompt encoders). Beside it are modules that were trained too, a head above all:
+`adapter_config.json` contains the type, `adapter_model.safetensors` the `prompt_embeddings` that PEFT computes from the
+trained parameters (projections, prompt encoders), and modules that were trained too, such as a head:
 `base_model.<path>.<name>`.
 
 - PREFIX_TUNING, CARTRIDGE: a flat prefix `[P, 2·L·G·D]` (`softkv.io.flat`), keys as attention sees them. Sliding
   windows and relative position biases count its slots. In encoder-decoders: `softkv.io.peft_pairs`.
 - PROMPT_TUNING, P_TUNING, CPT: embeddings `[P, C]`, in front of every row. Those of CPT are the context's embeddings
-  and what was added to them, within its bounds. In encoder-decoders they stand in front of what the encoder reads; a
-  second half `[2·P, C]`, for the decoder, is not read by PEFT either.
+  plus their bounded change. In encoder-decoders they come before the encoder's input; a second half `[2·P, C]`, for the
+  decoder, is not used by PEFT either.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from softkv.prefix import Prefix
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 TENSOR = "prompt_embeddings"
 PREFIXES, PROMPTS = ("PREFIX_TUNING", "CARTRIDGE"), ("PROMPT_TUNING", "P_TUNING", "CPT")
-_OTHERS = {  # kinds that are no soft prompt in front of every row, and why
+_OTHERS = {  # types that are not a soft prompt in front of every row, and why
     "MULTITASK_PROMPT_TUNING": "its prompt depends on the task id of each row",
-    "ADAPTION_PROMPT": "it adds attention of its own, behind a gate, to the layer's",
+    "ADAPTION_PROMPT": "it adds a gated attention to the one of each layer",
     "XLORA": "it mixes LoRA adapters by each row's own weights",
     "POLY": "it mixes low-rank adapters by the task id of each row",
 }
@@ -55,21 +55,21 @@ _LARGEST_CONFIG = 1 << 22  # bytes: parsed JSON may take twenty times as much me
 
 
 def is_here(directory: Path) -> bool:
-    """Whether a folder holds a PEFT adapter of any kind."""
+    """Whether a folder contains a PEFT adapter of any type."""
     return (directory / CONFIG).is_file()
 
 
 def named_inside(directory: Path) -> list[str]:
-    """Folders of PEFT adapters inside a folder: where PEFT saves all but the adapter called "default"."""
+    """Folders of PEFT adapters inside a folder, where PEFT saves all adapters except "default"."""
     return sorted(path.parent.name for path in directory.glob(f"*/{CONFIG}"))[:5]
 
 
 def read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The config and the tensors of a PEFT checkpoint, as `softkv.io.checkpoint.read` gives those of softkv's own.
+    """The config and tensors of a PEFT checkpoint, as returned by `softkv.io.checkpoint.read`.
 
     Raises:
-        FileNotFoundError: when the weights are missing, or are a pickle.
-        ValueError: when the files are damaged, or of something that softkv does not read.
+        FileNotFoundError: if the weights are missing, or are a pickle.
+        ValueError: if the files are damaged, or of a type that softkv does not read.
     """
     config = _read_config(directory / CONFIG)
     path = directory / WEIGHTS
@@ -78,16 +78,16 @@ def read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         hint = f": found no {WEIGHTS}"
         if (directory / PICKLE).is_file():
             hint = (
-                f": {PICKLE} is a pickle, which softkv never reads. Convert it where you trust it: load it with PEFT "
+                f": {PICKLE} is a pickle, which softkv never reads. If you trust it, convert it: load it with PEFT "
                 "and call save_pretrained(folder), which writes safetensors"
             )
-        raise FileNotFoundError(f"{directory} holds the config of a PEFT adapter without its weights{hint}")
+        raise FileNotFoundError(f"{directory} contains the config of a PEFT adapter without its weights{hint}")
     _, tensors = read_tensors(path)
     if TENSOR not in tensors:
         raise ValueError(f"{path} expects a tensor {TENSOR!r}, got {', '.join(sorted(tensors)) or 'none'}")
     embeddings = tensors.pop(TENSOR)
     if others := sorted(name for name in tensors if not name.startswith(_INSIDE)):
-        raise ValueError(f"{path} holds more than a soft prompt and modules saved with it: {', '.join(others)}")
+        raise ValueError(f"{path} contains more than a soft prompt and modules saved with it: {', '.join(others)}")
     modules = {name.removeprefix(_INSIDE): tensor for name, tensor in tensors.items()}
     return translate(config, embeddings, str(directory), modules)
 
@@ -95,11 +95,11 @@ def read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def translate(
     config: dict[str, Any], embeddings: Tensor, where: str, modules: Mapping[str, Tensor]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A PEFT config, its prompt embeddings and the tensors of its `modules_to_save` by their paths in the base, as
-    softkv's config and tensors.
+    """Convert a PEFT config, its prompt embeddings and the tensors of its `modules_to_save`, by their paths in the
+    base, to softkv's config and tensors.
 
     Raises:
-        ValueError: when it is of a kind that softkv does not read, or the two don't fit together.
+        ValueError: if softkv does not read this type, or config and tensors don't match.
     """
     check_kind(config, where)
     kind, slots = config["peft_type"], _size(config, "num_virtual_tokens", where)
@@ -116,7 +116,7 @@ def translate(
     if kind in PREFIXES:
         layers, heads, width = (_size(config, key, where) for key in ("num_layers", "num_attention_heads", "token_dim"))
         if width % heads:
-            raise ValueError(f"{where}: token_dim {width} is no multiple of num_attention_heads {heads}")
+            raise ValueError(f"{where}: token_dim {width} is not a multiple of num_attention_heads {heads}")
         base |= {"kv_heads": heads, "head_dim": width // heads, "value_dim": width // heads}
         base |= {} if two_stacks else {"layers": layers}
         method = PTuningV2(length=slots, window_covers=True, where=DECODER if two_stacks else None)
@@ -137,17 +137,17 @@ def translate(
 
 
 def _module_of(path: str, config: dict[str, Any], where: str) -> str:
-    """The path of the module that a tensor belongs to: the shortest that ends as a name in `modules_to_save`."""
+    """The path of the module that a tensor belongs to: the shortest that ends with a name in `modules_to_save`."""
     names = config.get(MODULES) or []
     parts = path.split(".")
     for end in range(1, len(parts)):
         if any(isinstance(name, str) and ".".join(parts[:end]).endswith(name) for name in names):
             return ".".join(parts[:end])
-    raise ValueError(f"{where} holds the weight {path!r}, which belongs to none of its modules_to_save ({names})")
+    raise ValueError(f"{where} contains the weight {path!r}, which belongs to none of its modules_to_save ({names})")
 
 
 def reads_alike(directory: Path, config: dict[str, Any]) -> bool:
-    """Whether weights mean the same under the config of a folder as under another one."""
+    """Whether weights have the same meaning under the config of a folder as under another config."""
     try:
         there = _read_config(directory / CONFIG)
         check_kind(there, str(directory))
@@ -159,10 +159,11 @@ def reads_alike(directory: Path, config: dict[str, Any]) -> bool:
 
 
 def describe(model: PromptedModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A soft prompt, and the head learned with it, as a PEFT config and its tensors: PEFT gives the same logits.
+    """Convert a soft prompt, and the head trained with it, to a PEFT config and tensors with which PEFT gives the same
+    logits.
 
     Raises:
-        ValueError: when PEFT can't express it.
+        ValueError: if PEFT can't express it.
     """
     method, shape, soft = model.method, model.base_shape, gathered(model.soft).folded()
     common: dict[str, Any] = {
@@ -195,7 +196,7 @@ def describe(model: PromptedModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if _has_windows(config) and not prefix.window_covers:
             raise ValueError(
                 "PEFT can't express this adapter: its slots stay visible to every token, but PEFT's leave the sliding "
-                "windows of this model (window_covers=True is what it can say)"
+                "windows of this model (train with window_covers=True)"
             )
         count = shape.layers
         if model.answers == "target":
@@ -222,53 +223,53 @@ def describe(model: PromptedModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def check_scale(model: Any) -> None:
-    """Raise where PEFT would embed what an encoder reads otherwise than the encoder does."""
+    """Raise if PEFT would embed an encoder's input differently from the encoder itself."""
     if getattr(model, "embed_scale", 1.0) != 1.0:
         raise ValueError(
-            f"PEFT's prompts for {type(model.base).__name__} don't mean the same here: it leaves out that its encoder "
+            f"PEFT's prompts for {type(model.base).__name__} don't mean the same here: it ignores that the encoder "
             f"multiplies the embeddings of tokens by {model.embed_scale:g}"
         )
 
 
 def _check_decoder(model: Any, prefix: Prefix) -> None:
-    """Raise where PEFT can't express a prefix of an encoder-decoder."""
+    """Raise if PEFT can't express a prefix of an encoder-decoder."""
     where = where_of(model.method)
     if where != DECODER:
         raise ValueError(
-            "PEFT can't express this adapter: in encoder-decoders its prefix stands in the decoder's self-attention "
+            "PEFT can't express this adapter: in encoder-decoders its prefix acts in the decoder's self-attention "
             f"only (where={DECODER}), this one's in {where}"
         )
     if model.counts_positions("decoder") and not prefix.window_covers:
         raise ValueError(
-            "PEFT can't express this adapter: its slots have position biases of their own, these none "
-            "(window_covers=True is what it can say)"
+            "PEFT can't express this adapter: its slots have position biases, these have none "
+            "(train with window_covers=True)"
         )
 
 
 def _task(model: PromptedModel) -> str:
     answers = model.answers
     if answers == "token" and model.base.get_output_embeddings() is not None:
-        raise ValueError("PEFT can't express this adapter: it knows no task of masked language models")
+        raise ValueError("PEFT can't express this adapter: it has no task for masked language models")
     if answers not in _TASKS:
-        raise ValueError(f"PEFT can't express this adapter: it knows no task of a {type(model.base).__name__}")
+        raise ValueError(f"PEFT can't express this adapter: it has no task for a {type(model.base).__name__}")
     return _TASKS[answers]
 
 
 def _reason(method: Method) -> str:
     if isinstance(method, PromptTuning):
-        return "its virtual tokens stand before the input, these after the prompt"
+        return "its virtual tokens come before the input, these after the prompt"
     if isinstance(method, PTuning):
         return (
-            "its virtual tokens stand before the input, a template's inside it; where all stand in front, "
-            "softkv.bake makes a prefix of them, which PEFT can express"
+            "its virtual tokens come before the input, a template's inside it; if all of them come first, "
+            "softkv.bake makes a prefix from them, which PEFT can express"
         )
     if isinstance(method, PTuningV2):
-        return "its prefix is the same for every row, an encoder makes one from each row's prompt"
-    return f"it knows nothing like {type(method).__name__}"
+        return "its prefix is the same for every row, an encoder computes one from each row's prompt"
+    return f"it has nothing like {type(method).__name__}"
 
 
 def _has_windows(config: Any) -> bool:
-    """Whether some layer of a model has a sliding window."""
+    """Whether any layer of a model has a sliding window."""
     if getattr(config, "sliding_window", None) is None:
         return False
     return any("sliding" in kind for kind in getattr(config, "layer_types", None) or ["sliding_attention"])
@@ -287,7 +288,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def check_kind(config: dict[str, Any], where: str) -> None:
-    """Raise unless a PEFT config is of a kind that softkv reads."""
+    """Raise unless softkv reads the type of a PEFT config."""
     kind, task, halves = (config.get(key) for key in ("peft_type", "task_type", "num_transformer_submodules"))
     if kind not in (*PREFIXES, *PROMPTS):
         why = f" ({_OTHERS[kind]})" if isinstance(kind, str) and kind in _OTHERS else ""
@@ -303,7 +304,7 @@ def check_kind(config: dict[str, Any], where: str) -> None:
     if task == _TASKS["target"] and (kind == "CPT" or (kind in PREFIXES and _halves(config) == 1)):
         raise ValueError(
             f"{where}: softkv reads {'no CPT' if kind == 'CPT' else 'prefixes with num_transformer_submodules=2 only'} "
-            "of encoder-decoders, as PEFT itself makes no sense of others"
+            "of encoder-decoders, as PEFT itself does not support others"
         )
     name = config.get("base_model_name_or_path")
     if name is not None and not isinstance(name, str):
@@ -311,7 +312,7 @@ def check_kind(config: dict[str, Any], where: str) -> None:
 
 
 def _halves(config: dict[str, Any]) -> int:
-    """For how many stacks PEFT holds a prompt."""
+    """The number of stacks for which PEFT stores a prompt."""
     return config.get("num_transformer_submodules") or (2 if config.get("task_type") == _TASKS["target"] else 1)
 
 

@@ -1,4 +1,4 @@
-"""A live `peft.PeftModel`, as a `SoftModel`."""
+"""Conversion of a `peft.PeftModel` in memory to a `SoftModel`."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from softkv.io.soft_model import SoftModel
 
 @torch.no_grad()
 def from_peft(peft_model: Any, *, adapter_name: str | None = None, backend: str | None = None) -> SoftModel:
-    """Attaches the soft prompt of a `peft.PeftModel` to its base model, with the same logits.
+    """Attach the soft prompt of a `peft.PeftModel` to its base model, with the same logits.
 
     Args:
         peft_model: a model with a PREFIX_TUNING, CARTRIDGE, PROMPT_TUNING, P_TUNING or CPT adapter, a causal
             LM or a model with a task head. It is unchanged, except that both share the base, which is frozen and uses
             softkv's attention until `detach`.
-        adapter_name: which of its adapters; None takes the active one.
-        backend: of `softkv.prefix_attention`; None chooses by device.
+        adapter_name: the adapter to use; None: the active one.
+        backend: as in `softkv.prefix_attention`; None chooses by device.
 
     Returns:
-        A `SoftModel` in evaluation mode. Prefixes are `PTuningV2`, prompts `PromptTuning` before the input; networks
-        that PEFT trains them through are computed once and left out.
+        A `SoftModel` in evaluation mode. Prefixes become `PTuningV2`, prompts `PromptTuning` before the input; networks
+        through which PEFT trains them are replaced by their output.
 
     Raises:
-        ValueError: when the adapter is of another kind, or there is none of that name.
-        TypeError: when the model is not a `PeftModel`.
+        ValueError: if the adapter is of another type, or there is none of that name.
+        TypeError: if the model is not a `PeftModel`.
 
     Example:
         >>> config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)

@@ -1,7 +1,7 @@
-"""PEFT's prefix for encoder-decoders: it stands in the self-attention of the decoder only.
+"""PEFT's prefix for encoder-decoders, which acts in the self-attention of the decoder only.
 
-PEFT's flat prefix holds L pairs of K and V. `get_prompt` puts two copies of them end to end and gives each layer four
-matrices, of which its cache keeps the first two: layer i has pair 2i mod L. (The other two would be those of
+PEFT's flat prefix has L pairs of K and V. `get_prompt` concatenates two copies of them and gives each layer four
+matrices, of which its cache keeps the first two, so that layer i has pair 2i mod L. (The other two are meant for
 cross-attention, whose cache PEFT empties.)
 """
 
@@ -20,14 +20,14 @@ DECODER: tuple[Site, ...] = ("decoder",)
 
 
 def of_layers(pairs: Tensor) -> Tensor:
-    """K or V of L layers `[L, 1, G, P, D]`, of the L pairs."""
+    """K or V of L layers `[L, 1, G, P, D]`, from the L pairs."""
     count = len(pairs)
     return pairs[torch.arange(count) * 2 % count].contiguous()
 
 
 def in_pairs(prefix: Prefix, layers: int) -> Prefix:
-    """The pairs of a prefix of the decoder's layers. Their number is odd, so that no layers share one: PEFT may hold
-    more of them than there are layers."""
+    """The pairs for a prefix of the decoder's layers. Their number is odd, so that no layers share one; there may be
+    more pairs than layers."""
     count = layers + 1 - layers % 2
     at = torch.arange(layers) * 2 % count
     k, v = (torch.stack(each).detach() for each in zip(*prefix.layers(layers), strict=True))
@@ -36,18 +36,18 @@ def in_pairs(prefix: Prefix, layers: int) -> Prefix:
 
 
 def of_decoder(method: Any, tensors: Mapping[str, Tensor], layers: int) -> dict[str, Tensor]:
-    """The tensors of PEFT's adapter; of a prefix for an encoder-decoder, those of the decoder's layers.
+    """The tensors of PEFT's adapter; for a prefix of an encoder-decoder, those of the decoder's layers.
 
     PEFT counts the layers of the encoder.
 
     Raises:
-        ValueError: when the decoder has more.
+        ValueError: if the decoder has more.
     """
     if where_of(method) != DECODER:
         return dict(tensors)
     if len(tensors["k"]) < layers:
         raise ValueError(
-            f"this PEFT prefix holds {len(tensors['k'])} layers, this model's decoder has {layers}, where PEFT fails "
+            f"this PEFT prefix has {len(tensors['k'])} layers, this model's decoder has {layers}, where PEFT fails "
             "too: it was trained on another base model"
         )
     return {name: tensor[:layers].contiguous() for name, tensor in tensors.items()}

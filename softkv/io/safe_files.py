@@ -15,10 +15,10 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """The metadata and the tensors of a safetensors file; all are floating and finite.
+    """The metadata and tensors of a safetensors file, all floating and finite.
 
     Raises:
-        ValueError: when the file is damaged or holds anything else.
+        ValueError: if the file is damaged or contains anything else.
     """
     metadata, tensors = open_tensors(path)
     check_values(tensors, str(path))
@@ -26,15 +26,15 @@ def read_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 
 def open_tensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    """The metadata and the tensors of a safetensors file.
+    """The metadata and tensors of a safetensors file.
 
     Raises:
-        ValueError: when the file is damaged.
+        ValueError: if the file is damaged.
     """
     try:
         return _opened(path)
     except _DAMAGE:
-        pass  # or an interrupt, which torch turns into a TypeError: what is damaged is so again
+        pass  # may be an interrupt, which torch turns into a TypeError: a damaged file fails again below
     try:
         return _opened(path)
     except _DAMAGE as error:
@@ -53,7 +53,7 @@ def check_values(tensors: Mapping[str, Tensor], where: str) -> None:
         raise ValueError(f"{where} expects floating values, got {', '.join(odd)}")
     broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if broken:
-        raise ValueError(f"{where} holds NaN or infinite values in {', '.join(broken)}")
+        raise ValueError(f"{where} contains NaN or infinite values in {', '.join(broken)}")
 
 
 def checksum(text: str, tensors: Mapping[str, Tensor]) -> str:

@@ -15,12 +15,13 @@ from softkv.prefix import Prefix
 
 
 class SoftModel(PromptedModel):
-    """A frozen model with one or more soft prompts, made by `softkv.attach`. Other attributes come from the base.
+    """A frozen model with one or more soft prompts, returned by `softkv.attach`. Other attributes are those of the
+    base.
 
     Attributes:
         base: the frozen model.
-        adapters: the learned parameters (`SoftPrompt`) of each adapter by its name; that of `attach` is "default".
-        active_adapter: the name of the adapter that calls without `adapter_names` use.
+        adapters: the learned parameters (`SoftPrompt`) of each adapter by name; the one of `attach` is "default".
+        active_adapter: the name of the adapter used by calls without `adapter_names`.
     """
 
     def add_adapter(
@@ -31,19 +32,19 @@ class SoftModel(PromptedModel):
         tokenizer: Any = None,
         modules_to_save: Sequence[str] | None = None,
     ) -> None:
-        """Adds a soft prompt. The active adapter stays active.
+        """Add a soft prompt. The active adapter stays active.
 
         Args:
             name: a new name, of letters, digits, spaces, "_" and "-", at most 255 bytes long.
             adapter: a method, which is built; the folder or Hub id of a saved adapter, as in `softkv.load`; or a prefix
                 of one row (A = 1), which is trained further as `PTuningV2`.
-            tokenizer: of the base, for an init from a text; None takes that of `attach`.
-            modules_to_save: as in `attach`; a saved adapter brings its own.
+            tokenizer: of the base, to initialise from a text; None: the one passed to `attach`.
+            modules_to_save: as in `attach`; a saved adapter has its own.
 
         Raises:
-            ValueError: when the name is taken or none, or the adapter does not fit the base. Nothing is added then.
-            TypeError: when the adapter is none of these.
-            FileNotFoundError: when the folder holds no adapter.
+            ValueError: if the name is taken or invalid, or the adapter does not match the base. Nothing is added then.
+            TypeError: if the adapter is none of these.
+            FileNotFoundError: if the folder contains no adapter.
 
         Example:
             >>> model = softkv.attach(base, softkv.PTuningV2(length=4))
@@ -58,23 +59,24 @@ class SoftModel(PromptedModel):
         super().add_adapter(name, adapter, tokenizer=tokenizer, modules_to_save=modules_to_save)
 
     def get_extra_state(self) -> Tensor:
-        """What the values in `state_dict()` mean, as the bytes of a JSON text: any trainer's checkpoint loads by it."""
+        """The config of the values in `state_dict()`, as JSON in bytes, which makes any trainer's checkpoint
+        loadable."""
         return state.described(self)
 
     def set_extra_state(self, described: Tensor) -> None:
-        """Checks that a state dict is of the same adapters.
+        """Check that a state dict belongs to the same adapters.
 
         Raises:
-            ValueError: when it is of another method or of other settings. Nothing has changed then.
+            ValueError: if it belongs to another method or other settings. Nothing is changed then.
         """
         state.check_described(self, described)
 
     def save_pretrained(self, save_directory: Any, *, adapter_name: str | None = None, **kwargs: Any) -> None:
-        """Writes `softkv_config.json` and `softkv.safetensors`: what an adapter has learned, not the base. Without a
-        name, the active one is saved."""
+        """Write `softkv_config.json` and `softkv.safetensors`: the learned values of an adapter, not the base. Without
+        a name, the active adapter is saved."""
         with self.using(self.active_adapter if adapter_name is None else adapter_name):
             checkpoint.save(self, save_directory, **kwargs)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
-        """Saves what is learned to a repository on the Hugging Face Hub (`softkv.io.hub.push`)."""
+        """Save the adapter to a repository on the Hugging Face Hub (see `softkv.io.hub.push`)."""
         return hub.push(self, repo_id, **kwargs)

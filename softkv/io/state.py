@@ -1,7 +1,7 @@
 """State dicts of a `SoftModel`, as trainers write and read them: trained values and their config.
 
-`softkv.load` takes their `model.safetensors` (transformers' `Trainer` and whatever derives from it, accelerate's
-`save_state` and `save_model`) as it takes an adapter's own folder.
+`softkv.load` takes their `model.safetensors` (of transformers' `Trainer` and its subclasses, and accelerate's
+`save_state` and `save_model`) as it loads an adapter's folder.
 """
 
 from __future__ import annotations
@@ -23,38 +23,39 @@ if TYPE_CHECKING:
     from softkv.hf.model import PromptedModel
 
 FILE = "model.safetensors"
-_SIZE = 4096  # distributed checkpoints load into tensors of the same size, whatever the folder of the base is called
+# Fixed: distributed checkpoints load into tensors of the same size, whatever the base's folder is called.
+_SIZE = 4096
 
 
 def described(model: PromptedModel) -> Tensor:
-    """What a state dict of this model means: uint8, the bytes of a JSON text."""
+    """The config of this model's state dict: JSON in bytes, as uint8."""
     text = json.dumps({"active": model.active_adapter, "adapters": _configs(model)}, sort_keys=True).encode()
     padded = text.ljust(-(-len(text) // _SIZE) * _SIZE)
     return torch.frombuffer(bytearray(padded), dtype=torch.uint8)
 
 
 def check_described(model: PromptedModel, state: Tensor) -> None:
-    """Raise where a state dict is of another method or of other settings."""
+    """Raise if a state dict belongs to another method or other settings."""
     mine, theirs = _configs(model), _parse(state, "the state dict")["adapters"]
     for name in mine.keys() & theirs.keys():
         for key in ("method", "config", MODULES):
             if theirs[name].get(key) != mine[name].get(key):
                 raise ValueError(
-                    f"the state dict holds {key} {theirs[name].get(key)} of the adapter {name!r}, "
+                    f"the state dict has {key} {theirs[name].get(key)} of the adapter {name!r}, "
                     f"expected {mine[name].get(key)}"
                 )
 
 
 def read(path: Path) -> tuple[str, dict[str, Tensor]]:
-    """The config, as a text, and the tensors of the active adapter of a state dict.
+    """The config, as a string, and the tensors of the active adapter of a state dict.
 
     Raises:
-        ValueError: when the file is damaged, or no state dict of a `SoftModel`.
+        ValueError: if the file is damaged, or not a state dict of a `SoftModel`.
     """
     _, tensors = open_tensors(path)
     before = next((name.removesuffix(EXTRA) for name in tensors if name.split(".")[-1] == EXTRA), None)
     if before is None:
-        raise ValueError(f"{path} holds no soft prompt: it is no state dict of a SoftModel")
+        raise ValueError(f"{path} contains no soft prompt: it is not a state dict of a SoftModel")
     description = _parse(tensors.pop(before + EXTRA), str(path))
     name = description["active"]
     if name not in description["adapters"]:
@@ -63,7 +64,7 @@ def read(path: Path) -> tuple[str, dict[str, Tensor]]:
     found = {key.removeprefix(adapter): each for key, each in tensors.items() if key.startswith(adapter)}
     found |= {key.removeprefix(before): each for key, each in tensors.items() if key.startswith(before + IN_BASE)}
     modules = f"{before}{MODULES}.{name}."
-    found |= {  # their paths stand with "/" for "." in state dicts
+    found |= {  # whose paths have "/" for "." in state dicts
         f"{MODULES}.{key.removeprefix(modules).replace('/', '.')}": each
         for key, each in tensors.items()
         if key.startswith(modules)
@@ -84,4 +85,4 @@ def _parse(state: Tensor, where: str) -> dict[str, Any]:
             return found
     except (ValueError, RecursionError, KeyError, TypeError, RuntimeError):
         pass
-    raise ValueError(f"{where} does not say what its values mean: it is no state dict of a SoftModel")
+    raise ValueError(f"{where} has no softkv config: it is not a state dict of a SoftModel")

@@ -13,7 +13,7 @@ def timeline(profile: Any, device: str = "cpu") -> list[tuple[float, int]]:
     Args:
         profile: a `torch.profiler.profile(profile_memory=True)` that has ended.
 
-    Memory that was there before the profile began is not counted; what is released of it counts below zero.
+    Memory allocated before the profile is not counted, and releasing it counts as negative.
     """
     kind = torch.device(device).type.upper()
     events = sorted(

@@ -1,7 +1,7 @@
 """Compile any kernel for any target, without a GPU.
 
-The launchers are called on meta tensors while `recording()`, so what is compiled here is what would be launched: the
-same signature, the same specialisation of strides and pointers, the same tile. Each binary is then read back
+The launchers are called on meta tensors inside `recording()`, so that exactly what would be launched is compiled: the
+same signature, the same specialisation of strides and pointers, the same tile. Each binary is then analysed
 (`softkv.profiling.sass`): registers, spills, shared memory, occupancy, matrix instructions, hot loops.
 
 It must run without TRITON_INTERPRET.
@@ -25,7 +25,8 @@ from triton.compiler.compiler import make_backend
 import softkv.kernels as engine
 from softkv.kernels.launch import Recorded, recording
 from softkv.kernels.tiles import Target, block_d
-from softkv.profiling.sass import MATRIX, SELECT, SPILL, analyse
+from softkv.profiling.instructions import MATRIX, SELECT, SPILL
+from softkv.profiling.sass import analyse
 
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), Target("sm_80", 108)),
@@ -41,8 +42,8 @@ POINTERS = {
 
 
 def specialise(kernel: Any, arguments: dict[str, Any], target: str) -> ASTSource:
-    """The source as the JIT would specialise it: None and 1 are constants, addresses and strides divisible by 16 say
-    so, and on AMD tensors within 2 GB (their loads need no 64-bit addresses)."""
+    """The source as the JIT would specialise it: None and 1 are constants, and addresses and strides divisible by 16
+    are marked, as are, on AMD, tensors within 2 GB (whose loads need no 64-bit addresses)."""
     backend = make_backend(TARGETS[target][0])
     signature: dict[str, Any] = {}
     constants: dict[tuple[int, ...], Any] = {}
@@ -80,7 +81,7 @@ def build(launch: Recorded, target: str) -> Any:
 
 @dataclass(frozen=True)
 class CallKind:
-    """A call of the op, as far as it makes different binaries."""
+    """The properties of a call of the op that affect binaries."""
 
     name: str
     T: int = 2048
@@ -119,7 +120,7 @@ OTHERS = (
 
 
 def record(case: CallKind, target: str, head_dim: int, dtype: torch.dtype) -> list[Recorded]:
-    """Every launch that forward and backward make for a case."""
+    """All launches of forward and backward for a case."""
     B, G, D = 4, 8, head_dim
     H = G * case.group
     meta = lambda *shape, dtype=dtype: torch.empty(*shape, dtype=dtype, device="meta")  # noqa: E731
@@ -149,7 +150,7 @@ def record(case: CallKind, target: str, head_dim: int, dtype: torch.dtype) -> li
     return launches
 
 
-PRODUCTS = {"forward": 2, "dq": 3, "dkv": 4, "decode": 2}  # matrix products of a tile step
+PRODUCTS = {"forward": 2, "dq": 3, "dkv": 4, "decode": 2}  # matrix products per tile step
 MATRIX_PASSES = tuple(PRODUCTS)
 
 
@@ -162,15 +163,14 @@ def label(launch: Recorded) -> str:
 
 
 def judge(launch: Recorded, target: str, head_dim: int) -> dict[str, Any]:
-    """Compile one launch and say what the binary is like.
+    """Compile one launch and analyse the binary.
 
-    `work`: matrix products done for each that is needed, where a tile is made by one program; bounds count the
-    needed."""
+    `work`: matrix products done for each one needed, if one program computes a tile; bounds count the needed ones."""
     began = time.perf_counter()
     compiled = build(launch, target)
     seconds = time.perf_counter() - began
     report, kernel = analyse(compiled, target), name_of(launch)
-    if target == "sm_100" and kernel in PRODUCTS:  # UTCHMMA does not tell its shape
+    if target == "sm_100" and kernel in PRODUCTS:  # the binary does not contain UTCHMMA's shape
         for loop in report.loops:
             width = launch.tile.step if loop in report.full else launch.tile.edge
             loop.flops = PRODUCTS[kernel] * 2 * launch.tile.own * width * block_d(head_dim)
@@ -195,7 +195,7 @@ def judge(launch: Recorded, target: str, head_dim: int) -> dict[str, Any]:
 def matrix(
     cases: Iterable[CallKind], targets: Iterable[str], dims: Iterable[int], dtypes: Iterable[torch.dtype]
 ) -> Iterator[Any]:
-    """(key, launch, target, D) of every binary that differs; the key names it."""
+    """(key, launch, target, D) of every distinct binary."""
     seen = set()
     for head_dim, dtype, target, case in itertools.product(dims, dtypes, targets, cases):
         for launch in record(case, target, head_dim, dtype):

@@ -1,4 +1,4 @@
-"""Running a model on the shapes of its tensors, so that what a model of any size allocates can be counted."""
+"""Runs a model on the shapes of its tensors, so that the allocations of models of any size can be counted."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _LSTM = _aten.mkldnn_rnn_layer.default
 
 
 class ShapesOnly(TorchDispatchMode):
-    """Inside, floating-point tensors are torch's fake ones, which have a shape and a lifetime but no values. Integers
-    and masks have values, so that code may look where rows begin, end and have labels.
+    """A mode in which floating-point tensors are torch's fake tensors, with a shape and a lifetime but no values.
+    Integers and masks have values, so that code can read where rows start, end and have labels.
     """
 
     def __init__(self) -> None:
@@ -25,8 +25,7 @@ class ShapesOnly(TorchDispatchMode):
         self.fakes = FakeTensorMode(allow_non_fake_inputs=True)
 
     def strip(self, module: nn.Module) -> None:
-        """Takes the values, and the memory, from a module's parameters and buffers: they become fake tensors on the
-        CPU."""
+        """Replace a module's parameters and buffers by fake tensors on the CPU, which frees their memory."""
         known: dict[int, Tensor] = {}
         for part in module.modules():
             for name, tensor in [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]:
@@ -43,7 +42,7 @@ class ShapesOnly(TorchDispatchMode):
         parameter = nn.Parameter(fake, tensor.requires_grad)
         if tensor.requires_grad:
             with self.fakes:
-                parameter.grad = torch.empty_like(fake)  # a step adds to it
+                parameter.grad = torch.empty_like(fake)  # a step accumulates into it
         return parameter
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -58,11 +57,12 @@ class ShapesOnly(TorchDispatchMode):
         return tree_map_only(Tensor, self._without_values, func(*args, **kwargs))
 
     def _on_shapes(self, func: Any, args: Any, kwargs: Any) -> Any:
-        if func in _BY_MASK:  # fake tensors don't tell how many a mask selects
+        if func in _BY_MASK:  # fake tensors can't give the number of selected elements
             args = (args[0], [at for index in args[1] for at in _positions(index)], *args[2:])
         with self.fakes:
             made = func(*args, **kwargs)
-            # oneDNN alone knows what its LSTM keeps. At least what gradients need: four gates, the cell and its tanh.
+            # What oneDNN's LSTM saves is internal. Count at least what gradients need: four gates, the cell and its
+            # tanh.
             return (*made[:3], made[0].new_empty(6 * made[0].numel())) if func is _LSTM else made
 
     def _without_values(self, tensor: Tensor) -> Tensor:

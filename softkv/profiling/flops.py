@@ -16,7 +16,7 @@ _aten, _softkv = torch.ops.aten, torch.ops.softkv
 
 
 class Flops(TorchDispatchMode):
-    """Counts the FLOPs of all products under it.
+    """Counts the FLOPs of all matrix products inside it.
 
     Attributes:
         total: so far.
@@ -41,7 +41,7 @@ class Flops(TorchDispatchMode):
 
 
 def _pairs(call: Call) -> tuple[int, int]:
-    """(query, token) and (query, slot) pairs that are seen, of all rows and heads."""
+    """The number of visible (query, token) and (query, slot) pairs, over all rows and heads."""
     q, k, prefix_k, starts = call["q"], call["k"], call["prefix_k"], call["cu_seqlens_q"]
     is_causal, window = call["is_causal"], call["window"]
 
@@ -64,7 +64,7 @@ def _attention(*operands: Any) -> int:
 
 
 def _attention_backward(*operands: Any) -> int:
-    """Scores again, and one product for each of dp, dq, dk, dv that is asked for."""
+    """The scores again, and one product for each of dp, dq, dk, dv that is needed."""
     _, _, _, _, *of_call, _, wanted = operands
     call, needs = cast(Call, dict(zip(Call.__annotations__, of_call, strict=True))), Needs(*wanted)
     tokens, slots = _pairs(call)
@@ -91,7 +91,7 @@ def _lstm(x: Tensor, into: Tensor, within: Tensor, *_: Any) -> int:
 
 
 def _lstm_backward(*operands: Any) -> int:
-    """To weights and inputs, which are not left out where nobody needs them."""
+    """Gradients of weights and inputs, which are computed even if not needed."""
     return 2 * _lstm(*operands)
 
 

@@ -1,8 +1,8 @@
-"""Host time of a call of the op, stage by stage, beside `scaled_dot_product_attention` in the same rounds.
+"""Host time of a call of the op, stage by stage, compared with `scaled_dot_product_attention` in the same rounds.
 
-On a GPU the device is real and idles; elsewhere its driver is one that launches nothing (`no_device`), and SDPA
-computes on tensors so small that its time is the call's. A stage's time is the difference of two runs: with everything
-behind it replaced by prepared results, and with everything behind the stage before it replaced.
+On a GPU the device is real and idle; elsewhere a driver that launches nothing (`no_device`) takes its place, and SDPA
+computes on tensors so small that its time is overhead. A stage's time is the difference of two runs: with everything
+after it replaced by prepared results, and with the stage replaced too.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from softkv.ops import api, operator
 
 MODES = ("forward", "forward + backward", "decoding")
 _BATCHES = 15
-_AXES = {  # B, H, G, T, P, D and S where a cache stands before the query
+_AXES = {  # B, H, G, T, P, D, and S if a cache precedes the query
     "cuda": {"forward": (2, 8, 2, 64, 16, 64), "decoding": (2, 8, 2, 1, 16, 64, 64)},
     "cpu": {"forward": (1, 2, 1, 24, 4, 16), "decoding": (1, 2, 1, 1, 4, 16, 24)},
 }
@@ -32,10 +32,10 @@ Variant = tuple[Call, Callable[[], AbstractContextManager[Any]]]
 
 
 def measure(mode: str, device: str = "cpu", calls: int = 300) -> dict[str, Any]:
-    """Microseconds of a call in a mode of `MODES`: `call`, its `stages`, `sdpa`, and `ratio`, the rounds' median.
+    """Microseconds of a call in a mode of `MODES`: `call`, its `stages`, `sdpa`, and `ratio`, the median over rounds.
 
     Args:
-        calls: timed calls of each variant, in batches between which the device is waited for.
+        calls: timed calls of each variant, in batches with a synchronisation between them.
     """
     grad = mode == "forward + backward"
     threads = torch.get_num_threads()
@@ -64,13 +64,13 @@ def sentence(record: dict[str, Any]) -> str:
 
 
 def wait(device: str) -> None:
-    """Until the device has done what it was given."""
+    """Wait until the device is idle."""
     if device == "cuda":
         torch.cuda.synchronize()
 
 
 def _differences(ascending: list[float]) -> Iterator[float]:
-    """Of each from the one before; where noise turned them around, nothing."""
+    """Differences of consecutive times, 0 if noise makes one negative."""
     last = 0.0
     for value in ascending:
         yield max(0.0, value - last)
@@ -118,7 +118,7 @@ def _calls(leaves: list[Tensor], direction: Tensor, grad: bool) -> tuple[Call, C
 
 
 def _replacements(call: Call, leaves: list[Tensor], grad: bool) -> dict[str, Callable[[], AbstractContextManager[Any]]]:
-    """What to put in place of a stage and all behind it, by the last stage that still runs."""
+    """Replacements for a stage and everything after it, keyed by the last stage that still runs."""
     with torch.no_grad():
         out, lse = api.prefix_attention(*leaves, backend="triton", return_lse=True)
     needed = out.detach().requires_grad_(grad), lse
@@ -150,7 +150,7 @@ def _replacements(call: Call, leaves: list[Tensor], grad: bool) -> dict[str, Cal
 
 @contextmanager
 def no_launch() -> Iterator[None]:
-    """Compiled kernels are found and bound, and not started."""
+    """Compiled kernels are found and bound, but not launched."""
     from triton.compiler import CompiledKernel
 
     from softkv.profiling.no_device import Started
@@ -163,7 +163,7 @@ def no_launch() -> Iterator[None]:
 
 
 def _rounds(variants: dict[str, Variant], device: str, calls: int) -> dict[str, list[float]]:
-    """Microseconds a call of each variant, one number a round; a busy machine's other work does not count on a CPU."""
+    """Microseconds per call of each variant, one value per round; on a CPU, time of other processes is not counted."""
     clock = time.perf_counter if device == "cuda" else time.process_time
     batch = max(1, calls // _BATCHES)
     times: dict[str, list[float]] = {name: [] for name in variants}

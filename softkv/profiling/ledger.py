@@ -1,4 +1,4 @@
-"""Bytes alive, by watching what every operator makes: exact on the meta device too, where nothing is computed."""
+"""Live bytes, from the outputs of every operator: exact on the meta device too, where nothing is computed."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch.utils._pytree import tree_leaves
 
 
 class Ledger(TorchDispatchMode):
-    """Counts the storages that are made under it for as long as they live.
+    """Counts the storages created inside it for as long as they live.
 
-    Memory that an operator uses and frees inside (a kernel's workspace) is not seen.
+    Memory that an operator allocates and frees internally (a kernel's workspace) is not counted.
 
     Args:
-        known: tensors that were there before, and don't count.
+        known: tensors that existed before, and are not counted.
 
     Attributes:
         live, peak: bytes, now and at most.

@@ -1,7 +1,6 @@
-"""What one multiprocessor (a compute unit on AMD) does a clock, and what it holds: the only rates that static bounds
-use.
+"""Rates per clock and capacities of one multiprocessor (a compute unit on AMD), as used by static bounds.
 
-The tensor rate is not taken on faith: dense bf16 FLOP/s with fp32 sums, as quoted for `device`, ÷ units ÷ boost clock.
+The tensor rate is derived: dense bf16 FLOP/s with fp32 accumulation, as quoted for `device`, ÷ units ÷ boost clock.
 
 Sources: quoted FLOP/s and clocks: the data sheets and white papers of the devices named below. FP32, integer,
 special-function rates and limits: CUDA programming guide, tables "Throughput of Native Arithmetic Instructions" and
@@ -29,7 +28,7 @@ class Machine:
     mufu: int  # exp2, log2, reciprocal, conversion lanes
     shared_bytes: int
     issue: int  # warp instructions
-    shared_limit: int  # bytes a program may ask for
+    shared_limit: int  # maximum bytes per program
     shared_total: int
     registers: int  # 32-bit
     warps: int
@@ -55,7 +54,7 @@ MACHINES = {
         shared_bytes=128, issue=4,
         shared_limit=227 * KIB, shared_total=228 * KIB, registers=65536, warps=64, programs=32, tensor_columns=512,
     ),
-    "sm_120": Machine(  # GeForce cards of this architecture sum in fp32 at half the rate
+    "sm_120": Machine(  # GeForce cards of this architecture accumulate in fp32 at half the rate
         "RTX PRO 6000 Blackwell", 503.8, 188, 2.617, tensor=1024, fma=128, multiply=64, alu=64, mufu=16,
         shared_bytes=128,
         issue=4, shared_limit=99 * KIB, shared_total=100 * KIB, registers=65536, warps=48, programs=24,

@@ -1,7 +1,7 @@
-"""A stand-in for a GPU's driver: kernels are prepared for launching as on the device, and the launch does nothing.
+"""A stand-in for a GPU's driver: kernels are prepared as for the device, but launches do nothing.
 
-Everything before the driver runs as it does with a GPU: argument binding, specialisation, caches, grids. So the host
-time of a call can be measured, and what is launched can be seen, on any machine. Results are what their memory held.
+Everything before the driver runs as it does with a GPU: argument binding, specialisation, caches, grids. The host time
+of a call can thus be measured, and its launches inspected, on any machine. Results are uninitialised memory.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _KERNELS = "softkv."
 
 
 class NoDevice:
-    """A driver that names a target and has no device."""
+    """A driver with a target but no device."""
 
     def __init__(self, target: GPUTarget):
         self.target = target
@@ -37,7 +37,7 @@ class NoDevice:
 
 
 class Started:
-    """In a compiled kernel's place: starting it does nothing but be counted."""
+    """A replacement for a compiled kernel, whose launches are only counted."""
 
     function = module = 0
     packed_metadata = ()
@@ -55,9 +55,10 @@ class Started:
 
 @contextmanager
 def no_device(target: str = "sm_90") -> Iterator[dict[str, int]]:
-    """Inside, `backend="triton"` takes CPU tensors and launches for `target`. Gives the number of launches by kernel.
+    """A context in which `backend="triton"` accepts CPU tensors and launches for `target`. Yields the number of
+    launches by kernel.
 
-    RuntimeError under TRITON_INTERPRET: then the kernels are Python functions.
+    Raises RuntimeError with TRITON_INTERPRET, where kernels are Python functions.
     """
     import softkv.kernels as engine
     from softkv.profiling.compile import TARGETS
@@ -89,7 +90,7 @@ def no_device(target: str = "sm_90") -> Iterator[dict[str, int]]:
 
 
 def _forget() -> None:
-    """Kernels remember what they were compiled to by device number, not by device."""
+    """Clear the kernels' caches of compiled code, which are keyed by device number, not by device."""
     for module in [module for name, module in sys.modules.items() if name.startswith(_KERNELS)]:
         for kernel in vars(module).values():
             if isinstance(kernel, JITFunction):

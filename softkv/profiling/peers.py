@@ -1,9 +1,9 @@
 """Other Triton attention kernels, through the same compiler and the same analysis as softkv's.
 
-A peer's own launcher is called on meta tensors while its launches are recorded instead of run: tiles, warps and the
-specialisation of arguments are what the peer chooses for the target. Of an autotuned kernel, its largest tile is
-compiled with 4 and with 8 warps, and the better bound counts. Peers are optional: what is not installed is named with
-the command that brings it.
+Each peer's own launcher is called on meta tensors, and its launches are recorded instead of run, so that the peer
+chooses tiles, warps and the specialisation of arguments for the target. For an autotuned kernel, the largest tile is
+compiled with 4 and with 8 warps, and the better bound counts. Peers are optional: missing ones are listed with the
+command that installs them.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from triton.runtime.jit import JITFunction
 from softkv.profiling.machines import MACHINES
 from softkv.profiling.static import DTYPES, Candidate, compile_kernel
 
-B, H, T = 4, 16, 2048  # of the recorded call; the binaries depend on little of it
+B, H, T = 4, 16, 2048  # of the recorded call; binaries hardly depend on it
 WARPS = (4, 8)
 
 
 @dataclass(frozen=True)
 class Pass:
-    label: str  # as softkv's passes are called, so that they stand side by side
-    tile: tuple[str, str]  # constexprs whose product is the scores of a pass of the hot loop
-    products: int = 0  # matrix products of a score; 0 where loops of different ones share a kernel
+    label: str  # same names as softkv's passes, so that they are compared
+    tile: tuple[str, str]  # constexprs whose product is the number of scores per pass of the hot loop
+    products: int = 0  # matrix products per score; 0 if loops with different numbers share a kernel
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class RecordedPeer:
 
 
 def available(peer: Peer) -> str | None:
-    """Its version, or None."""
+    """The installed version, or None."""
     try:
         return importlib.metadata.version(peer.package)
     except importlib.metadata.PackageNotFoundError:
@@ -63,12 +63,12 @@ def available(peer: Peer) -> str | None:
 
 
 def missing() -> list[str]:
-    """What is not installed, each with the command that brings it."""
+    """The peers that are not installed, each with the command that installs it."""
     return [f"{peer.package} is not installed: {peer.install}" for peer in PEERS if available(peer) is None]
 
 
 def subjects(targets: list[str], dims: list[int], dtype: str) -> Iterator[list[Candidate]]:
-    """The kernels of every installed peer; a list holds the configurations of one autotuned kernel."""
+    """The kernels of every installed peer, with one list per kernel of its configurations."""
     for peer in PEERS:
         version = available(peer)
         if version is None:
@@ -89,7 +89,10 @@ def subjects(targets: list[str], dims: list[int], dtype: str) -> Iterator[list[C
 def _subject(source: str, what: Pass, launch: RecordedPeer, target: str, head_dim: int, dtype: str) -> Candidate:
     own, step = (launch.arguments[name] for name in what.tile)
     scores = own * step
-    if {"V", "BV"} <= launch.arguments.keys():  # fla: a program makes some columns of the output, all scores anew
+    if {
+        "V",
+        "BV",
+    } <= launch.arguments.keys():  # fla: a program computes some columns of the output, and all scores again
         scores = scores * launch.arguments["BV"] // launch.arguments["V"]
     return Candidate(
         source=source,
@@ -107,7 +110,7 @@ def _subject(source: str, what: Pass, launch: RecordedPeer, target: str, head_di
 
 @contextmanager
 def recording() -> Iterator[list[RecordedPeer]]:
-    """Triton's launches as they are asked for; nothing is compiled or run."""
+    """Record Triton's launches; nothing is compiled or run."""
     launches: list[RecordedPeer] = []
 
     def run(kernel: JITFunction, *values: Any, grid: Any = None, warmup: bool = False, **named: Any) -> None:
@@ -149,7 +152,7 @@ def _fla(head_dim: int, dtype: torch.dtype, target: str) -> None:
 
 
 def _tutorial(head_dim: int, dtype: torch.dtype, target: str) -> None:
-    name = "triton.tools.experimental_descriptor"  # imported there and not used; gone from later tritons
+    name = "triton.tools.experimental_descriptor"  # imported there but not used; removed from later Triton versions
     with mock.patch.dict(sys.modules, {name: sys.modules.get(name) or ModuleType(name)}):
         module: Any = importlib.import_module("flash_attn_triton.triton_kernel.attention_kernel")
     out = module._attention.apply(*_tensors(head_dim, dtype, heads_last=False), True, head_dim**-0.5, 0.0, 0)

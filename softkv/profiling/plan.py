@@ -1,13 +1,12 @@
-"""What a training step takes, from a model's config alone: bytes and FLOPs, for softkv and the concatenating way.
+"""Bytes and FLOPs of a training step, from a model's config alone, for softkv and for concatenation.
 
 The real model runs on the shapes of its tensors (`softkv.profiling.fakes`): every byte that autograd keeps is counted
-(`softkv.profiling.ledger`), and every product (`softkv.profiling.flops`). Two steps run over the same tokens: softkv's,
-whose rows are packed, and the concatenating way's, which pads rows to the longest, puts the soft slots in front of
-every row's K/V (soft tokens in front of its embeddings) as PEFT does, with a fused attention, and makes logits for
+(`softkv.profiling.ledger`), and every matrix product (`softkv.profiling.flops`). Two steps run over the same tokens:
+softkv's, with packed rows, and one that concatenates: it pads rows to the longest, puts the soft slots in front of
+every row's K/V (soft tokens in front of its embeddings) as PEFT does, with a fused attention, and computes logits for
 every token as transformers does.
 
-A frozen base keeps no gradient of its weights: a step costs its forward, and a backward to the inputs of about the
-same, 2 times the forward and not 3.
+A frozen base has no weight gradients, so that a step costs about 2 times the forward instead of 3.
 """
 
 from __future__ import annotations
@@ -40,9 +39,9 @@ from softkv.train.batches import PackingCollator
 from softkv.train.label_logits import label_logits
 
 EncoderName = Literal["lstm", "attention"]
-ADAM = 8  # bytes of optimizer state a trained value, fp32
+ADAM = 8  # bytes of optimizer state per trained value, fp32
 META = torch.device("meta")
-_TOKEN = 1  # the id of every token: no cost depends on it
+_TOKEN = 1  # the id of every token, on which no cost depends
 
 
 @dataclass(frozen=True)
@@ -51,16 +50,16 @@ class PlannedStep:
 
     Args:
         config: of the base, a transformers config.
-        method: by its name in `METHODS`. "prompt-tuning" stands before the input; "p-tuning" inside the row.
+        method: a name in `METHODS`. "prompt-tuning" is placed before the input, "p-tuning" inside the row.
         length: P, slots or soft tokens.
-        batch: B, rows of a step over all devices.
-        tokens: T of a row, prompt and answer; or of several, which the rows of a device take in turn.
-        answer: tokens of a row that have a label.
+        batch: B, rows per step over all devices.
+        tokens: T, prompt and answer of a row; or several lengths, which the rows of a device take in turn.
+        answer: the number of labelled tokens per row.
         dtype: of the frozen base.
         devices: rows and frozen weights are split evenly over them.
         checkpointing: whether each layer is run again in backward.
-        encoder: of P-tuning v2, one for all layers: makes K and V of each row from its prompt.
-        target: whose Triton kernels run, by its name in `softkv.profiling.compile.TARGETS`.
+        encoder: P-tuning v2's encoder, shared by all layers, which computes K and V of each row from its prompt.
+        target: the device whose Triton kernels run, a name in `softkv.profiling.compile.TARGETS`.
     """
 
     config: Any
@@ -98,7 +97,7 @@ class PlannedStep:
 
     @property
     def rows(self) -> int:
-        """Of one device."""
+        """The number of rows per device."""
         return self.batch // self.devices
 
     @property
@@ -117,19 +116,19 @@ class PlannedStep:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one device, a step. Bytes, but for FLOPs.
+    """The cost of a step on one device, in bytes or FLOPs.
 
     Attributes:
         parameters: the frozen base's share.
         trainable: learned values, their gradients and Adam's state, fp32.
-        prefix: K/V of the slots that are alive when the forward is over, in the base's dtype: once, or once a row.
-            Under checkpointing, those of an encoder are not: each layer's are made again in backward.
-        activations: all else that is alive then.
-        workspace: what the backward adds to these at most.
-        kernels: what kernels allocate inside a backward of attention: log-sum-exps and Δ, and softkv's Triton kernels
+        prefix: K/V of the slots alive after the forward, in the base's dtype: once, or once per row. With
+            checkpointing, an encoder's are recomputed per layer in backward and not included.
+        activations: everything else alive then.
+        workspace: the most that the backward adds to these.
+        kernels: what kernels allocate during attention's backward: log-sum-exps and Δ, and in softkv's Triton kernels
             partial sums of the prefix's gradient.
-        kv_cache: not of the step but of generation: K/V of the batch's rows, padded, and their prefix.
-        forward_flops, backward_flops: of all products.
+        kv_cache: for generation, not the step: K/V of the batch's padded rows and of their prefix.
+        forward_flops, backward_flops: of all matrix products.
         attention_flops: the share of attention's, both passes.
     """
 
@@ -146,7 +145,7 @@ class Cost:
 
     @property
     def total(self) -> int:
-        """Bytes of a training step at its peak."""
+        """Peak bytes of a training step."""
         return self.parameters + self.trainable + self.prefix + self.activations + self.workspace + self.kernels
 
 
@@ -165,9 +164,9 @@ def config_of(model: str) -> Any:
 
 
 def plan(job: PlannedStep, *ways: str) -> dict[str, Cost]:
-    """The cost of "softkv" and of "concatenating", or of the ways named; not of the latter where it can't be: prefixes
-    are concatenated in transformers' cache, which checkpointing drops, and where multi-head latent attention keeps no
-    keys and values."""
+    """The cost of "softkv" and of "concatenating", or of those given. "concatenating" is omitted if it is impossible:
+    prefixes are concatenated in transformers' cache, which checkpointing drops, and which has no keys and values in
+    multi-head latent attention."""
     soft, shapes = _model(job)
     steps = {name: STEPS[name] for name in ways or STEPS}
     latent = getattr(job.config.get_text_config(), "kv_lora_rank", None) is not None
@@ -177,7 +176,7 @@ def plan(job: PlannedStep, *ways: str) -> dict[str, Cost]:
 
 
 def report(job: PlannedStep, costs: dict[str, Cost]) -> dict[str, Any]:
-    """What `--json` prints."""
+    """The output of `--json`."""
     settings = {key: value for key, value in vars(job).items() if key != "config"}
     return {
         "settings": settings | {"dtype": str(job.dtype).removeprefix("torch."), "architecture": job.config.model_type},
@@ -187,9 +186,9 @@ def report(job: PlannedStep, costs: dict[str, Cost]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Counted:
-    """What a step was seen to take."""
+    """The measurements of a step."""
 
-    kept: int  # bytes alive when the forward is over
+    kept: int  # bytes alive after the forward
     peak: int
     forward_flops: int
     backward_flops: int
@@ -198,7 +197,7 @@ class Counted:
 
 @dataclass(frozen=True)
 class _AnyStart(Method):
-    """A method whose initial values need none of the base's."""
+    """A method initialised without values of the base."""
 
     method: Method
 
@@ -211,12 +210,12 @@ class _AnyStart(Method):
 
 
 def learned_values(job: PlannedStep) -> int:
-    """How many values the method trains."""
+    """The number of values that the method trains."""
     return sum(parameter.numel() for parameter in _model(job)[0].soft.parameters())
 
 
 def on_meta(config: Any, dtype: torch.dtype) -> Any:
-    """The causal language model of a config, without values."""
+    """The causal language model of a config, on the meta device."""
     if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(f"expected the config of a causal language model, got {config.model_type!r}")
     with META:
@@ -224,7 +223,7 @@ def on_meta(config: Any, dtype: torch.dtype) -> Any:
 
 
 def _model(job: PlannedStep) -> tuple[SoftModel, ShapesOnly]:
-    """The model that is planned, without values."""
+    """The planned model, on the meta device."""
     base = on_meta(job.config, job.dtype)
     method = METHODS[job.method].of_length(job.length)
     if job.encoder is not None:
@@ -257,7 +256,7 @@ def _run(
 
 
 def _softkv(job: PlannedStep, soft: SoftModel) -> Tensor:
-    """A step of `softkv.Trainer`: packed rows, logits where a label is."""
+    """A step of `softkv.Trainer`: packed rows, logits at labelled positions."""
     inline = range(-1, -_inline(soft) - 1, -1)
     rows = [
         {
@@ -297,7 +296,7 @@ def _concatenating(job: PlannedStep, soft: SoftModel) -> Tensor:
 
 @contextmanager
 def _encoding_into(cache: Any, job: PlannedStep, soft: SoftModel) -> Iterator[None]:
-    """Has each attention block find in the cache the K and V that an encoder makes from what enters it."""
+    """Make each attention block find in the cache the K and V that an encoder computes from its input."""
     prompts = torch.tensor([length - job.answer for length in job.lengths])
 
     def enter(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -318,13 +317,13 @@ STEPS = {"softkv": _softkv, "concatenating": _concatenating}
 
 
 def _inline(soft: SoftModel) -> int:
-    """Soft tokens that stand in every row by their ids."""
+    """Soft tokens inside every row, by their ids."""
     return int(soft.soft.config.length) if soft.soft.placement == "inline" else 0  # type: ignore[attr-defined]
 
 
 def _cost(job: PlannedStep, soft: SoftModel, counted: Counted, name: str) -> Cost:
     shape, size = soft.base_shape, job.dtype.itemsize
-    prompt, token = soft.soft, shape.kv_width * size  # K and V of a layer
+    prompt, token = soft.soft, shape.kv_width * size  # K and V per layer
     shared = name == "softkv" and not _inline(soft) and not prompt.encodes_rows
     learned = prompt.prefix()
     pairs = learned.k.shape[0] if shared and learned is not None else shape.layers
@@ -345,7 +344,7 @@ def _cost(job: PlannedStep, soft: SoftModel, counted: Counted, name: str) -> Cos
 
 
 def _kernels(job: PlannedStep, shape: BaseShape, *, packed: bool, inline: int = 0) -> int:
-    """Bytes that softkv's Triton launchers allocate for themselves in one layer's backward of attention."""
+    """Bytes that softkv's Triton launchers allocate in one layer's attention backward."""
     if not shape.kv_heads:
         return 0  # the base keeps its own attention, or has layers of several shapes
     H, G, D = job.config.get_text_config().num_attention_heads, shape.kv_heads, shape.head_dim

@@ -1,6 +1,6 @@
-"""Judge kernels without a GPU: compile them offline, read their machine code (method: `softkv.profiling.sass`).
+"""Analyse kernels without a GPU: compile them offline and read their machine code (method: `softkv.profiling.sass`).
 
-A `Candidate` is one kernel as a launcher would start it. softkv's own come from its launchers, run on meta tensors;
+A `Candidate` is one kernel as a launcher would launch it. softkv's own come from its launchers, run on meta tensors;
 peers and a user's kernel go through the same compiler options and the same analysis.
 """
 
@@ -19,8 +19,10 @@ from triton.runtime.errors import OutOfResources
 
 from softkv import __version__
 from softkv.profiling.compile import COMMON, MATRIX_PASSES, PRODUCTS, TARGETS, build, matrix, name_of, specialise
+from softkv.profiling.instructions import EXPONENTIAL, MATRIX, PIPES
+from softkv.profiling.loops import Loop, overlap, serial
 from softkv.profiling.machines import MACHINES
-from softkv.profiling.sass import EXPONENTIAL, MATRIX, PIPES, Loop, Report, analyse, overlap, serial
+from softkv.profiling.sass import Report, analyse
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 MOST_OPCODES = 12  # of a loop, in JSON
@@ -36,8 +38,8 @@ class Candidate:
     dtype: str
     tile: str
     compile: Callable[[], Any]
-    scores: int | None  # query × key pairs of one pass of the hot loop; None where unknown, or where there are none
-    products: int = 0  # matrix products of a score: 2·products·D FLOP
+    scores: int | None  # query × key pairs of one pass of the hot loop; None if unknown, or if there are none
+    products: int = 0  # matrix products per score: 2·products·D FLOP
 
 
 def own(targets: list[str], dims: list[int], dtype: str) -> Iterator[Candidate]:
@@ -67,10 +69,10 @@ def compile_kernel(kernel: Any, arguments: dict[str, Any], target: str, warps: i
 
 
 def judge(subject: Candidate) -> dict[str, Any]:
-    """Compile a subject and say what its binary is like: a row of the table, with the mix of each loop.
+    """Compile a subject and analyse its binary: a row of the table, with the instruction mix of each loop.
 
-    `work`: matrix work done for each that attention asks for; above 1 where warps repeat each other's products or where
-    a head dim is padded. Bounds count what is asked for."""
+    `work`: matrix work done relative to what attention needs; above 1 if warps repeat each other's products or a head
+    dim is padded. Bounds count the needed work."""
     report = analyse(subject.compile(), subject.target)
     if subject.scores and subject.head_dim:
         for loop in report.path:
@@ -104,9 +106,9 @@ def judge(subject: Candidate) -> dict[str, Any]:
 
 
 def best(subjects: list[Candidate]) -> tuple[dict[str, Any] | None, list[str]]:
-    """(the row with the best serial bound, what could not be compiled) of one kernel's configurations.
+    """(the row with the best serial bound, the failures) among one kernel's configurations.
 
-    A single subject that does not compile raises only where it is softkv's or the user's own."""
+    A subject that does not compile raises only if it is softkv's or the user's own."""
     rows, failures = [], []
     for subject in subjects:
         try:
@@ -119,11 +121,11 @@ def best(subjects: list[Candidate]) -> tuple[dict[str, Any] | None, list[str]]:
 
 
 class DoesNotCompile(ValueError):
-    """In a line."""
+    """A one-line compile error."""
 
 
 def why(error: BaseException) -> str:
-    """The compiler's own words, and where in the kernel."""
+    """The compiler's message and its place in the kernel."""
     places = []
     while True:
         lines = [line.strip() for line in str(error).splitlines() if line.strip(" ^")]
@@ -159,7 +161,7 @@ def _loop(loop: Loop, hot: bool) -> dict[str, Any]:
 
 
 def rates() -> list[dict[str, Any]]:
-    """The rates that bounds are made of, one row a target."""
+    """The rates used for bounds, one row per target."""
     return [{"target": target, **asdict(machine)} for target, machine in MACHINES.items()]
 
 
@@ -170,7 +172,7 @@ HEADINGS = (
 
 
 def cells(row: dict[str, Any]) -> list[str]:
-    """A row as the table shows it."""
+    """The cells of a row in the table."""
     mark = "*" if row["derived"] else ""
     scores = (row["exponentials_per_score"], row["instructions_per_score"])
     return [
@@ -191,7 +193,7 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 
 def ordered(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Side by side: target, head dim, pass; softkv first."""
+    """Sort by target, head dim and pass, with softkv first."""
     passes = [*MATRIX_PASSES, "prepare", "merge", "add_parts"]
 
     def place(row: dict[str, Any]) -> tuple[Any, ...]:

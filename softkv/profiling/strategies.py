@@ -1,8 +1,8 @@
-"""What a training step takes where several devices share it: bytes of each device and what it receives a step, by DDP,
-FSDP2 and tensor parallelism, from a model's config alone.
+"""Memory and traffic per device of a training step shared by several devices, with DDP, FSDP2 and tensor parallelism,
+from a model's config alone.
 
 A device under tensor parallelism runs a narrower model, whose step is run on the meta device (`softkv.profiling.plan`);
-weights that FSDP2 brings together, and collectives, are counted by these rules (n devices; ring algorithms):
+weights gathered by FSDP2, and collectives, are counted by these rules (n devices; ring algorithms):
 
     DDP      all-reduce of the learned gradients                        2·(n − 1)/n of their bytes
     FSDP2    all-gather of each block in forward and in backward,
@@ -30,9 +30,9 @@ class Layout:
     """How devices share a step.
 
     Attributes:
-        tensor: devices that split heads and products of the same rows.
-        data: groups of these, with rows of their own.
-        sharded: whether FSDP2 shards the base over the groups, or each holds it (DDP).
+        tensor: devices that split heads and matrix products of the same rows.
+        data: the number of such groups, each with its own rows.
+        sharded: whether FSDP2 shards the base over the groups, or each group holds it (DDP).
     """
 
     tensor: int = 1
@@ -51,11 +51,11 @@ class Share:
     """Bytes of one device.
 
     Attributes:
-        parameters: of the frozen base, that it keeps.
-        gathered: weights that FSDP2 brings together at most: one block and what is in none.
+        parameters: the device's share of the frozen base.
+        gathered: the most weights that FSDP2 gathers at a time: one block, and the weights outside blocks.
         trainable: learned values, their gradients and Adam's state, fp32.
         step: prefix, activations and workspace.
-        received: over the network or its like, a step.
+        received: from other devices, per step.
     """
 
     parameters: int
@@ -66,15 +66,15 @@ class Share:
 
     @property
     def total(self) -> int:
-        """At the peak of a step."""
+        """Peak bytes of a step."""
         return self.parameters + self.gathered + self.trainable + self.step
 
 
 def layouts(job: PlannedStep, devices: int) -> list[Layout]:
-    """The ways in which so many devices can share the rows of a job, and the heads of its model.
+    """The ways in which `devices` devices can share the rows of a job and the heads of its model.
 
     Raises:
-        ValueError: where there is none.
+        ValueError: if there is none.
     """
     config = job.config.get_text_config()
     found = []
@@ -93,13 +93,13 @@ def layouts(job: PlannedStep, devices: int) -> list[Layout]:
 
 
 def share(job: PlannedStep, layout: Layout) -> Share:
-    """What one device holds and receives; `job` is the step of all devices together."""
+    """The share of one device; `job` is the step of all devices together."""
     if job.encoder is not None and layout.sharded:
         raise ValueError("encoders under FSDP2 are not planned: leave the encoder out")
     t, n = layout.tensor, layout.data
     mine = replace(job, config=_narrow(job.config, t), devices=n)
     values = FP32 * learned_values(mine)  # or as many gradients
-    if layout.sharded and job.method == "prompt-tuning":  # soft tokens in front run in the rows then
+    if layout.sharded and job.method == "prompt-tuning":  # soft tokens in front are then part of the rows
         mine = replace(mine, length=1, tokens=tuple(length + job.length for length in job.taken_in_turn))
     cost = plan(mine, "softkv")["softkv"]
     block, blocks, rest = _weights(mine, t)
@@ -114,12 +114,12 @@ def share(job: PlannedStep, layout: Layout) -> Share:
 
 
 def _between_heads(job: PlannedStep, devices: int) -> float:
-    """Bytes that a device of several which split heads receives in a step."""
+    """Bytes per step that a device receives from those with which it splits heads."""
     config = job.config.get_text_config()
     layers, state = config.num_hidden_layers, config.hidden_size * job.dtype.itemsize
     labels, read = job.rows * job.answer, sum(job.lengths) + job.rows * job.length * (job.method == "p-tuning")
-    tokens = read + job.length * (job.method == "prompt-tuning")  # in front of all rows, in one pass with them
-    again = layers * job.checkpointing  # a block's first row-wise product; behind its second, nothing needs it
+    tokens = read + job.length * (job.method == "prompt-tuning")  # in front of all rows, in the same pass
+    again = layers * job.checkpointing  # a block's first row-wise product; after the second, nothing needs it
     in_rows = job.method in ("p-tuning", "prompt-tuning")
     backward = 5 * layers - (0 if in_rows else 3)  # the first block's q, k and v need no gradient of a prefix alone
     reduced = (read + tokens * (2 * layers + again + backward) + labels) * state
@@ -128,7 +128,7 @@ def _between_heads(job: PlannedStep, devices: int) -> float:
 
 
 def _weights(job: PlannedStep, devices: int) -> tuple[int, int, int]:
-    """Bytes of the largest block, of all blocks, and of what is in none, whose vocabulary is split."""
+    """Bytes of the largest block, of all blocks, and of the weights outside blocks, with the vocabulary split."""
     base = on_meta(job.config, job.dtype)
     blocks = [_bytes(each.parameters()) for each in base.get_decoder().layers]
     vocabulary = _bytes({each.weight for each in (base.get_input_embeddings(), base.get_output_embeddings())})
@@ -145,7 +145,7 @@ def _heads(config: Any) -> tuple[int, int]:
 
 
 def _splits(config: Any, devices: int) -> bool:
-    """Whether so many devices can split a model of Llama's kind, the only one that is planned."""
+    """Whether this many devices can split a Llama-like model, the only kind that is planned."""
     plan = getattr(config, "base_model_tp_plan", None) or {}
     column_wise = [name for name, style in plan.items() if style == "colwise"]
     sizes = (*_heads(config), config.intermediate_size)
@@ -153,7 +153,7 @@ def _splits(config: Any, devices: int) -> bool:
 
 
 def _narrow(config: Any, devices: int) -> Any:
-    """The model that each of several devices runs."""
+    """The model that each device runs."""
     if devices == 1:
         return config
     heads, kv_heads = _heads(config)

@@ -25,7 +25,7 @@ RANGE = "softkv: "
 
 @dataclass(frozen=True)
 class Line:
-    """One operation, or one named range. Milliseconds of all calls together; `own` without the operations inside it."""
+    """One operation or named range. Milliseconds over all calls; `own` excludes the operations inside it."""
 
     name: str
     calls: int
@@ -36,8 +36,8 @@ class Line:
 
 
 def rows(model: SoftModel, count: int, tokens: int, answer: int) -> list[dict[str, Any]]:
-    """Rows of random ids, behind soft tokens where the method has some in them: what a step costs does not depend on
-    the ids."""
+    """Rows of random ids, after soft tokens if the method places any in rows. The cost of a step does not depend on the
+    ids."""
     ids = torch.randint(0, model.config.get_text_config().vocab_size, (count, tokens), generator=torch.Generator())
     labels = torch.where(torch.arange(tokens) < tokens - answer, -100, ids)
     if model.soft.placement == "inline":
@@ -48,7 +48,7 @@ def rows(model: SoftModel, count: int, tokens: int, answer: int) -> list[dict[st
 
 
 def train(model: SoftModel, data: list[dict[str, Any]], batch: int, steps: int, warmup: int = 1) -> profile:
-    """`steps` steps of `softkv.Trainer`, after `warmup` that are not in the profile."""
+    """Profile `steps` steps of `softkv.Trainer`, after `warmup` steps without the profiler."""
     device = model.device.type
     with TemporaryDirectory() as folder, _profiled(device) as found:
         arguments = transformers.TrainingArguments(
@@ -70,7 +70,7 @@ def train(model: SoftModel, data: list[dict[str, Any]], batch: int, steps: int, 
 
 
 def generate(model: SoftModel, data: list[dict[str, Any]], new_tokens: int) -> profile:
-    """One `generate` of all rows, after a short one that is not in the profile."""
+    """Profile one `generate` of all rows, after a short one without the profiler."""
     ids = torch.tensor([row["input_ids"] for row in data], device=model.device)
     options: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "do_sample": False}
     model.eval()
@@ -82,7 +82,7 @@ def generate(model: SoftModel, data: list[dict[str, Any]], new_tokens: int) -> p
 
 
 class _Found:
-    """A profile that begins when it is told."""
+    """A profile that is started explicitly."""
 
     def __init__(self, device: str) -> None:
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
@@ -147,7 +147,8 @@ def lines(found: profile) -> tuple[list[Line], list[Line]]:
 
 
 def write(found: profile, folder: Path, device: str) -> dict[str, Any]:
-    """Writes `trace.json` (for chrome://tracing and ui.perfetto.dev) and `memory.png`; returns what `--json` prints."""
+    """Write `trace.json` (for chrome://tracing and ui.perfetto.dev) and `memory.png`; returns the output of
+    `--json`."""
     with whole(folder / "trace.json") as path:
         found.export_chrome_trace(str(path))
     points = timeline(found, device)

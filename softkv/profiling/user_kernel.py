@@ -1,4 +1,4 @@
-"""A kernel of the user's own, for `softkv profile static path.py:kernel`."""
+"""The user's own kernels, for `softkv profile static path.py:kernel`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TYPE = re.compile(rf"(?P<type>\*?{NUMBER})(?P<aligned>:16)?|(?P<descriptor>tenso
 
 
 def load(place: str) -> JITFunction:
-    """The `@triton.jit` function that `path.py:kernel` names. The file is run, as importing it would."""
+    """The `@triton.jit` function named by `path.py:kernel`. The file is executed, as on import."""
     path, _, name = place.rpartition(":")
     if not path:
         raise ValueError(f"expected path.py:kernel, got {place!r}: name the kernel in it, as in {place}:kernel")
@@ -32,15 +32,13 @@ def load(place: str) -> JITFunction:
         raise ValueError(f"expected path.py:kernel, got {place!r}: there is no file {path!r}")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     if spec is None or spec.loader is None:
-        raise ValueError(f"{path} is no Python file")
+        raise ValueError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # whatever the file does
-        hint = (
-            " (there is no GPU here: what needs one must not run on import)" if isinstance(error, RuntimeError) else ""
-        )
+    except Exception as error:  # the file may raise anything
+        hint = " (no GPU here: code that needs one must not run on import)" if isinstance(error, RuntimeError) else ""
         raise ValueError(f"{path} can't be imported: {type(error).__name__}: {error}{hint}") from error
     kernel: Any = getattr(module, name, None)
     if kernel is None:
@@ -48,12 +46,12 @@ def load(place: str) -> JITFunction:
         raise ValueError(f"{path} has no {name!r}: its kernels are {', '.join(kernels) or 'none'}")
     kernel = innermost(kernel)
     if not isinstance(kernel, JITFunction):
-        raise TypeError(f"{name} of {path} is no @triton.jit function, but a {type(kernel).__name__}")
+        raise TypeError(f"{name} of {path} is not a @triton.jit function, but a {type(kernel).__name__}")
     return kernel
 
 
 def innermost(kernel: Any) -> Any:
-    """The function under @triton.autotune and @triton.heuristics, whose choices are then to be given."""
+    """The function inside @triton.autotune and @triton.heuristics, whose choices must then be given."""
     while not isinstance(kernel, JITFunction) and hasattr(kernel, "fn"):
         kernel = kernel.fn
     return kernel
@@ -77,9 +75,10 @@ def constants(text: str) -> dict[str, Any]:
 
 
 def source(kernel: JITFunction, signature: str, given: dict[str, Any]) -> ASTSource:
-    """What Triton compiles: the parameters not among the constants take the signature's types, in order.
+    """The source that Triton compiles: parameters that are not constants take the signature's types, in order.
 
-    A pointer is taken to be aligned to 16 bytes, as torch allocates; a number is, if written `i32:16`."""
+    Pointers are assumed to be aligned to 16 bytes, as torch allocates them; integers are multiples of 16 if written
+    `i32:16`."""
     names = [parameter.name for parameter in kernel.params]
     if unknown := given.keys() - set(names):
         raise ValueError(f"{kernel.__name__} has no parameter {', '.join(sorted(unknown))}: it has {', '.join(names)}")
@@ -97,7 +96,7 @@ def source(kernel: JITFunction, signature: str, given: dict[str, Any]) -> ASTSou
         parsed = TYPE.fullmatch(text)
         if parsed is None:
             raise ValueError(
-                f"{text!r} is no type: expected such as *bf16, *fp32, i32, i32:16, fp32 or tensordesc<bf16[128,64]>"
+                f"{text!r} is not a type: expected one like *bf16, *fp32, i32, i32:16, fp32 or tensordesc<bf16[128,64]>"
             )
         written[parameter.name] = parsed["type"] or parsed["descriptor"]
         if parsed["aligned"] or text.startswith("*"):

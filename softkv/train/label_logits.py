@@ -1,4 +1,4 @@
-"""Computes logits only where a label is: vocabularies are large, and no loss reads a prompt's logits."""
+"""Computes logits only at labelled positions: vocabularies are large, and no loss reads a prompt's logits."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from softkv.hf.layout import IGNORED, with_prompt_lengths
 
 
 def label_logits(model: Any, batch: dict[str, Any]) -> tuple[Any, Tensor]:
-    """The model's output for a batch, with the logits that predict a label and no others.
+    """Run the model on a batch and compute only the logits that predict a label.
 
     Args:
-        model: a `SoftModel`, or what wraps one.
-        batch: `input_ids` and `labels` `[B, T]` with a padding mask, or packed `[1, N]` as a collator gives them;
-            `prompt_lengths` `[R]` where a row's prompt doesn't end at its first label.
+        model: a `SoftModel`, or a wrapper of one.
+        batch: `input_ids` and `labels` `[B, T]` with a padding mask, or packed `[1, N]` as returned by a collator;
+            `prompt_lengths` `[R]` if prompts don't end at the first label.
 
     Returns:
-        (output, targets): `output.logits` `[n, V]` in row order, and the n labels that they predict.
+        (output, targets): `output.logits` `[n, V]` in row order, and the n labels to predict.
     """
     batch = with_prompt_lengths(batch)
     targets = next_labels(batch.pop("labels"))
@@ -28,13 +28,13 @@ def label_logits(model: Any, batch: dict[str, Any]) -> tuple[Any, Tensor]:
 
 
 def next_labels(labels: Tensor) -> Tensor:
-    """What each logit predicts, `[B, T]`: `logits[:, t]` predicts token t + 1."""
+    """The target of each logit, `[B, T]`: `logits[:, t]` predicts token t + 1."""
     return F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
 
 
 def written_of(base: Any, batch: dict[str, Any]) -> dict[str, Any]:
-    """A batch of an encoder-decoder that says what the decoder reads in place of its labels, from which the base would
-    compute a loss of its own. Where only the base knows how it shifts them, labels stay."""
+    """A batch of an encoder-decoder with the decoder's input ids instead of labels, from which the base would compute a
+    loss. Labels are kept if only the base knows how to shift them."""
     shift = getattr(base, "prepare_decoder_input_ids_from_labels", None)
     given = {name: value for name, value in batch.items() if name != "labels"}
     if "decoder_input_ids" in batch or "decoder_inputs_embeds" in batch:

@@ -1,4 +1,4 @@
-"""How a process of several ends (`torchrun`, `accelerate launch`)."""
+"""Ending one of several processes (`torchrun`, `accelerate launch`)."""
 
 import os
 import sys
@@ -7,12 +7,11 @@ import torch.distributed as dist
 
 
 def leave_together() -> None:
-    """Waits until every process is here, then ends this one with exit status 0 and without tearing Python down.
+    """Wait for all processes, then end this one with exit status 0 and without finalising the interpreter.
 
-    A gloo thread may still hold the last collective's tensors. If it drops them while the interpreter ends, it asks for
-    a lock that is gone and aborts the process, and the launcher then stops the others, saved or not. Joining the
-    threads is no way out: a `DistributedDataParallel` that still holds the group would join them with that lock in
-    hand.
+    A gloo thread may still hold the last collective's tensors. If it releases them during finalisation, it needs the
+    GIL, which is gone, and aborts the process; the launcher then stops the others, even while they save. Joining the
+    threads does not help: a `DistributedDataParallel` that still holds the group would join them while holding the GIL.
     """
     dist.barrier()
     sys.stdout.flush()

@@ -1,5 +1,5 @@
-"""A learning-rate range test (L. Smith 2017, arXiv:1506.01186): a short run whose rate grows from step to step shows
-where the loss falls fastest and where it breaks."""
+"""A learning-rate range test (L. Smith 2017, arXiv:1506.01186): in a short run with a growing rate, the loss shows
+which rates learn fastest and which diverge."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ import torch
 import transformers
 from transformers import DefaultFlowCallback, TrainerCallback
 
-LOWEST, HIGHEST = 1e-2, 1e2  # factors on the rates that the run is set up with
+LOWEST, HIGHEST = 1e-2, 1e2  # factors on the configured rates
 SMOOTHING = 0.9  # of the running mean of losses
 BROKEN = 2.0  # times the lowest loss: the run has diverged
 
 
 @dataclass(frozen=True)
 class RangeTest:
-    """What a range test saw.
+    """The result of a range test.
 
     Attributes:
         factors: the factor on the rates at each step.
@@ -32,7 +32,7 @@ class RangeTest:
 
     @property
     def best(self) -> float:
-        """A third of the factor at which the smoothed loss is lowest: there a rate is about to become too high."""
+        """A third of the factor with the lowest smoothed loss, where the rate is about to become too high."""
         return self.factors[min(range(len(self.losses)), key=self.losses.__getitem__)] / 3
 
     @property
@@ -42,7 +42,7 @@ class RangeTest:
 
 
 class _Grow(TrainerCallback):
-    """Multiplies the rates from step to step, collects the losses, and ends a run that diverges."""
+    """Multiplies the rates at each step, collects the losses, and stops a run that diverges."""
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
@@ -59,7 +59,7 @@ class _Grow(TrainerCallback):
         loss = float(logs["loss"])  # type: ignore[index]
         seen = len(self.losses) + 1
         self._mean = SMOOTHING * self._mean + (1 - SMOOTHING) * loss
-        smooth = self._mean / (1 - SMOOTHING**seen)  # as if the mean had not begun at 0
+        smooth = self._mean / (1 - SMOOTHING**seen)  # corrects for the start at 0
         if not math.isfinite(loss) or (seen > 5 and smooth > BROKEN * min(self.losses)):
             control.should_training_stop = True
             return
@@ -68,15 +68,15 @@ class _Grow(TrainerCallback):
 
 
 def range_test(trainer: Any, steps: int = 60) -> RangeTest:
-    """Runs a trainer for `steps` steps whose rates grow from a hundredth to a hundred times its own, and puts what is
-    learned back as it was. Nothing is saved or evaluated.
+    """Run a trainer for `steps` steps with rates growing from a hundredth to a hundred times its own, then restore all
+    learned values. Nothing is saved or evaluated.
 
     Args:
-        trainer: a `softkv.Trainer` that has not trained.
-        steps: of the test.
+        trainer: a `softkv.Trainer` before training.
+        steps: the length of the test.
 
     Raises:
-        ValueError: when not even the first step gives a finite loss.
+        ValueError: if the first loss is not finite.
     """
     grow = _Grow(steps)
     before = copy.deepcopy(trainer.model.state_dict())
@@ -102,12 +102,12 @@ def range_test(trainer: Any, steps: int = 60) -> RangeTest:
         trainer.args, trainer.callback_handler.callbacks = arguments, callbacks
         trainer.optimizer = trainer.lr_scheduler = None
     if not grow.losses:
-        raise ValueError("the first step of the range test gives no finite loss: look at the rows and at the base")
+        raise ValueError("the loss of the range test's first step is not finite: check the rows and the base")
     return RangeTest(grow.factors, grow.losses)
 
 
 def draw(result: RangeTest, path: str | os.PathLike[str]) -> None:
-    """The loss over the factor on the rates, with the one that is proposed; needs matplotlib."""
+    """Plot the loss against the factor on the rates, with the proposed one; needs matplotlib."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")

@@ -1,8 +1,8 @@
-"""Learning rates: each method's own, a number for all that is learned, or a factor on the method's own.
+"""Learning rates: the method's own, one rate for all parameters, or a factor on the method's own.
 
-A soft prompt's values live on the scale of the model's own embeddings, keys and values, which differ between models and
-from each other, so no one rate suits all. `SoftPrompt.learning_rates` tells a method's; what is trained beside it (a
-task's head, LoRA) has a rate of its own.
+A soft prompt's values are on the scale of the model's own embeddings, keys and values, which differ from each other and
+between models, so no single rate suits all. `SoftPrompt.learning_rates` gives a method's rates; other trained
+parameters (a task head, LoRA) have a separate rate.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from softkv.hf.task_heads import SavedModules, head_of
 from softkv.io.model import SoftModel
 from softkv.methods.base import SoftPrompt
 
-# What a task's class adds to its base, drawn at random; and all else that is pretrained, or LoRA's matrices.
+# For randomly initialised modules added by a task class; and for everything pretrained, and LoRA's matrices.
 HEAD_RATE = 1e-2
 OTHERS_RATE = 1e-3
-# transformers' default, made for whole models: no soft prompt learns at it.
+# transformers' default, chosen for whole models and too low for soft prompts.
 DEFAULT_OF_TRANSFORMERS: float = TrainingArguments.__dataclass_fields__["learning_rate"].default
 
 _FACTOR = re.compile(r"(?P<factor>[0-9.eE+-]+)x")
@@ -61,8 +61,8 @@ def own_rates(model: SoftModel) -> dict[int, float]:
 
 
 def prompt_names(model: nn.Module) -> set[str]:
-    """The names of parameters that are soft prompts themselves: values that stand for tokens, which decay would pull to
-    nothing. (Networks that compute them are none.)"""
+    """The names of parameters that are soft tokens, keys or values themselves, which weight decay would pull to zero.
+    Networks that compute them are not included."""
     own = {
         id(each)
         for soft in getattr(model, "adapters", {}).values()
@@ -73,7 +73,7 @@ def prompt_names(model: nn.Module) -> set[str]:
 
 
 def split_by_rate(optimizer: Any, rates: dict[int, float]) -> None:
-    """Gives each parameter of an optimizer its rate: its groups are split where rates differ."""
+    """Set the rate of each parameter of an optimizer, splitting groups with different rates."""
     groups = []
     for group in optimizer.param_groups:
         by_rate: dict[float, list[nn.Parameter]] = {}

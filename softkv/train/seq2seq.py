@@ -1,4 +1,4 @@
-"""Training of encoder-decoders that are evaluated by what they generate."""
+"""Training of encoder-decoders, evaluated by generation."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Seq2SeqTrainer(Trainer, transformers.Seq2SeqTrainer):
         """As `transformers.Seq2SeqTrainer.prediction_step`."""
         result = super().prediction_step(model, inputs, prediction_loss_only, *args, **kwargs)
         generated = getattr(self.args, "predict_with_generate", False) and not prediction_loss_only
-        if generated and result[0] is not None:  # the mean of a batch, which compute_loss has not seen
+        if generated and result[0] is not None:  # the batch's mean loss, which compute_loss did not compute
             count = (inputs["labels"] != IGNORED).sum()
             self._evaluated += torch.stack([result[0] * count, count]).to(self._evaluated)
         return result

@@ -18,10 +18,10 @@ CLASSES = {
 
 
 def classes_of(task: str, rows: Sequence[Row], answer: str) -> list[str]:
-    """The names of the classes that occur in rows, sorted; none for tasks without classes.
+    """The sorted names of the classes that occur in the rows; empty for tasks without classes.
 
     Raises:
-        ValueError: when a row has no answer, or none of the kind of the task.
+        ValueError: if a row has no answer, or one of a wrong type.
     """
     if task not in ("seq-cls", "token-cls"):
         return []
@@ -29,7 +29,7 @@ def classes_of(task: str, rows: Sequence[Row], answer: str) -> list[str]:
     for row in rows:
         value = _cell(row, answer)
         if isinstance(value, list) != (task == "token-cls"):
-            wanted = "a list, a class for each word" if task == "token-cls" else "one class a row"
+            wanted = "a list with one class per word" if task == "token-cls" else "one class per row"
             raise ValueError(f"--task {task} expects {wanted} in the column {answer!r}, got {value!r:.80}")
         found |= set(map(str, value)) if isinstance(value, list) else {str(value)}
     return sorted(found)
@@ -38,17 +38,18 @@ def classes_of(task: str, rows: Sequence[Row], answer: str) -> list[str]:
 def examples(
     task: str, tokenizer: Any, rows: Sequence[Row], *, text: str, answer: str, classes: list[str], max_length: int
 ) -> list[dict[str, Any]]:
-    """An example for the head of a task from each row.
+    """Convert each row to an example for the head of a task.
 
     Args:
         task: one of `CLASSES`.
-        text: the column of the text; of "token-cls" a list of words; of "qa" the question (of the column "context").
+        text: the column of the text; for "token-cls" of a list of words, for "qa" of the question about the column
+            "context".
         answer: the column of the class, of the words' classes, or of the answer's text (or SQuAD's "answers").
-        classes: as `classes_of` names them.
-        max_length: tokens of a row at most; what is behind is cut off.
+        classes: as returned by `classes_of`.
+        max_length: maximum number of tokens per row; longer rows are truncated.
 
     Raises:
-        ValueError: when a row has not what its task needs.
+        ValueError: if a row lacks what its task needs.
     """
     made = {"seq-cls": _of_row, "token-cls": _of_words, "qa": _of_span, "mlm": _of_text}[task]
     return [made(tokenizer, row, text, answer, classes, max_length) for row in rows]
@@ -60,7 +61,7 @@ def _of_row(tokenizer: Any, row: Row, text: str, answer: str, classes: list[str]
 
 
 def _of_words(tokenizer: Any, row: Row, text: str, answer: str, classes: list[str], longest: int) -> dict[str, Any]:
-    """The first token of each word has its class."""
+    """Label the first token of each word with the word's class."""
     words, named = _cell(row, text), _cell(row, answer)
     if not isinstance(words, list) or len(words) != len(named):
         raise ValueError(f"--task token-cls expects as many words as classes, got {words!r:.80} and {named!r:.80}")
@@ -73,16 +74,16 @@ def _of_words(tokenizer: Any, row: Row, text: str, answer: str, classes: list[st
 
 
 def _of_span(tokenizer: Any, row: Row, text: str, answer: str, classes: list[str], longest: int) -> dict[str, Any]:
-    """The tokens of the context where the answer begins and ends; the first of the row where it was cut off."""
+    """The first and last token of the answer in the context; the row's first token if the answer was truncated."""
     context, given = str(_cell(row, "context")), _cell(row, answer)
     if isinstance(given, dict):  # SQuAD's
         given, start = given["text"][0], int(given["answer_start"][0])
     else:
         given, start = str(given), context.find(str(given))
     if start < 0 or context[start : start + len(given)] != given:
-        raise ValueError(f"--task qa expects an answer that stands in the context, got {given!r:.80}")
+        raise ValueError(f"--task qa expects an answer contained in the context, got {given!r:.80}")
     encoded = tokenizer(str(_cell(row, text)), context, truncation="only_second", max_length=longest)
-    # Of sequence 1, the context: a token may hold several characters, and white space belongs to none.
+    # In sequence 1, the context. A token may span several characters, and white space belongs to none.
     inside = [encoded.char_to_token(at, sequence_index=1) for at in range(start, start + len(given))]
     tokens = [at for at in inside if at is not None]
     whole = bool(tokens) and inside[-1] is not None

@@ -84,7 +84,7 @@ def test_peft_s_files(base: Path, prompt: Path, tmp_path: Path) -> None:
         (["--text", "w3"], "which base? Give --model"),
         (["-m", "{base}", "--text", ""], "at least one token, got ''"),
         (["-m", "{base}", "--text-file", "nowhere.txt"], "No such file"),
-        (["nowhere"], "nowhere holds no soft prompt"),
+        (["nowhere"], "nowhere contains no soft prompt"),
     ],
 )
 def test_mistakes(arguments: list[str], message: str, base: Path, prompt: Path, tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ WRONG: dict[str, tuple[dict[str, Tensor | None], str]] = {
         {name: x if "keys" in name else torch.ones(1, 2, 2, 9) for name, x in CACHE.items()},
         "'v' has shape .*, 9",
     ),
-    "only a frozen part of a layer": (CACHE | {"trainable_keys.9999": torch.ones(1)}, "in every layer, not so"),
+    "only a frozen part of a layer": (CACHE | {"trainable_keys.9999": torch.ones(1)}, "in every layer, got"),
     "another number of axes": ({name: torch.ones(2) for name in CACHE}, "that don't fit together"),
     "a batch of two": (
         {name: torch.ones(2, 2, 2, 8) for name in CACHE},

@@ -266,7 +266,7 @@ UNREADABLE: dict[str, tuple[Any, str]] = {
         "answers for each row, and LlamaForCausalLM answers for each next token",
     ),
     "a tagger": (edited(task_type="TOKEN_CLS"), "answers for each token, and LlamaForCausalLM answers for each next"),
-    "a pickle": (pickled, "adapter_model.bin is a pickle, which softkv never reads. Convert it"),
+    "a pickle": (pickled, "adapter_model.bin is a pickle, which softkv never reads. If you trust it, convert it"),
     "no weights": (lambda d: (d / "adapter_model.safetensors").unlink(), "found no adapter_model.safetensors"),
     "no tensors": (with_tensors(lambda tensors: {}), "expects a tensor 'prompt_embeddings', got none"),
     "other tensors": (with_tensors(lambda tensors: {"lora_A": torch.zeros(2)}), "'prompt_embeddings', got lora_A"),

@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 from softkv.cli import app
 from softkv.profiling import peers
 from softkv.profiling.compile import TARGETS
+from softkv.profiling.instructions import pipe_of
 from softkv.profiling.machines import MACHINES
-from softkv.profiling.sass import pipe_of
 
 
 def static(*arguments: str, **terminal: str) -> subprocess.CompletedProcess[str]:
