@@ -296,7 +296,7 @@ MISTAKES: dict[str, tuple[list[Any], str]] = {
     ),
     "a length that the template says": (
         ["train", "-m", "model", "-d", "rows.jsonl", "-o", "out", "--method", "p-tuning", "--length", "3"],
-        "p-tuning takes no --length: its template says",
+        "p-tuning takes no --length: its template determines",
     ),
     "an option of another type": (
         ["train", "-m", "model", "-d", "rows.jsonl", "-o", "out", "--length", "3", "-s", "init_std=much"],

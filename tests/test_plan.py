@@ -245,7 +245,7 @@ def test_devices_split_rows_and_weights() -> None:
         (["--model", "smollm2-135m", "--dtype", "int8"], "--dtype expects bfloat16"),
         (["--model", "smollm2-135m", "--lengths", "30,x"], "--lengths expects whole numbers such as 30,45,80, got"),
         (["--model", "smollm2-135m", "--lengths", "40,0"], "tokens expects at least 1 in every row, got 0"),
-        (["--model", "smollm2-135m", "--lengths", "40,50", "-T", "9"], "--tokens and --lengths both say"),
+        (["--model", "smollm2-135m", "--lengths", "40,50", "-T", "9"], "--tokens and --lengths both set"),
         (["--model", "smollm2-135m", "--lengths", "40,50,60", "-B", "2"], "at most as many lengths as a device has"),
         (["--model", "smollm2-135m", "--lengths", "40,20"], "answer expects at most tokens = 20, got 32"),
         (["--model", "smollm2-135m", "--method", "p-tuning", "--encoder", "lstm"], "only read with method p-tuning-v2"),

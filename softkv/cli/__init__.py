@@ -2,7 +2,7 @@
 
 import typer
 
-from softkv.cli import bake, bench, evaluate, generate, inspect, methods, profile, train
+from softkv.cli import bake, bench, evaluate, generate, inspect, methods, plan, profile, train
 from softkv.cli.console import friendly
 
 app = typer.Typer(
@@ -15,7 +15,7 @@ app = typer.Typer(
 )
 app.add_typer(profile.app, name="profile")
 app.add_typer(bench.app, name="bench")
-app.command(epilog=profile.PLAN_EXAMPLES)(profile.plan)
+app.command(epilog=plan.EXAMPLES)(plan.plan)
 app.command(epilog=train.EXAMPLES)(friendly(train.train))
 app.command("eval", epilog=evaluate.EXAMPLES)(friendly(evaluate.evaluate))
 app.command(epilog=generate.EXAMPLES)(friendly(generate.generate))

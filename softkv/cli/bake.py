@@ -31,23 +31,23 @@ class Format(str, Enum):
 def bake(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the prefix.")],
     adapter: Annotated[
-        str | None, typer.Argument(help="Soft tokens that stand before the input: a folder, or an id on the Hub.")
+        str | None, typer.Argument(help="Adapter with soft tokens before the input: a folder, or an id on the Hub.")
     ] = None,
     text: Annotated[str | None, typer.Option(help="A text to bake instead; - reads it from standard input.")] = None,
     text_file: Annotated[Path | None, typer.Option(help="A file with the text.")] = None,
-    template: Annotated[str | None, typer.Option(help="Layout of a row that follows the text.")] = None,
+    template: Annotated[str | None, typer.Option(help="Layout of the rows after the text.")] = None,
     model: Annotated[
         str | None, typer.Option("--model", "-m", help="Base: a folder or an id on the Hugging Face Hub.")
     ] = None,
-    format: Annotated[Format, typer.Option(help="Whose files to write.")] = Format.SOFTKV,
-    dtype: Annotated[str, typer.Option(help="Of the base: auto, float32, bfloat16 or float16.")] = "auto",
+    format: Annotated[Format, typer.Option(help="File format to write.")] = Format.SOFTKV,
+    dtype: Annotated[str, typer.Option(help="Dtype of the base: auto, float32, bfloat16 or float16.")] = "auto",
     device: Annotated[str | None, typer.Option(help="cpu, cuda...; by default the first accelerator.")] = None,
 ) -> None:
-    """Turn what precedes every input (soft tokens, a text or a document) into a prefix that gives the same answers."""
+    """Convert what precedes every input (soft tokens, a text or a document) to a prefix with the same outputs."""
     if [adapter, text, text_file].count(None) != 2:
         fail("bake expects one of: an adapter, --text, --text-file")
     if adapter is not None and template is not None:
-        fail("--template is for texts: an adapter has its own")
+        fail("--template is only for texts: an adapter has its own")
     if adapter is None and model is None:
         fail("which base? Give --model")
     if text_file is not None:

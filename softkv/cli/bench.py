@@ -1,4 +1,4 @@
-"""`softkv bench`: softkv measured beside what it replaces, on this machine. The benchmarks are `softkv.benchmarks`."""
+"""`softkv bench`: softkv compared with what it replaces, on this machine. The benchmarks are in `softkv.benchmarks`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from softkv.benchmarks.tables import Grid
 
 app = typer.Typer(
-    help="Measure softkv beside what it replaces, on this machine.",
+    help="Compare softkv with what it replaces, on this machine.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -36,9 +36,9 @@ class DeviceName(str, Enum):
 
 
 Output = Annotated[
-    Path, typer.Option("--output", "-o", help="Folder of the results; cases measured before stay, others are added.")
+    Path, typer.Option("--output", "-o", help="Folder for the results; results of other cases in it are kept.")
 ]
-Cases = Annotated[list[str] | None, typer.Option("--case", help="Cases to run, by name; * stands for anything.")]
+Cases = Annotated[list[str] | None, typer.Option("--case", help="Cases to run, by name; * matches anything.")]
 OnlyList = Annotated[bool, typer.Option("--list", help="Print the names of the cases.")]
 OnDevice = Annotated[DeviceName, typer.Option(help="cuda selects the large sweep.")]
 Quick = Annotated[bool, typer.Option("--quick", help="Tiny sizes: a smoke test, not a measurement.")]
@@ -52,16 +52,16 @@ def attention(
     device: OnDevice = DeviceName.CPU,
     shape: Annotated[
         list[str] | None,
-        typer.Option("--shape", help="Shapes of your own in place of the sweep's: B=8,H=32,G=8,T=2048,P=128,D=128."),
+        typer.Option("--shape", help="Custom shapes instead of the sweep's: B=8,H=32,G=8,T=2048,P=128,D=128."),
     ] = None,
     seconds: Annotated[float | None, typer.Option(min=0.0, help="Time for each case's samples.")] = None,
     output: Output = FOLDER,
     quick: Quick = False,
     only_list: OnlyList = False,
 ) -> None:
-    """The op: time, memory, part of the machine's peak, and how they grow.
+    """The op: time, memory, share of the machine's peak, and scaling.
 
-    A shape of your own is measured forward and forward + backward; with T=1 as decoding, S=… cached tokens."""
+    Custom shapes are measured forward and forward + backward; with T=1 as decoding, with S=… cached tokens."""
     from dataclasses import replace
 
     from softkv.benchmarks import attention as benchmark
@@ -90,7 +90,7 @@ def train(
     quick: Quick = False,
     only_list: OnlyList = False,
 ) -> None:
-    """A training step on SmolLM2-135M-Instruct, beside PEFT and beside the floor."""
+    """A training step on SmolLM2-135M-Instruct, compared with PEFT and with the floor."""
     from softkv.benchmarks import train as benchmark
     from softkv.benchmarks.model_jobs import ModelSettings
 
@@ -111,7 +111,7 @@ def generate(
     quick: Quick = False,
     only_list: OnlyList = False,
 ) -> None:
-    """Generating behind a long shared prefix on SmolLM2-135M-Instruct, beside PEFT and beside no prefix."""
+    """Generation after a long shared prefix on SmolLM2-135M-Instruct, compared with PEFT and with no prefix."""
     from softkv.benchmarks import generate as benchmark
     from softkv.benchmarks.model_jobs import ModelSettings
 
@@ -132,7 +132,7 @@ def adapters(
     quick: Quick = False,
     only_list: OnlyList = False,
 ) -> None:
-    """Rows of one batch that name 1 to 16 different adapters, beside one adapter after the other, in PEFT too."""
+    """A batch with 1 to 16 different adapters, compared with one adapter after another, also in PEFT."""
     from softkv.benchmarks import adapters as benchmark
     from softkv.benchmarks.model_jobs import ModelSettings
 
@@ -145,16 +145,16 @@ def adapters(
 @app.command()
 @friendly
 def gpu(
-    minutes: Annotated[float, typer.Option(min=0.1, help="Time for everything.")] = 9.0,
+    minutes: Annotated[float, typer.Option(min=0.1, help="Total time.")] = 9.0,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the results.")] = Path("runs/gpu"),
     part: Annotated[list[str] | None, typer.Option("--part", help="Only these parts, by name.")] = None,
     processes: Annotated[
-        int | None, typer.Option(min=1, help="That compile and test.  [default: cores, 16 at most]")
+        int | None, typer.Option(min=1, help="Processes that compile and test. [default: cores, at most 16]")
     ] = None,
-    again: Annotated[bool, typer.Option("--again", help="Measure anew what an earlier run measured.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Repeat the measurements of earlier runs.")] = False,
     quick: Annotated[
         bool,
-        typer.Option("--quick", help="Tiny jobs on a CPU, kernels interpreted: shows that it works."),
+        typer.Option("--quick", help="Tiny jobs on a CPU with interpreted kernels: a smoke test."),
     ] = False,
     only_list: Annotated[bool, typer.Option("--list", help="Print the names of the parts.")] = False,
 ) -> None:
@@ -176,16 +176,16 @@ def gpu(
 @app.command()
 @friendly
 def report(output: Output = FOLDER) -> None:
-    """Make the plots and report.html of the results in a folder anew."""
+    """Regenerate the plots and report.html from the results in a folder."""
     from softkv.benchmarks import report
 
     if not any(output.glob("*.json")):
-        fail(f"{output} holds no results: softkv bench attention, train and generate put theirs there")
+        fail(f"{output} contains no results: run softkv bench attention, train or generate first")
     out.print(f"report: {report.write(output)}")
 
 
 def _collect(name: str, records: Iterable[tuple[str, Any]], folder: Path, known: list[str]) -> dict[str, Any]:
-    """Prints each record as it comes and adds it to the benchmark's file; at last the report."""
+    """Print each record and add it to the benchmark's file, then write the report."""
     from softkv.benchmarks import report
     from softkv.benchmarks.results import merge
     from softkv.benchmarks.tables import GRIDS

@@ -1,4 +1,4 @@
-"""`--config`: the values of a file become the defaults of options, which click then reads and checks as flags."""
+"""`--config`: the values of a file become the defaults of options, which click then parses like flags."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _configured(context: typer.Context, path: Path | None) -> Path | None:
     for key, value in values.items():
         name = names.get(key.replace("-", "_"))
         if name is None:
-            fail(f"{path} sets {key!r}, which is no option of this command: see softkv {context.info_name} --help")
+            fail(f"{path} sets {key!r}, which is not an option of this command: see softkv {context.info_name} --help")
         if isinstance(value, dict):
             value = [f"{key}={one if isinstance(one, str) else json.dumps(one)}" for key, one in value.items()]
         defaults[name] = value
@@ -42,18 +42,18 @@ def _parse(path: Path) -> dict[str, Any]:
             import tomllib
 
             values: Any = tomllib.loads(text)
-        elif path.suffix in (".yaml", ".yml", ".json"):  # JSON is YAML, but for 1e-3
+        elif path.suffix in (".yaml", ".yml", ".json"):  # JSON is YAML, except for 1e-3
             import yaml
 
             values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
         else:
             raise ValueError("it is neither .yaml, .toml nor .json")
     except ModuleNotFoundError:
-        raise ValueError(f"{path} is TOML, which Python reads from 3.11 on: write YAML or JSON") from None
-    except Exception as error:  # of three parsers
+        raise ValueError(f"{path} is TOML, which needs Python 3.11: use YAML or JSON") from None
+    except Exception as error:  # from any of three parsers
         raise ValueError(f"{path} can't be read as options: {error}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{path} holds no options: expected name: value")
+        raise ValueError(f"{path} contains no options: expected name: value")
     return values
 
 

@@ -1,4 +1,4 @@
-"""What every command prints to, and its one-line errors."""
+"""Output and one-line errors of every command."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def friendly(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-# Packages that only some commands need → what of softkv brings them.
+# Packages that only some commands need → softkv's extra that installs them.
 _EXTRAS = {"matplotlib": "plots", "peft": "bench", "psutil": "bench", "gguf": "demo", "datasets": "data"}
 
 

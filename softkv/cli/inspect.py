@@ -27,7 +27,7 @@ Examples:
 def inspect(
     adapter: Adapter,
     on: Annotated[
-        str | None, typer.Option(help="Rows (as train's --data): also show how much attention goes to the prefix.")
+        str | None, typer.Option(help="Rows (like train's --data): also show how much attention goes to the prefix.")
     ] = None,
     model: Model = None,
     prompt: Prompt = None,
@@ -35,18 +35,18 @@ def inspect(
     field: Fields = None,
     verbalizer: Verbalizers = None,
     split: Split = "test",
-    limit: Annotated[int, typer.Option(min=1, help="Rows to look at.")] = 16,
-    plot: Annotated[Path | None, typer.Option(help="Draw the attention of each layer and head to this file.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="Number of rows to use.")] = 16,
+    plot: Annotated[Path | None, typer.Option(help="Plot the attention of each layer and head to this file.")] = None,
     dtype: Dtype = "auto",
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
     """Show a soft prompt's method, settings, shapes, number of values and base, without loading the base.
 
-    With --on, the base is loaded, and the part of attention that goes to the prefix is shown for each layer."""
+    With --on, load the base and show the share of attention that goes to the prefix, per layer."""
     config, shapes = describe_adapter(adapter)
     if plot is not None and on is None:
-        fail("--plot expects rows to look at: give --on")
+        fail("--plot expects rows: give --on")
     mass: list[list[float]] | None = None
     if on is not None:
         mass = _attention_mass(
@@ -69,7 +69,7 @@ def inspect(
     table.add_row("values", f"{values:,}")
     for name, shape in shapes.items():
         table.add_row("", f"{name} {escape(str(shape))}")
-    kept = "for inference" if config["folded"] else "to train on: networks are kept"
+    kept = "for inference" if config["folded"] else "for further training: networks are kept"
     table.add_row("format", f"{config['format']}, {kept}")
     out.print(table)
     if mass is not None:
@@ -103,7 +103,7 @@ def _attention_mass(
 
 
 def _mass_table(mass: list[list[float]]) -> Table:
-    table = Table("layer", box=None, title="part of attention that goes to the prefix", title_justify="left")
+    table = Table("layer", box=None, title="share of attention that goes to the prefix", title_justify="left")
     for name in ("mean", "least head", "most"):
         table.add_column(name, justify="right")
     for layer, heads in enumerate(mass):
@@ -112,7 +112,7 @@ def _mass_table(mass: list[list[float]]) -> Table:
 
 
 def _draw(mass: list[list[float]], path: Path) -> None:
-    """Layers downwards, heads to the right."""
+    """Draw layers downwards and heads to the right."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(2 + 0.3 * len(mass[0]), 1.5 + 0.16 * len(mass)), layout="constrained")

@@ -1,4 +1,4 @@
-"""What commands load: a base and its tokenizer, and a soft prompt on it."""
+"""Loading for commands: a base and its tokenizer, and a soft prompt on it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def check_base(name: str, dtype: str) -> bool:
-    """Whether the Hub is to be asked for a base; one line and the end where there is no such base."""
+    """Whether the base must come from the Hub; fails with one line if there is no such base."""
     if dtype not in DTYPES:
         fail(f"--dtype expects {', '.join(DTYPES[:-1])} or {DTYPES[-1]}, got {dtype!r}")
     if Path(name).is_dir():
@@ -34,8 +34,8 @@ def load_base(
     task: str | None = None,
     classes: list[str] | None = None,
 ) -> tuple[Any, Any]:
-    """A causal LM, or a model with the head of a task for these classes, and its tokenizer. `online` is what
-    `check_base` said, where it was asked before."""
+    """A causal LM, or a model with the head of a task for these classes, and its tokenizer. `online` is the result of
+    `check_base`, if it was called before."""
     if online is None:
         online = check_base(name, dtype)
     model = load_model(name, dtype, online=online, task=task, classes=classes)
@@ -55,7 +55,7 @@ def load_model(
 ) -> Any:
     """A causal LM, or a model with the head of a task for these classes."""
     if online is None:
-        online = check_base(name, dtype)  # before seconds are spent on imports
+        online = check_base(name, dtype)  # before slow imports
 
     import transformers
 
@@ -72,7 +72,7 @@ def load_model(
 
 
 def find_device(device: str | None) -> str:
-    """A device that torch can put tensors on; None takes the accelerator, if there is one."""
+    """A device that torch can use; None: the accelerator, if there is one."""
     import torch
 
     if device is None:
@@ -80,27 +80,27 @@ def find_device(device: str | None) -> str:
         return found.type if found is not None else "cpu"
     try:
         torch.empty(1, device=device)
-    except (AssertionError, RuntimeError) as error:  # unknown to torch, or out of its reach
+    except (AssertionError, RuntimeError) as error:  # unknown to torch, or not available
         reason = str(error).strip().splitlines()[0]
-        fail(f"--device expects a device that this machine's torch can put the model on, got {device!r}: {reason}")
+        fail(f"--device expects a device that torch can use on this machine, got {device!r}: {reason}")
     return device
 
 
 def on_device(model: Any, device: str | None) -> Any:
-    """The model on a device; None takes the accelerator, if there is one."""
+    """The model on a device; None: the accelerator, if there is one."""
     device = find_device(device)
     try:
         return model.to(device)
-    except RuntimeError as error:  # too small
+    except RuntimeError as error:  # out of memory
         reason = str(error).strip().splitlines()[0]
-        fail(f"the base does not go on --device {device}: {reason}")
+        fail(f"the base can't be moved to --device {device}: {reason}")
 
 
 def load_adapter(adapter: str, model: str | None, dtype: str, device: str | None) -> tuple[SoftModel, Any]:
     """A soft prompt on its base (or on the one given) and the base's tokenizer."""
     name = model or describe_adapter(adapter)[0]["base"]["name"]
     if not name:
-        fail("the soft prompt doesn't say what its base is called: give --model")
+        fail("the soft prompt does not name its base: give --model")
     online = check_base(name, dtype)
     device = find_device(device)
 

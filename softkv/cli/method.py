@@ -9,7 +9,7 @@ from softkv.cli.options import pairs
 
 
 def method_of(name: str, settings: list[str] | None, **flags: Any) -> Any:
-    """The method with its options, from --set and from flags of their own (None where they were not given)."""
+    """The method with its options, from --set and from dedicated flags (None if not given)."""
     from dataclasses import fields
 
     from softkv.methods import METHODS
@@ -17,7 +17,7 @@ def method_of(name: str, settings: list[str] | None, **flags: Any) -> Any:
     given = {key: value for key, value in flags.items() if value is not None}
     options = pairs(settings, "--set") | given
     for key in {"template", "init_text"} & options.keys():
-        options[key] = str(options[key]).replace("\\n", "\n")  # a shell has no easy way to write a new line
+        options[key] = str(options[key]).replace("\\n", "\n")  # a shell has no easy way to write a newline
     known = [one.name for one in fields(METHODS[name])]  # type: ignore[arg-type]
     _check_names(name, options, given, known)
     if "init_text" in options:
@@ -26,12 +26,12 @@ def method_of(name: str, settings: list[str] | None, **flags: Any) -> Any:
         options["template"] = _with_soft_tokens(options["template"])
     try:
         return METHODS[name](**options)
-    except TypeError as error:  # a text where a number belongs
+    except TypeError as error:  # such as a text instead of a number
         fail(f"{name} can't use {', '.join(f'{key}={value!r}' for key, value in options.items())}: {error}")
 
 
 def _with_soft_tokens(template: str) -> str:
-    """A template for p-tuning: one that has no soft tokens gets those of the default in front of its answer."""
+    """A template for p-tuning: one without soft tokens gets the default ones before its answer."""
     from softkv.methods.p_tuning import SOFT_TOKENS
     from softkv.methods.template import Template
 
@@ -43,7 +43,7 @@ def _with_soft_tokens(template: str) -> str:
 
 def _check_names(name: str, options: dict[str, Any], given: dict[str, Any], known: list[str]) -> None:
     if name == "p-tuning" and "length" in options:
-        fail("p-tuning takes no --length: its template says how many soft tokens there are, [P1][P2]...")
+        fail("p-tuning takes no --length: its template determines the number of soft tokens, [P1][P2]...")
     if name == "p-tuning" and "init_text" in options:
         fail("p-tuning takes no --init-text: its encoder can read a text, --set prompt_text='...'")
     if unknown := sorted(options.keys() - set(known)):

@@ -32,14 +32,14 @@ Preset = Enum("Preset", {name: name for name in PRESETS}, type=str)  # type: ign
 
 def methods(
     method: Annotated[
-        str | None, typer.Argument(parser=method_name, metavar="METHOD", help="Explain this one alone.")
+        str | None, typer.Argument(parser=method_name, metavar="METHOD", help="Explain only this one.")
     ] = None,
     model: Annotated[Preset, typer.Option("--model", "-m", help="Count the values for this base.")] = Preset(  # noqa: B008
         "smollm2-135m"
     ),
     length: Annotated[int, typer.Option(min=1, help="Soft tokens or slots to count.")] = 32,
 ) -> None:
-    """Explain the methods: why one takes each, how many values it learns, and its options (for --set)."""
+    """Explain the methods: when to use each, how many values it learns, and its options (for --set)."""
     from dataclasses import MISSING, fields
 
     from softkv.methods import METHODS
@@ -62,7 +62,7 @@ def methods(
 
 
 def shape_of(config: dict[str, Any]) -> BaseShape:
-    """The sizes that decide the shapes of learned values, of a base with these fields in its config."""
+    """The sizes that determine the shapes of learned values, for a base with these fields in its config."""
     from softkv.methods.base import BaseShape
 
     width, vocabulary = config["hidden_size"], config["vocab_size"]
@@ -72,14 +72,14 @@ def shape_of(config: dict[str, Any]) -> BaseShape:
 
 
 def learned_values(config: type[Method], shape: BaseShape, length: int) -> int:
-    """How many values the method trains on a base of this shape."""
+    """The number of values that the method trains on a base of this shape."""
     from softkv.methods.placeholder import Placeholder
 
     return sum(parameter.numel() for parameter in config.of_length(length).build(Placeholder(shape)).parameters())
 
 
 def explained(config: type) -> dict[str, str]:
-    """What each option is, from the docstring's Args."""
+    """The explanation of each option, from the docstring's Args."""
     doc = inspect.cleandoc(config.__doc__ or "")
     block = textwrap.dedent(doc.partition("Args:\n")[2].partition("\n\n")[0])
     entries = re.findall(r"^(\w+): (.*(?:\n .*)*)", block, re.MULTILINE)

@@ -1,4 +1,4 @@
-"""Options that several commands have, and how they are read."""
+"""Options shared by several commands, and their parsing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from softkv.cli.console import fail
 
 
 def method_name(text: str) -> str:
-    """A name that is in `softkv.methods.METHODS`, which is read as late as this: it imports torch."""
+    """A name in `softkv.methods.METHODS`, which is imported lazily because it imports torch."""
     from softkv.methods import METHODS
 
     if text not in METHODS:

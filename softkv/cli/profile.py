@@ -1,4 +1,4 @@
-"""`softkv profile …`: kernels judged from their machine code, and steps traced as they run."""
+"""`softkv profile …`: static analysis of kernels, traces of real steps, host time."""
 
 from __future__ import annotations
 
@@ -15,17 +15,10 @@ from rich.table import Table
 
 from softkv.cli.console import err, fail, friendly, out
 from softkv.cli.options import MethodName
-from softkv.cli.strategies import show as show_strategies
-from softkv.cli.units import in_bytes, in_flops
-
-PLAN_EXAMPLES = """Examples:
-
-    softkv plan --model llama-3.1-405b --length 128 --batch 64 --devices 16
-
-    softkv plan --model llama-3.1-70b --batch 1 --tokens 1000000 -P 16384 --checkpointing --devices 8 --strategies"""
+from softkv.cli.units import in_bytes
 
 app = typer.Typer(
-    help="What kernels and steps cost: static bounds from machine code, traces of real runs.",
+    help="Costs of kernels and steps: static bounds from machine code, traces of real runs.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -46,12 +39,14 @@ class TargetName(str, Enum):
 @friendly
 def static(
     kernel: Annotated[
-        str | None, typer.Argument(help="path.py:kernel, a kernel of your own; without it softkv's and its peers'.")
+        str | None, typer.Argument(help="path.py:kernel, your own kernel; default: softkv's and peers'.")
     ] = None,
-    target: Annotated[list[TargetName] | None, typer.Option(help="Repeat for several; all without it.")] = None,
+    target: Annotated[list[TargetName] | None, typer.Option(help="Repeat for several.  [default: all]")] = None,
     dim: Annotated[list[int] | None, typer.Option(help="Head dims.  [default: 128]", show_default=False)] = None,
     dtype: Annotated[str, typer.Option(help="bf16 or fp16.")] = "bf16",
-    only: Annotated[str | None, typer.Option(help="Kernels whose name holds this: forward, dq, dkv, decode…")] = None,
+    only: Annotated[
+        str | None, typer.Option(help="Kernels whose name contains this: forward, dq, dkv, decode…")
+    ] = None,
     signature: Annotated[
         str, typer.Option(help="Your kernel's types, in order: *bf16,*fp32,i32,i32:16,fp32,tensordesc<bf16[128,64]>.")
     ] = "",
@@ -60,22 +55,22 @@ def static(
     num_stages: Annotated[int, typer.Option(min=1, help="Your kernel's pipeline stages.")] = 2,
     scores: Annotated[
         int | None,
-        typer.Option(min=1, help="Query × key pairs of a pass of your kernel's loop, such as BLOCK_M·BLOCK_N."),
+        typer.Option(min=1, help="Query × key pairs per pass of your kernel's loop, such as BLOCK_M·BLOCK_N."),
     ] = None,
-    with_peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Other attention kernels, too.")] = True,
+    with_peers: Annotated[bool, typer.Option("--peers/--no-peers", help="Include other attention kernels.")] = True,
     loops: Annotated[bool, typer.Option("--loops", help="Show the instruction mix of every loop.")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print JSON: every loop's mix and cycles, and the rates.")
     ] = False,
-    html: Annotated[Path | None, typer.Option(help="Write the table as an HTML page, too.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Also write the table as an HTML page.")] = None,
 ) -> None:
-    """Judge kernels without a GPU: registers, memories, occupancy, spills, and bounds from the machine code.
+    """Analyse kernels without a GPU: registers, memory, occupancy, spills, and bounds from the machine code.
 
-    Bounds are static: fractions of the tensor peak that the instructions allow, never a measured time."""
+    Bounds are static: fractions of the tensor peak that the instructions allow, not measured times."""
     from softkv.kernels.launch import interpreter_enabled
 
     if interpreter_enabled():
-        fail("TRITON_INTERPRET is set, and the interpreter has nothing to compile: unset it")
+        fail("unset TRITON_INTERPRET: the interpreter does not compile kernels")
     import triton
 
     from softkv.profiling import peers, user_kernel
@@ -90,7 +85,7 @@ def static(
     notes: list[str] = []
     if kernel is None:
         if signature or constexprs:
-            fail("--signature and --constexprs describe a kernel of your own: give path.py:kernel")
+            fail("--signature and --constexprs describe your own kernel: give path.py:kernel")
         groups = ([subject] for subject in judge.own(targets, dim or [128], dtype))
         if with_peers:
             groups = itertools.chain(groups, peers.subjects(targets, dim or [128], dtype))
@@ -151,15 +146,15 @@ def _show(rows: list[dict[str, Any]], loops: bool, html: Path | None) -> None:
 
 WIDE = 260
 NOTE = (
-    "Cycles of one multiprocessor for one tile, by pipe. overlap: all hides behind the fullest pipe; serial: matrix "
-    "work and arithmetic take turns; fractions of the tensor peak (*: matrix work from the tile's size, not from the "
-    "binary). work: matrix products done for each that is needed. exp, instr/score: exponentials and instructions a "
-    "lane for one query and key. Nothing here is a measured time."
+    "Cycles of one multiprocessor for one tile, by pipe. overlap: all is hidden behind the busiest pipe; serial: "
+    "matrix work and arithmetic alternate; fractions of the tensor peak (*: matrix work from the tile's size, not the "
+    "binary). work: matrix products done for each one needed. exp, instr/score: exponentials and instructions per "
+    "lane for one query and key. These are not measured times."
 )
 
 
 def _block(cells: dict[str, str]) -> str:
-    """A row where the terminal is too narrow for the table."""
+    """A row, if the terminal is too narrow for the table."""
     name = f"[bold]{escape(cells.pop('kernel'))}[/] for {cells.pop('target')}"
     return f"{name}: {'; '.join(f'{heading} {escape(cell)}' for heading, cell in cells.items())}\n"
 
@@ -176,11 +171,6 @@ def _mixes(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
-class EncoderName(str, Enum):
-    LSTM = "lstm"
-    ATTENTION = "attention"
-
-
 class What(str, Enum):
     TRAIN = "train"
     GENERATE = "generate"
@@ -192,18 +182,18 @@ class What(str, Enum):
 @friendly
 def trace(
     model: Annotated[str, typer.Option("--model", "-m", help="Folder or Hugging Face Hub id of the base.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of trace.json and memory.png.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for trace.json and memory.png.")],
     what: Annotated[What, typer.Option(help="Training steps, or one generation.")] = What.TRAIN,
     method: MethodName = "p-tuning-v2",
     length: Annotated[int, typer.Option("--length", "-P", min=1, help="Slots, or soft tokens.")] = 64,
     batch: Annotated[int, typer.Option("--batch", "-B", min=1, help="Rows of random tokens.")] = 8,
-    tokens: Annotated[int, typer.Option("--tokens", "-T", min=2, help="Of a row.")] = 256,
-    answer: Annotated[int, typer.Option(min=1, help="Tokens of a row that have a label.")] = 16,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps in the profile, after one that is not.")] = 2,
+    tokens: Annotated[int, typer.Option("--tokens", "-T", min=2, help="Tokens per row.")] = 256,
+    answer: Annotated[int, typer.Option(min=1, help="Labelled tokens per row.")] = 16,
+    steps: Annotated[int, typer.Option(min=1, help="Profiled training steps, after one that is not.")] = 2,
     new_tokens: Annotated[int, typer.Option(min=1, help="To generate.")] = 16,
     top: Annotated[int, typer.Option(min=1, help="Operations in the table.")] = 15,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda…; the accelerator, if there is one.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda…; default: the accelerator, if there is one.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Trace real training steps or a generation: named ranges, top operations, a Chrome trace, memory over time."""
@@ -234,7 +224,7 @@ def trace(
     on_accelerator = content["device"] != "cpu"
     time, own = ("device", "own_device") if on_accelerator else ("host", "own_host")
     for title, lines, key in (("Ranges", content["ranges"], time), ("Operations", content["operations"][:top], own)):
-        table = Table("", "calls", "ms", "ms without what is inside", title=title, title_justify="left")
+        table = Table("", "calls", "ms", "own ms", title=title, title_justify="left")
         table.columns[0].overflow = "fold"
         for column in table.columns[1:]:
             column.justify = "right"
@@ -245,120 +235,6 @@ def trace(
     out.print(f"trace: {output / 'trace.json'} (ui.perfetto.dev)\nmemory: {output / 'memory.png'}", soft_wrap=True)
 
 
-def _lengths(text: str) -> tuple[int, ...]:
-    """`30,45,80`"""
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        fail(f"--lengths expects whole numbers such as 30,45,80, got {text!r}")
-
-
-@friendly
-def plan(
-    model: Annotated[
-        str,
-        typer.Option("--model", "-m", help="Folder with a config.json, id on the Hub, or a preset: llama-3.1-405b…"),
-    ],
-    method: MethodName = "p-tuning-v2",
-    length: Annotated[int, typer.Option("--length", "-P", min=1, help="Slots, or soft tokens.")] = 64,
-    batch: Annotated[int, typer.Option("--batch", "-B", min=1, help="Rows of a step, over all devices.")] = 16,
-    tokens: Annotated[
-        int | None,
-        typer.Option("--tokens", "-T", min=1, help="Of a row, prompt and answer.  [default: 1024]", show_default=False),
-    ] = None,
-    lengths: Annotated[
-        str | None,
-        typer.Option(
-            metavar="30,45,80",
-            help="Tokens of rows that differ, in place of --tokens: rows take these in turn. softkv packs them, the "
-            "concatenating way pads to the longest.",
-        ),
-    ] = None,
-    answer: Annotated[int, typer.Option(min=1, help="Tokens of a row that have a label.")] = 32,
-    encoder: Annotated[
-        EncoderName | None, typer.Option(help="P-tuning v2 that makes K and V of each row from its prompt.")
-    ] = None,
-    dtype: Annotated[str, typer.Option(help="Of the frozen base: bfloat16, float16 or float32.")] = "bfloat16",
-    devices: Annotated[int, typer.Option(min=1, help="Rows and frozen weights are split evenly over them.")] = 1,
-    checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Run each layer again in backward.")] = False,
-    target: Annotated[TargetName, typer.Option(help="Whose Triton kernels' own memory to count.")] = TargetName.SM_90,
-    strategies: Annotated[
-        bool,
-        typer.Option("--strategies", help="A device by DDP, FSDP2 and tensor parallelism, and what it receives."),
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """What a training step would take, from a model's config alone: bytes and FLOPs, beside the concatenating way."""
-    import torch
-
-    from softkv.profiling import plan as planning
-
-    if dtype not in ("bfloat16", "float16", "float32"):
-        fail(f"--dtype expects bfloat16, float16 or float32, got {dtype!r}")
-    if tokens is not None and lengths is not None:
-        fail("--tokens and --lengths both say how long rows are: give one of them")
-    with err.status(f"running the step of {escape(model)} without values…"):
-        job = planning.PlannedStep(
-            planning.config_of(model),
-            method,
-            length,
-            batch,
-            (tokens or 1024) if lengths is None else _lengths(lengths),
-            answer,
-            getattr(torch, dtype),
-            1 if strategies else devices,
-            checkpointing,
-            None if encoder is None else encoder.value,
-            target.value,
-        )
-        if strategies:
-            show_strategies(model, job, devices, as_json=as_json)
-            return
-        content = planning.report(job, planning.plan(job))
-    if as_json:
-        print(json.dumps(content, indent=1))
-        return
-    _show_plan(model, content)
-
-
-PLAN_ROWS = {
-    "parameters": "frozen base",
-    "trainable": "trained values, gradients, Adam",
-    "prefix": "prefix K/V",
-    "activations": "activations",
-    "workspace": "workspace of the backward",
-    "kernels": "workspace of attention kernels",
-    "total": "training step",
-    "kv_cache": "K/V cache when generating",
-    "forward_flops": "forward",
-    "backward_flops": "backward",
-    "attention_flops": "of both, attention",
-}
-
-
-def _show_plan(model: str, content: dict[str, Any]) -> None:
-    settings = content["settings"]
-    tokens, encoder, devices = settings["tokens"], settings["encoder"], settings["devices"]
-    title = (
-        f"{model}, {settings['method']}{f' ({encoder} encoder)' if encoder else ''} P={settings['length']}, "
-        f"B={settings['batch']} T={tokens if isinstance(tokens, int) else ','.join(map(str, tokens))}, "
-        f"{settings['dtype']}, a step{f' on each of {devices} devices' if devices > 1 else ''}"
-    )
-    softkv, other = content["costs"]["softkv"], content["costs"].get("concatenating")
-    table = Table("", "softkv", "concatenating", "", title=escape(title), title_justify="left")
-    for column in table.columns[1:]:
-        column.justify = "right"
-    for key, label in PLAN_ROWS.items():
-        size = in_flops if key.endswith("flops") else in_bytes
-        ratio = f"{other[key] / softkv[key]:.2f}×" if other and softkv[key] else ""
-        style = "bold" if key == "total" else None
-        table.add_row(label, size(softkv[key]), size(other[key]) if other else "not possible", ratio, style=style)
-    out.print(table)
-    out.print(
-        "Counted on the shapes of tensors, not measured; what an allocator rounds up and a driver keeps comes on top."
-    )
-
-
 @app.command(epilog="Example:\n\n    softkv profile host --calls 1000")
 @friendly
 def host(
@@ -366,9 +242,9 @@ def host(
     calls: Annotated[int, typer.Option(min=15, help="Timed calls of each kind.")] = 300,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Host time of a call of the op by stage, beside scaled_dot_product_attention.
+    """Host time of a call of the op by stage, compared with scaled_dot_product_attention.
 
-    Without a GPU the Triton engine runs in front of a driver that launches nothing."""
+    Without a GPU, the Triton engine runs with a driver that launches nothing."""
     import torch
 
     from softkv.profiling import host as measuring
@@ -376,14 +252,14 @@ def host(
     if device not in (None, "cpu", "cuda"):
         fail(f"--device expects cpu or cuda, got {device!r}")
     if device == "cuda" and not torch.cuda.is_available():
-        fail("--device cuda expects a CUDA or ROCm device: without one, --device cpu measures what comes before it")
+        fail("--device cuda expects a CUDA or ROCm device: without one, --device cpu measures the host's part")
     where = device or ("cuda" if torch.cuda.is_available() else "cpu")
     records = [measuring.measure(mode, where, calls) for mode in measuring.MODES]
     if as_json:
         print(json.dumps(records, indent=1))
         return
     stages = list(records[0]["stages"])
-    title = f"Microseconds of host time a call, {where}" + (", a driver that launches nothing" * (where == "cpu"))
+    title = f"Microseconds of host time per call, {where}" + (", a driver that launches nothing" * (where == "cpu"))
     table = Table("", "softkv", *stages, "SDPA", "ratio", title=title, title_justify="left")
     for column in table.columns[1:]:
         column.justify = "right"

@@ -10,11 +10,11 @@ from softkv.cli.console import err, fail, out
 from softkv.cli.options import pairs
 
 WARM_UP = 0.1  # of all steps
-LEAST_STEPS = 200  # where neither steps nor epochs are given: few rows are read several times
+LEAST_STEPS = 200  # if neither steps nor epochs are given, so that few rows are read several times
 
 
 def checked_rate(learning_rate: str, arg: list[str] | None) -> float | str:
-    """--learning-rate, or the one that --arg sets over it."""
+    """--learning-rate, unless --arg overrides it."""
     given = {name.replace("-", "_"): text for name, text in pairs(arg, "--arg", parse=False).items()}
     text = given.get("learning_rate", learning_rate)
     if text == "auto":
@@ -29,12 +29,12 @@ def checked_rate(learning_rate: str, arg: list[str] | None) -> float | str:
 
 
 def default_steps(rows: int, rows_a_step: int) -> int:
-    """Steps of a run that says nothing of them: one pass over the rows, or as many passes as make 200 steps."""
+    """The default number of steps: one epoch, or as many as make 200 steps."""
     return max(LEAST_STEPS, -(-rows // rows_a_step))
 
 
 def propose(trainer: Any, learning_rate: float | str, output: Path) -> None:
-    """Prints the rate that a range test proposes, and draws its curve."""
+    """Print the rate that a range test proposes, and plot its curve."""
     from softkv.train.range_test import draw, range_test
 
     result = range_test(trainer)
@@ -47,6 +47,6 @@ def propose(trainer: Any, learning_rate: float | str, output: Path) -> None:
     try:
         output.mkdir(parents=True, exist_ok=True)
         draw(result, output / "learning_rates.png")
-        out.print(f"Loss over rates: {output / 'learning_rates.png'}", soft_wrap=True)
+        out.print(f"Loss by rate: {output / 'learning_rates.png'}", soft_wrap=True)
     except ModuleNotFoundError:
         err.print("no curve is drawn without matplotlib: pip install 'softkv[plots]'")

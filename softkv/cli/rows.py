@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # torch and transformers take seconds to import
 def columns_of(
     template: str, answer: str, field: list[str] | None, prompt: str | None, verbalizer: list[str] | None
 ) -> Columns:
-    """Which column fills what, by --answer, --field, --prompt and --verbalizer."""
+    """The columns of fields and answers, from --answer, --field, --prompt and --verbalizer."""
     from softkv.methods import Template
 
     sources = pairs(field, "--field", parse=False)
@@ -24,14 +24,14 @@ def columns_of(
 
 
 def ending_of(tokenizer: Any, end: bool) -> list[int]:
-    """What stands at the end of each answer."""
+    """The ids at the end of each answer."""
     return [tokenizer.eos_token_id] if end and tokenizer.eos_token_id is not None else []
 
 
 def examples_of(
     soft_model: SoftModel, tokenizer: Any, rows: list[FilledRow], ending: list[int], *, whole_rows: bool = False
 ) -> list[dict[str, Any]]:
-    """An example for each right answer of each row; with `whole_rows` all of its tokens are labels."""
+    """One example per right answer of each row; with `whole_rows`, all of its tokens are labels."""
     from softkv.train.batches import whole_row_labels
 
     examples = []
@@ -41,7 +41,7 @@ def examples_of(
             example = {name: ids + ending for name, ids in example.items()}
             if whole_rows:
                 example = whole_row_labels(example)
-                if soft_model.soft.encodes_rows:  # would read what it is to predict
+                if soft_model.soft.encodes_rows:  # it would read the tokens to predict
                     del example["prompt_lengths"]
             examples.append(example)
     return examples

@@ -25,7 +25,7 @@ COLUMNS = {
 
 
 def show(model: str, job: PlannedStep, devices: int, *, as_json: bool) -> None:
-    """Prints what each device takes in every way that so many can share a step."""
+    """Print the memory and traffic of each device, for every way of sharing a step."""
     from softkv.profiling.strategies import layouts, share
 
     shares = {layout.name: share(job, layout) for layout in layouts(job, devices)}
@@ -44,6 +44,6 @@ def show(model: str, job: PlannedStep, devices: int, *, as_json: bool) -> None:
         table.add_row(name, *(in_bytes(each[key]) for key in COLUMNS))
     out.print(table)
     out.print(
-        "Of a device: what FSDP2 gathers, what is learned with Adam's state, activations and workspace of a step,"
+        "Per device: weights gathered by FSDP2, trained values with Adam's state, activations and workspace of a step,"
     )
-    out.print("all of these, and what it receives in a step. Counted, not measured; allocators round up.")
+    out.print("their sum, and the bytes received per step. Counted, not measured; allocators round up.")

@@ -92,7 +92,7 @@ def problems(key: str, row: dict[str, Any]) -> list[str]:
 def _reader() -> bytes:
     """The source of the code that analyses binaries."""
     modules = (sass, loops, instructions, machines)
-    return b"".join(Path(one.__file__).read_bytes() for one in modules) + inspect.getsource(judge).encode()
+    return b"".join(Path(str(one.__file__)).read_bytes() for one in modules) + inspect.getsource(judge).encode()
 
 
 def _made_from(launch: Recorded, target: str) -> str:

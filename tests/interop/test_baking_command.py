@@ -80,7 +80,7 @@ def test_peft_s_files(base: Path, prompt: Path, tmp_path: Path) -> None:
     [
         ([], "bake expects one of: an adapter, --text, --text-file"),
         (["{prompt}", "--text", "w3"], "bake expects one of"),
-        (["{prompt}", "--template", "[X] [Y]"], "--template is for texts"),
+        (["{prompt}", "--template", "[X] [Y]"], "--template is only for texts"),
         (["--text", "w3"], "which base? Give --model"),
         (["-m", "{base}", "--text", ""], "at least one token, got ''"),
         (["-m", "{base}", "--text-file", "nowhere.txt"], "No such file"),
