@@ -5,8 +5,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from softkv.io.attach import attach, load
     from softkv.io.baking import bake
-    from softkv.io.model import attach, load
     from softkv.io.peft_model import from_peft
     from softkv.io.soft_model import SoftModel
     from softkv.methods import PrefixTuning, PromptTuning, PTuning, PTuningV2, Template
@@ -55,10 +55,10 @@ _LAZY = {
     "TaskCollator": "softkv.train.batches",
     "Template": "softkv.methods",
     "Trainer": "softkv.train.trainer",
-    "attach": "softkv.io.model",
+    "attach": "softkv.io.attach",
     "bake": "softkv.io.baking",
     "from_peft": "softkv.io.peft_model",
-    "load": "softkv.io.model",
+    "load": "softkv.io.attach",
     "prefix_attention": "softkv.ops.api",
     "prefix_attention_varlen": "softkv.ops.api",
 }

@@ -10,12 +10,12 @@ from typing import Any, cast
 from torch import nn
 from typing_extensions import Self
 
-from softkv.hf import calls, checks
+from softkv.hf import call_scope, checks
 from softkv.hf.frozen import BaseState, FrozenBase
 from softkv.hf.placement import device_of
 from softkv.hf.prefixes import check_known
-from softkv.hf.surface import Surface
-from softkv.hf.task_heads import Redirects, SavedModules, paths_of
+from softkv.hf.surface import ModelInterfaceMixin
+from softkv.hf.task_heads import ModuleRedirects, SavedModules, paths_of
 from softkv.hf.task_rows import Answers
 from softkv.methods.base import BaseShape, Method, SoftPrompt
 from softkv.methods.p_tuning_v2 import matrices_of
@@ -25,7 +25,7 @@ from softkv.prefix import Prefix
 _LONGEST_NAME = 255  # bytes: checkpoints keep each adapter in a folder of its name
 
 
-class Adapters(Surface):
+class AdapterMixin(ModelInterfaceMixin):
     """A frozen model and what its adapters have learned.
 
     Attributes:
@@ -41,7 +41,7 @@ class Adapters(Surface):
     answers: Answers
     is_causal: bool
     _hooks: Any
-    _redirects: Redirects
+    _redirects: ModuleRedirects
     _frozen: FrozenBase
     _default_adapter: str
     _attached: bool
@@ -50,7 +50,7 @@ class Adapters(Surface):
     def active_adapter(self) -> str:
         """The adapter of calls without `adapter_names`: that of the innermost `using` of this context, else that of
         `set_adapter`."""
-        return calls.adapter_in_scope(self) or self._default_adapter
+        return call_scope.adapter_in_scope(self) or self._default_adapter
 
     @property
     def soft(self) -> SoftPrompt:
@@ -186,7 +186,7 @@ class Adapters(Surface):
             'default'
         """
         check_known(name, self.adapters)
-        with calls.scope(calls.Scope(self, adapter=name)):
+        with call_scope.scope(call_scope.Scope(self, adapter=name)):
             yield self
 
     def delete_adapter(self, name: str) -> None:
@@ -223,7 +223,7 @@ class Adapters(Surface):
             ...     torch.allclose(model(ids).logits, expected, atol=1e-5)
             True
         """
-        with calls.scope(calls.Scope(self, disabled=True)):
+        with call_scope.scope(call_scope.Scope(self, disabled=True)):
             yield self
 
     def detach(self) -> Any:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from softkv.hf.generation.prefill import Unpadded
-    from softkv.hf.heads import HeadLine
+    from softkv.hf.generation.prefill import PackedPrefill
+    from softkv.hf.heads import PackedHeads
 
 LayerKV = tuple[Tensor, Tensor]
 
@@ -146,9 +146,9 @@ class SoftContext:
     slots: int | Tensor = 0
     rows: PackedRows | None = None
     restarts: Tensor | None = None
-    unpadded: Unpadded | None = None
+    unpadded: PackedPrefill | None = None
     heads: Tensor | None = None
-    line: HeadLine | None = None
+    line: PackedHeads | None = None
     encoder: RowEncoder | None = None
     backend: str | None = None
     order: BlockOrder | None = None

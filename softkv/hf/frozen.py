@@ -22,7 +22,7 @@ _ATTRIBUTE = "_softkv_base_state"
 _DROPOUTS = ("attention_dropout", "attn_dropout", "attn_pdrop", "dropout")
 
 
-class OutOfReach(ValueError):
+class UnsupportedAttention(ValueError):
     """softkv can't take the place of a model's attention."""
 
 
@@ -103,8 +103,8 @@ class BaseState:
         """Freezes the model and turns its attention to softkv's, until every holder has released it.
 
         Raises:
-            OutOfReach: when the model does not take its attention from transformers' interface, or keeps its own. It is
-                held all the same.
+            UnsupportedAttention: if the model does not use transformers' attention interface, or keeps its own. Its
+                state is recorded all the same.
         """
         state = model.__dict__.get(_ATTRIBUTE)
         if state is None:
@@ -115,20 +115,20 @@ class BaseState:
             model.requires_grad_(False)
         state.holders.append(holder)
         if state.out_of_reach is not None:
-            raise OutOfReach(state.out_of_reach)
+            raise UnsupportedAttention(state.out_of_reach)
         if decoder_of(model).config._attn_implementation != NAME:
-            raise OutOfReach(
+            raise UnsupportedAttention(
                 f"{type(model).__name__} does not take its attention from transformers' attention interface, "
                 "so softkv can't reach it"
             )
         return state
 
     @staticmethod
-    def keep_own_attention(model: Any, reason: OutOfReach) -> None:
+    def keep_own_attention(model: Any, reason: UnsupportedAttention) -> None:
         """Gives a frozen model its own attention back, until it is released.
 
         Raises:
-            OutOfReach: the reason, when others hold the model who need softkv's.
+            UnsupportedAttention: the reason, when others hold the model who need softkv's.
         """
         state: BaseState = model.__dict__[_ATTRIBUTE]
         if state.out_of_reach is None and len(state.holders) > 1:
@@ -181,7 +181,7 @@ class BaseState:
             module.training = self.training.get(name, module.training)
 
 
-def take_off_others(model: Any, held: list[Any]) -> None:
+def detach_others(model: Any, held: list[Any]) -> None:
     """Takes off what was attached after `holders_of` a model: an interrupt may come between the end of an attach and
     the assignment of its result."""
     for holder in holders_of(model):

@@ -26,7 +26,7 @@ _ARRANGED = {
 
 
 @dataclass(frozen=True)
-class HeadLine:
+class PackedHeads:
     """A line of A heads of P tokens, and behind them the rows of a batch: B of T columns, or packed ones (B = 1).
 
     Attributes:
@@ -44,7 +44,7 @@ class HeadLine:
     states: dict[int, tuple[Any, Tensor | None]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, context: SoftContext, kwargs: dict[str, Any]) -> HeadLine | None:
+    def of(cls, context: SoftContext, kwargs: dict[str, Any]) -> PackedHeads | None:
         """The line of a forward of the decoder whose context holds heads, or None where some argument has a column for
         each token that can't be arranged: images' positions, masks of a model's own."""
         assert context.heads is not None

@@ -11,22 +11,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from softkv.hf import attention_mass, calls, kept_logits
+from softkv.hf import attention_mass, call_scope, kept_logits
 from softkv.hf.context import LayerKV, RowEncoder, RowPrompts, SoftContext
 from softkv.hf.generation.cache_state import CacheState, past_length
-from softkv.hf.generation.prefill import Unpadded
+from softkv.hf.generation.prefill import PackedPrefill
 from softkv.hf.generation.prompts import Prompts
-from softkv.hf.heads import HeadLine
-from softkv.hf.key_state import AllReal
+from softkv.hf.heads import PackedHeads
+from softkv.hf.key_state import UnpaddedMask
 from softkv.hf.layout import RowLayout
 from softkv.hf.model_call import ModelCall
 from softkv.hf.own_attention import OwnAttention
 from softkv.hf.prefixes import SoftRows, behind
-from softkv.hf.probe import Probed
+from softkv.hf.probe import DecoderProbe
 from softkv.ranges import named
 
 
-class DecoderHooks(Probed):
+class DecoderHooks(DecoderProbe):
     """The pre-hooks of one `SoftModel` on its base's decoder."""
 
     def __init__(self, base: Any, backend: str | None) -> None:
@@ -78,7 +78,7 @@ class DecoderHooks(Probed):
 
     def _enter_decoder(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
         """Keyword pre-hook of the decoder: soft embeddings, positions behind the prefix, and the prefix."""
-        call = calls.under_way()
+        call = call_scope.current()
         if kwargs is None or call is None or call.hooks is not self:
             return None
         if args:
@@ -111,7 +111,7 @@ class DecoderHooks(Probed):
             lasting = None if memo is None else _of_steps(context, kwargs)
             context = replace(context, order=self.order, turns={}, memo=memo, lasting=lasting, masses=masses)
         if not call.may_be_packed or context.rows is not None or context.line is not None:
-            self._tell_real(kwargs)
+            self._mark_unpadded(kwargs)
         kwargs["softkv_prefix"] = context
         return (), kwargs
 
@@ -123,7 +123,7 @@ class DecoderHooks(Probed):
             tokens = kwargs["inputs_embeds"] if kwargs.get("inputs_embeds") is not None else kwargs["input_ids"]
             self.positions.check(past_length(kwargs.get("past_key_values")) + tokens.shape[1] - 1)
 
-    def _tell_real(self, kwargs: dict[str, Any]) -> None:
+    def _mark_unpadded(self, kwargs: dict[str, Any]) -> None:
         """Says that no token is padding: transformers would look for packed rows in the values of position ids."""
         if kwargs.get("attention_mask") is None and kwargs.get("past_key_values") is None and self.behaviour.packs:
             tokens = kwargs["inputs_embeds"] if kwargs.get("inputs_embeds") is not None else kwargs["input_ids"]
@@ -131,12 +131,12 @@ class DecoderHooks(Probed):
             if torch.compiler.is_compiling():  # a tracer takes a plain tensor
                 kwargs["attention_mask"] = torch.ones(shape, dtype=torch.bool, device=tokens.device)
             else:
-                kwargs["attention_mask"] = AllReal.of(shape, tokens.device)
+                kwargs["attention_mask"] = UnpaddedMask.of(shape, tokens.device)
 
     def _with_heads(self, context: SoftContext, kwargs: dict[str, Any]) -> SoftContext:
         """Heads in one line with the rows; in a pass of their own where some argument of the rows can't follow."""
         assert context.heads is not None
-        line = HeadLine.of(context, kwargs)
+        line = PackedHeads.of(context, kwargs)
         if line is not None:
             line.lead(context.heads, kwargs, self.base.get_input_embeddings(), self.first)
             return replace(context, heads=None, line=line)
@@ -152,7 +152,7 @@ class DecoderHooks(Probed):
 
     def _without_padding(self, context: SoftContext, kwargs: dict[str, Any]) -> SoftContext:
         """Packs padded prompts where the padding can be restored."""
-        unpadded = Unpadded.of(kwargs)
+        unpadded = PackedPrefill.of(kwargs)
         if unpadded is None:
             return context
         unpadded.pack(kwargs)
@@ -160,7 +160,7 @@ class DecoderHooks(Probed):
 
     def _leave_decoder(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any = None) -> Any:
         """Forward hook of the decoder: restores the padding of rows that were packed on entry."""
-        call = calls.under_way()
+        call = call_scope.current()
         if output is None or call is None or call.hooks is not self or self.own is not None:
             return None
         context = kwargs["softkv_prefix"]
@@ -210,7 +210,7 @@ class DecoderHooks(Probed):
         return self.encoding(call.context, call.soft, rows, state.kv, state.order)
 
     def _enter_head(self, head: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        call = calls.under_way()
+        call = call_scope.current()
         if call is None or call.hooks is not self or call.kept is None:
             return None
         return (kept_logits.chosen(arguments[0], call.kept), *arguments[1:])

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _FORWARD = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "labels")
 
 
-class Inner:
+class PromptedSubmodule:
     """A module of the base that holds its decoder. A call takes what `SoftModel.forward` takes, and gives the module's
     own output, its hidden states aligned with the columns given; everything else is the module's.
 
@@ -54,7 +54,11 @@ def inside(model: Any, value: Any) -> Any:
     if not isinstance(value, nn.Module):
         return value
     stacks = [decoder_of(model.base), *([model.base.get_encoder()] if model.config.is_encoder_decoder else [])]
-    return Inner(model, value) if any(module is stack for module in value.modules() for stack in stacks) else value
+    return (
+        PromptedSubmodule(model, value)
+        if any(module is stack for module in value.modules() for stack in stacks)
+        else value
+    )
 
 
 def say_prompt_lengths(model: PromptedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -25,7 +25,7 @@ from softkv.hf.layout import (
     scattered,
 )
 from softkv.hf.prefixes import RowTokens
-from softkv.hf.task_rows import Answers, Moved, row_ids
+from softkv.hf.task_rows import Answers, MovedTokens, row_ids
 
 PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
@@ -229,7 +229,7 @@ class Inputs:
         if self.columns is not None and self.answers != "next token":
             options = self._moved.inputs(options)
         elif self.token_at is not None:
-            options = options | Moved(self.token_at, self.layout.shape[1], self.answers).types(options)
+            options = options | MovedTokens(self.token_at, self.layout.shape[1], self.answers).types(options)
         if self.columns is not None and self.answers == "next token" and logits_to_keep is not None:
             logits_to_keep = keep_in(self.columns, self.layout.shape[1], logits_to_keep)
         positions = self.positions
@@ -253,6 +253,6 @@ class Inputs:
         return output if self.columns is None else self._moved.output(output)
 
     @property
-    def _moved(self) -> Moved:
+    def _moved(self) -> MovedTokens:
         assert self.columns is not None
-        return Moved(self.columns, self.layout.shape[1], self.answers)
+        return MovedTokens(self.columns, self.layout.shape[1], self.answers)

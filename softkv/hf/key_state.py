@@ -17,11 +17,11 @@ _ASKED = {
 }  # fmt: skip
 
 
-class AllReal(Tensor):
+class UnpaddedMask(Tensor):
     """A padding mask `[B, T]` without padding, which nobody has to read to know it."""
 
     @classmethod
-    def of(cls, shape: tuple[int, int], device: torch.device) -> AllReal:
+    def of(cls, shape: tuple[int, int], device: torch.device) -> UnpaddedMask:
         return torch.ones(1, dtype=torch.bool, device=device).expand(shape).as_subclass(cls)
 
     @classmethod

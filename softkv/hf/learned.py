@@ -131,7 +131,7 @@ def leave_frozen(model: PromptedModel, state: dict[str, Any], prefix: str, metad
         del state[name]
 
 
-def miss_nothing_frozen(model: PromptedModel, incompatible: Any) -> None:
+def ignore_missing_frozen(model: PromptedModel, incompatible: Any) -> None:
     """Load hook of a `SoftModel`: what is frozen, and what the adapters mean, need not be in a state dict."""
     learned = learned_in(model.base)
 

@@ -21,8 +21,8 @@ from transformers.masking_utils import (
     sdpa_mask,
 )
 
-from softkv.hf import calls
-from softkv.hf.key_state import AllReal, KeyState
+from softkv.hf import call_scope
+from softkv.hf.key_state import KeyState, UnpaddedMask
 
 
 class Pattern(IntEnum):
@@ -79,7 +79,7 @@ def key_state(
     cut = pattern is Pattern.CHUNKED or (pattern is Pattern.LOCAL and q_length != kv_length)
     if packed and torch.compiler.is_compiling():
         # A tracer can't tell, but a SoftModel may know its rows, and neither padded nor cached ones are packed.
-        call = calls.under_way()
+        call = call_scope.current()
         packed = (call is None or call.may_be_packed) and attention_mask is None and q_length == kv_length
         cut = cut or packed
     if pattern is None or cut or (packed and batch_size > 1):
@@ -187,7 +187,7 @@ def _check_interface(config: Any) -> None:
 
 
 def _all_real(mask: Tensor) -> bool:
-    if isinstance(mask, AllReal):
+    if isinstance(mask, UnpaddedMask):
         return True
     return mask.device.type != "meta" and not torch.compiler.is_compiling() and bool(mask.all())
 

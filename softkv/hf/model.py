@@ -2,7 +2,7 @@
 
 `forward` puts soft tokens into the rows (`softkv.hf.inputs`); pre-hooks inside the decoder (`softkv.hf.hooks`) add the
 prefix and move the positions behind it. `generate` is the base's own, entered through the same hooks. Storage is not
-its business: `softkv.io.model.SoftModel` adds it.
+its business: `softkv.io.attach.SoftModel` adds it.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softkv.hf import calls, checkpointing, checks
+from softkv.hf import call_scope, checkpointing, checks
 from softkv.hf.choices import Choices
-from softkv.hf.frozen import BaseState, FrozenBase, OutOfReach
+from softkv.hf.frozen import BaseState, FrozenBase, UnsupportedAttention
 from softkv.hf.generation.cache_state import CacheState
-from softkv.hf.generation.generating import Generating
+from softkv.hf.generation.generating import GenerateMixin
 from softkv.hf.hooks import DecoderHooks
 from softkv.hf.inner import say_prompt_lengths
 from softkv.hf.inputs import PACKING, Inputs
 from softkv.hf.kept_logits import taken_from
-from softkv.hf.learned import leave_frozen, miss_nothing_frozen
+from softkv.hf.learned import ignore_missing_frozen, leave_frozen
 from softkv.hf.model_call import ModelCall
 from softkv.hf.placement import is_sharded
 from softkv.hf.prefixes import SoftRows
-from softkv.hf.task_heads import Redirects
+from softkv.hf.task_heads import ModuleRedirects
 from softkv.hf.task_rows import answers_of
 from softkv.hf.unpacked import Unpacked
 from softkv.methods.base import Method
@@ -35,7 +35,7 @@ from softkv.methods.base import Method
 FIRST = "default"  # the name of the adapter that a model is attached with
 
 
-class PromptedModel(Generating):
+class PromptedModel(GenerateMixin):
     """A frozen model with one or more soft prompts. Other attributes come from the base.
 
     Attributes:
@@ -68,12 +68,12 @@ class PromptedModel(Generating):
         self._default_adapter = FIRST
         self._attached = True
         self._hooks: Any = self._hooks_on(model, backend)
-        self._redirects = Redirects(model, self.modules_to_save, self._hooks)
+        self._redirects = ModuleRedirects(model, self.modules_to_save, self._hooks)
         try:
             self._frozen = self._reach_attention(tokenizer)
             self.training = model.training
             self.register_state_dict_post_hook(leave_frozen)
-            self.register_load_state_dict_post_hook(miss_nothing_frozen)
+            self.register_load_state_dict_post_hook(ignore_missing_frozen)
             self.register_forward_pre_hook(say_prompt_lengths, with_kwargs=True)
             self.answers = answers_of(model)
             self.add_adapter(FIRST, method, modules_to_save=modules_to_save)
@@ -95,7 +95,7 @@ class PromptedModel(Generating):
             state = BaseState.freeze(self.base, self._hooks)
             self._hooks.register()
             blocks = self._hooks.probe()
-        except OutOfReach as reason:
+        except UnsupportedAttention as reason:
             self._hooks.remove()
             BaseState.keep_own_attention(self.base, reason)
             self.is_causal, self._windowed = self._hooks.keep_own_attention(reason).causal, True
@@ -148,8 +148,10 @@ class PromptedModel(Generating):
             >>> model.soft.k.grad.shape  # [L, 1, G, P, D]
             torch.Size([2, 1, 2, 4, 8])
         """
-        module = kwargs.pop("softkv_inner", self.base)  # what is run: the base, or that of its modules (`Inner`)
-        if not calls.is_enabled(self):
+        module = kwargs.pop(
+            "softkv_inner", self.base
+        )  # what is run: the base, or that of its modules (`PromptedSubmodule`)
+        if not call_scope.is_enabled(self):
             return self._run_bare(
                 adapter_names,
                 function=module,

@@ -12,7 +12,7 @@ from softkv.hf.prefixes import SoftRows
 
 if TYPE_CHECKING:
     from softkv.hf.generation.prompts import Prompts
-    from softkv.hf.probe import Probed
+    from softkv.hf.probe import DecoderProbe
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class ModelCall:
         kept: of what positions logits are wanted, where transformers has no argument for it.
     """
 
-    hooks: Probed
+    hooks: DecoderProbe
     context: SoftContext
     soft: SoftRows | None = None
     prompts: Prompts | None = None

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from softkv.evaluation import in_evaluation
-from softkv.hf import calls
+from softkv.hf import call_scope
 from softkv.hf.behaviour import TOKENS, nearly_embedded, same
-from softkv.hf.frozen import OutOfReach
+from softkv.hf.frozen import UnsupportedAttention
 from softkv.hf.layout import token_positions
 
 
@@ -42,7 +42,7 @@ class OwnAttention:
             base: the model that the decoder is of.
 
         Raises:
-            OutOfReach: when no token sees others.
+            UnsupportedAttention: when no token sees others.
         """
         parameters = inspect.signature(decoder.forward).parameters
         needed = {"inputs_embeds", "attention_mask"} | ({"past_key_values"} if base.can_generate() else set())
@@ -63,7 +63,9 @@ class OwnAttention:
             return None
         others = run(torch.ones_like(ids), input_ids=torch.cat([ids[:, :half].flip(1), ids[:, half:]], 1))
         if ids.unique().numel() == TOKENS and others is not None and torch.equal(others[0, half:], row[0, half:]):
-            raise OutOfReach(f"no token of {type(base).__name__} sees those before it here: soft tokens can't steer it")
+            raise UnsupportedAttention(
+                f"no token of {type(base).__name__} sees those before it here: soft tokens can't steer it"
+            )
         first = run(torch.ones_like(ids[:, :half]), input_ids=ids[:, :half])
         return replace(
             found,
@@ -84,7 +86,7 @@ class _Run:
         if self.takes_positions:
             inputs["position_ids"] = token_positions(mask, (mask.shape[0], mask.shape[1]), 0, mask.device)
         try:
-            output = calls.run(None, self.decoder, **inputs)
+            output = call_scope.run(None, self.decoder, **inputs)
         except Exception:
             return None
         return output if isinstance(output, Tensor) else output[0]

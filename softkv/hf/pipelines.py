@@ -11,7 +11,7 @@ class _Known(logging.Filter):
         return not record.getMessage().startswith(_UNKNOWN)
 
 
-def say_known() -> None:
+def suppress_unsupported_warning() -> None:
     """Suppresses what pipelines would log about `SoftModel`."""
     logger = logging.getLogger("transformers.pipelines.base")
     if not any(isinstance(each, _Known) for each in logger.filters):

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from softkv.evaluation import in_evaluation
-from softkv.hf import calls
+from softkv.hf import call_scope
 from softkv.hf.behaviour import TOKENS, Behaviour, behaviour_of, nearly_embedded, same
 from softkv.hf.context import BlockInputs, BlockOrder, SoftContext
-from softkv.hf.frozen import OutOfReach, decoder_of
+from softkv.hf.frozen import UnsupportedAttention, decoder_of
 from softkv.hf.model_call import ModelCall
 from softkv.hf.own_attention import OwnAttention
 from softkv.hf.placement import device_of
@@ -28,7 +28,7 @@ from softkv.hf.vocabulary import named_ids
 _OBSCURE = (AttributeError, AssertionError, LookupError, NotImplementedError, RuntimeError, TypeError)
 
 
-class Probed:
+class DecoderProbe:
     """A base's decoder, and what a few tokens tell of it.
 
     Attributes:
@@ -59,7 +59,7 @@ class Probed:
 
     def run(self, call: ModelCall, function: Callable[..., Any], **kwargs: Any) -> Any:
         """Runs the base, or a part of it, as this call."""
-        return calls.run(call, function, **kwargs)
+        return call_scope.run(call, function, **kwargs)
 
     def capture(self, decoder: nn.Module | None = None, **inputs: Tensor) -> list[BlockInputs]:
         """What reaches the attention blocks in a forward pass of the bare decoder (or of a view of it)."""
@@ -89,7 +89,7 @@ class Probed:
         )
         try:
             with torch.no_grad():
-                calls.run(None, view, input_ids=self._few_tokens())
+                call_scope.run(None, view, input_ids=self._few_tokens())
         except (*_OBSCURE, ValueError):  # it does not run without images
             return 0
         finally:
@@ -100,11 +100,11 @@ class Probed:
         """Runs a few tokens through the decoder to see its attention blocks, and what it does with tokens.
 
         Raises:
-            OutOfReach: when softkv can't take the place of its attention.
+            UnsupportedAttention: when softkv can't take the place of its attention.
         """
         name, device, view = type(self.base).__name__, device_of(self.base), in_evaluation(self.decoder)
         if getattr(self.base.config.get_text_config(), "attention_chunk_size", None) is not None:
-            raise OutOfReach(f"{name} uses chunked attention, which softkv attention does not offer")
+            raise UnsupportedAttention(f"{name} uses chunked attention, which softkv attention does not offer")
         self._first_of_wrapper = self._position_in_wrapper()
         ids = self._few_tokens()
         context = SoftContext(backend=self.backend, capture=[])
@@ -119,13 +119,13 @@ class Probed:
             context.capture.clear()
         except (*_OBSCURE, ValueError) as error:
             if _raised_in("softkv.hf.", error):
-                raise OutOfReach(str(error).partition(": use attn_implementation")[0]) from error
+                raise UnsupportedAttention(str(error).partition(": use attn_implementation")[0]) from error
             if _raised_in("softkv.", error):
                 raise
             raise self._not_run(error) from error
         blocks = context.capture
         if not blocks:
-            raise OutOfReach(
+            raise UnsupportedAttention(
                 f"{name} does not pass keywords through to transformers' attention interface, so softkv can't reach "
                 "its attention"
             )
@@ -159,16 +159,16 @@ class Probed:
         self.parallel = TensorParallel.of(self.base, blocks)
         return blocks
 
-    def keep_own_attention(self, reason: OutOfReach) -> OwnAttention:
+    def keep_own_attention(self, reason: UnsupportedAttention) -> OwnAttention:
         """Runs a few tokens through a decoder that keeps its own attention.
 
         Raises:
-            OutOfReach: when soft tokens can't be put into its rows either.
+            UnsupportedAttention: when soft tokens can't be put into its rows either.
         """
         self._first_of_wrapper = self._position_in_wrapper()
         own = OwnAttention.of(self.decoder, self.base, self._few_tokens(), str(reason))
         if own is None:
-            raise OutOfReach(
+            raise UnsupportedAttention(
                 "softkv.attach expects attention that it can take the place of, or a model that takes inputs_embeds, "
                 "keeps its past in past_key_values and sees no padding in front, "
                 f"got {type(self.base).__name__} ({reason})"
@@ -223,9 +223,9 @@ class Probed:
         output = self.run(ModelCall(self, context), decoder, **inputs, use_cache=False)
         return output if isinstance(output, Tensor) else output[0]
 
-    def _not_run(self, error: Exception) -> OutOfReach:
+    def _not_run(self, error: Exception) -> UnsupportedAttention:
         check_even(self.base)
-        return OutOfReach(
+        return UnsupportedAttention(
             f"softkv.attach could not run {type(self.base).__name__} with attention of softkv's on token ids alone: "
             f"{type(error).__name__}: {error}"
         )
@@ -233,7 +233,9 @@ class Probed:
     def _check_positions_are_taken(self, name: str) -> None:
         """Tokens stand behind a prefix by their position ids: a decoder must take them."""
         if "position_ids" not in inspect.signature(self.decoder.forward).parameters:
-            raise OutOfReach(f"{name} takes no position_ids, so softkv can't place its tokens behind a prefix")
+            raise UnsupportedAttention(
+                f"{name} takes no position_ids, so softkv can't place its tokens behind a prefix"
+            )
 
     def _first_position(self) -> int:
         """The position id of a row's first token: RoBERTa's stands past its table's row for padding."""
@@ -254,8 +256,8 @@ class Probed:
         try:
             view = in_evaluation(self.decoder)
             with torch.no_grad():
-                calls.run(None, view, input_ids=ids)
-                calls.run(None, view, input_ids=ids, position_ids=torch.zeros_like(ids))
+                call_scope.run(None, view, input_ids=ids)
+                call_scope.run(None, view, input_ids=ids, position_ids=torch.zeros_like(ids))
         finally:
             note.remove()
         return read[0] - read[1] if len(read) == 2 else 0

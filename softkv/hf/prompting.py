@@ -9,8 +9,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from softkv.hf import calls, checkpointing, checks
-from softkv.hf.adapters import Adapters
+from softkv.hf import call_scope, checkpointing, checks
+from softkv.hf.adapters import AdapterMixin
 from softkv.hf.attention import NAME
 from softkv.hf.context import SoftContext
 from softkv.hf.generation.cache_state import CacheState, past_length
@@ -21,7 +21,7 @@ from softkv.prefix import Prefix
 from softkv.ranges import named
 
 
-class Prompting(Adapters):
+class PromptMixin(AdapterMixin):
     """Reads adapters for calls."""
 
     backend: str | None
@@ -90,7 +90,7 @@ class Prompting(Adapters):
         """The base as outside of any call."""
         checks.check_bare(given.get("input_ids", given.get("inputs")), adapter_names)
         given = {name: value for name, value in given.items() if value is not None}
-        return calls.run(None, function, **given)
+        return call_scope.run(None, function, **given)
 
     def _check_options(self, kwargs: dict[str, Any]) -> None:
         self._check_attached()

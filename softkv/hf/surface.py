@@ -13,7 +13,7 @@ from softkv.hf.inner import inside
 from softkv.hf.placement import device_of
 
 
-class Surface(nn.Module):
+class ModelInterfaceMixin(nn.Module):
     """A module that forwards missing attributes to its `base`."""
 
     base: Any

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from softkv.hf import calls
+from softkv.hf import call_scope
 from softkv.hf.hooks import DecoderHooks
 from softkv.hf.prefixes import SoftRows
 from softkv.hf.sharded import load_whole
@@ -128,8 +128,8 @@ def modules_of(model: Any, adapter: str) -> SavedModules | None:
     return cast(SavedModules, model.modules_to_save[adapter]) if adapter in model.modules_to_save else None
 
 
-class Redirects:
-    """Redirects modules of the base to the copies of the running call's adapters.
+class ModuleRedirects:
+    """ModuleRedirects modules of the base to the copies of the running call's adapters.
 
     Args:
         base: the frozen model.
@@ -200,10 +200,10 @@ class _Forward:
         self.module = module
         self.original = module.forward
         self.own = "forward" in vars(module)  # accelerate's, say
-        self.users: list[tuple[Redirects, str]] = []
+        self.users: list[tuple[ModuleRedirects, str]] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        call = calls.under_way()
+        call = call_scope.current()
         for redirects, path in self.users:
             if call is not None and call.soft is not None and call.hooks is redirects.hooks:
                 return redirects.run(call.soft, path, args, kwargs)

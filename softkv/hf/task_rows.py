@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from softkv.evaluation import in_evaluation
-from softkv.hf import calls
+from softkv.hf import call_scope
 from softkv.hf.layout import IGNORED
 
 # What logits answer: each token, by predicting the next one or by its own label; a label of what an encoder-decoder
@@ -39,7 +39,7 @@ def _probed(model: Any, *shape: int) -> Any:
     """The output for ids of a shape, None from a head that takes other inputs."""
     ids = torch.zeros(shape, dtype=torch.long, device=model.device)
     try:
-        return calls.run(None, in_evaluation(model), input_ids=ids, return_dict=True)
+        return call_scope.run(None, in_evaluation(model), input_ids=ids, return_dict=True)
     except (RuntimeError, ValueError, TypeError, IndexError):
         return None
 
@@ -48,7 +48,7 @@ TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")  # of each token: its segm
 
 
 @dataclass(frozen=True)
-class Moved:
+class MovedTokens:
     """Tokens `[B, T]` that became columns of a batch `[B, T']`.
 
     Attributes:

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from softkv.evaluation import in_evaluation
 from softkv.hf.task_heads import modules_of
+from softkv.io.attach import assemble
 from softkv.io.config import MODULES
-from softkv.io.model import assemble
 from softkv.io.soft_model import SoftModel
 from softkv.methods import PromptTuning, PTuning, PTuningV2, Template
 from softkv.methods.template import Answer, Field

@@ -109,7 +109,7 @@ def _save_for_peft(model: PromptedModel, directory: Path, folded: bool, is_main_
     directory.mkdir(parents=True, exist_ok=True)
     text = json.dumps(config, indent=2, sort_keys=True)
     with _writing:
-        if (directory / peft.CONFIG).exists() and not peft.reads_alike(directory, config):
+        if (directory / peft.CONFIG).exists() and not peft.has_same_meaning(directory, config):
             raise ValueError(
                 f"{directory} holds another kind or size of PEFT adapter, whose two files can't be replaced at once: "
                 f"choose an empty folder, or delete its {peft.CONFIG}"
@@ -197,7 +197,7 @@ def read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             raise ValueError(f"{directory} is a pickle, which softkv never reads: docs/interop.md has a converter")
         return foreign.read(directory)
     path = directory / WEIGHTS
-    if not path.is_file() and peft.is_here(directory):
+    if not path.is_file() and peft.is_adapter(directory):
         return peft.read(directory)
     if not path.is_file() and (directory / state.FILE).is_file():
         text, tensors = state.read(directory / state.FILE)
@@ -214,7 +214,7 @@ def read(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return config, tensors
 
 
-def prompt_alone(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_for_shared_base(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Like `read`, for an adapter added to a base that others share.
 
     Raises:

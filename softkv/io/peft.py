@@ -54,7 +54,7 @@ _TASKS = {
 _LARGEST_CONFIG = 1 << 22  # bytes: parsed JSON may take twenty times as much memory
 
 
-def is_here(directory: Path) -> bool:
+def is_adapter(directory: Path) -> bool:
     """Whether a folder contains a PEFT adapter of any type."""
     return (directory / CONFIG).is_file()
 
@@ -146,7 +146,7 @@ def _module_of(path: str, config: dict[str, Any], where: str) -> str:
     raise ValueError(f"{where} contains the weight {path!r}, which belongs to none of its modules_to_save ({names})")
 
 
-def reads_alike(directory: Path, config: dict[str, Any]) -> bool:
+def has_same_meaning(directory: Path, config: dict[str, Any]) -> bool:
     """Whether weights have the same meaning under the config of a folder as under another config."""
     try:
         there = _read_config(directory / CONFIG)

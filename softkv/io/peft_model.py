@@ -8,8 +8,8 @@ import torch
 
 from softkv.evaluation import in_evaluation
 from softkv.io import peft
+from softkv.io.attach import assemble
 from softkv.io.config import MODULES
-from softkv.io.model import assemble
 from softkv.io.soft_model import SoftModel
 
 

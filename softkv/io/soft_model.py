@@ -55,7 +55,7 @@ class SoftModel(PromptedModel):
         """
         if isinstance(adapter, str | os.PathLike):
             self._check_new_name(name)
-            adapter = checkpoint.saved(self.base, *checkpoint.prompt_alone(hub.local(adapter)))
+            adapter = checkpoint.saved(self.base, *checkpoint.read_for_shared_base(hub.local(adapter)))
         super().add_adapter(name, adapter, tokenizer=tokenizer, modules_to_save=modules_to_save)
 
     def get_extra_state(self) -> Tensor:

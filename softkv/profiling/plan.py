@@ -26,7 +26,7 @@ import transformers
 from torch import Tensor
 
 from softkv.hf.layout import IGNORED
-from softkv.io.model import attach
+from softkv.io.attach import attach
 from softkv.io.soft_model import SoftModel
 from softkv.methods import METHODS, PTuningV2
 from softkv.methods.base import BaseShape, FrozenModel, Method, SoftPrompt

@@ -19,7 +19,7 @@ LEAST_STEPS = 20  # to say so
 ALL = 0.98  # of attention: more than a model's own first token takes
 
 
-class NothingMoves(TrainerCallback):
+class NoLearningWarning(TrainerCallback):
     """Warns where nothing is learned: the gradients of the first step are all zero (some bases let none through,
     without a word), or the loss of the last quarter of a run is that of its first."""
 
@@ -58,7 +58,7 @@ class NothingMoves(TrainerCallback):
             )
 
 
-class AllOnThePrefix(TrainerCallback):
+class PrefixAttentionWarning(TrainerCallback):
     """Warns where a trained prefix takes nearly all attention, so that the model hardly sees its tokens."""
 
     def on_train_end(

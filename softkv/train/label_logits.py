@@ -32,7 +32,7 @@ def next_labels(labels: Tensor) -> Tensor:
     return F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
 
 
-def written_of(base: Any, batch: dict[str, Any]) -> dict[str, Any]:
+def with_decoder_inputs(base: Any, batch: dict[str, Any]) -> dict[str, Any]:
     """A batch of an encoder-decoder with the decoder's input ids instead of labels, from which the base would compute a
     loss. Labels are kept if only the base knows how to shift them."""
     shift = getattr(base, "prepare_decoder_input_ids_from_labels", None)

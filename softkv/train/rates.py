@@ -15,7 +15,7 @@ from torch import nn
 from transformers import TrainingArguments
 
 from softkv.hf.task_heads import SavedModules, head_of
-from softkv.io.model import SoftModel
+from softkv.io.attach import SoftModel
 from softkv.methods.base import SoftPrompt
 
 # For randomly initialised modules added by a task class; and for everything pretrained, and LoRA's matrices.

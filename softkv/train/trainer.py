@@ -25,8 +25,8 @@ from softkv.io import checkpoint
 from softkv.io.soft_model import SoftModel
 from softkv.ranges import named
 from softkv.train.batches import PackingCollator, Seq2SeqCollator, TaskCollator, TokenBatches
-from softkv.train.callbacks import AllOnThePrefix, NothingMoves
-from softkv.train.label_logits import label_logits, next_labels, written_of
+from softkv.train.callbacks import NoLearningWarning, PrefixAttentionWarning
+from softkv.train.label_logits import label_logits, next_labels, with_decoder_inputs
 from softkv.train.rates import DEFAULT_OF_TRANSFORMERS, factor_of, own_rates, prompt_names, split_by_rate
 
 _LOGGER = logging.getLogger(__name__)
@@ -109,8 +109,8 @@ class Trainer(transformers.Trainer):
         self.learning_rate = learning_rate
         if learning_rate is not None and factor_of(learning_rate) is None:
             self.args.learning_rate = float(learning_rate)
-        self.add_callback(NothingMoves())
-        self.add_callback(AllOnThePrefix())
+        self.add_callback(NoLearningWarning())
+        self.add_callback(PrefixAttentionWarning())
         config.pop("use_cache", None)  # the base keeps its config
         config |= uses_cache
         self.model_accepts_loss_kwargs = self._sums_losses
@@ -230,7 +230,9 @@ class Trainer(transformers.Trainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if self._answers == "target":
             targets = inputs["labels"].flatten()
-            outputs = model(**written_of(self.accelerator.unwrap_model(self.model).base, inputs), use_cache=False)
+            outputs = model(
+                **with_decoder_inputs(self.accelerator.unwrap_model(self.model).base, inputs), use_cache=False
+            )
             logits = outputs.logits.flatten(0, 1)
         elif self.label_logits_only and not (return_outputs and self._logits_wanted):
             outputs, targets = label_logits(model, inputs)

@@ -14,7 +14,7 @@ import transformers
 from torch import nn
 
 import softkv
-from softkv.hf import calls, checkpointing
+from softkv.hf import call_scope, checkpointing
 from tests.hf.base_state import assert_same_state, state_of
 from tests.hf.continuations import batch_of
 from tests.hf.rows import padded, rows_for
@@ -101,7 +101,7 @@ def test_errors_leave_nothing_behind() -> None:
     ):
         with pytest.raises((IndexError, ValueError)):
             call()
-        assert calls.under_way() is None
+        assert call_scope.current() is None
         assert torch.equal(soft(**LABELLED).logits, want)
         with soft.disabled():
             assert not torch.allclose(soft(**LABELLED).logits, want)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import softkv
-from softkv.hf.heads import HeadLine
+from softkv.hf.heads import PackedHeads
 from tests.hf.naive import close
 from tests.hf.rows import LAYOUTS, rows_for
 from tests.hf.tiny import NAMES, VOCAB, model_of
@@ -56,22 +56,22 @@ def same(got: Any, want: Any) -> None:
 
 
 @pytest.fixture
-def lines(monkeypatch: pytest.MonkeyPatch) -> list[HeadLine]:
+def lines(monkeypatch: pytest.MonkeyPatch) -> list[PackedHeads]:
     """The lines that are made."""
-    made: list[HeadLine] = []
-    lead = HeadLine.lead
+    made: list[PackedHeads] = []
+    lead = PackedHeads.lead
 
-    def noted(self: HeadLine, *args: Any) -> None:
+    def noted(self: PackedHeads, *args: Any) -> None:
         made.append(self)
         lead(self, *args)
 
-    monkeypatch.setattr(HeadLine, "lead", noted)
+    monkeypatch.setattr(PackedHeads, "lead", noted)
     return made
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("method", [METHOD, LONG], ids=["short", "past the window"])
-def test_one_pass_is_a_head_in_every_row(name: str, method: Any, lines: list[HeadLine]) -> None:
+def test_one_pass_is_a_head_in_every_row(name: str, method: Any, lines: list[PackedHeads]) -> None:
     once, every = attached(name, method), attached(name, method, in_rows=True)
     for arrange in LAYOUTS.values():
         batch, _ = arrange(rows_for("prompt-tuning before"))
@@ -81,7 +81,7 @@ def test_one_pass_is_a_head_in_every_row(name: str, method: Any, lines: list[Hea
 
 @pytest.mark.parametrize("name", ["Llama", "Gemma2: softcap, alternating windows", "GPT2: learned positions"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_checkpointing(name: str, layout: str, lines: list[HeadLine]) -> None:
+def test_checkpointing(name: str, layout: str, lines: list[PackedHeads]) -> None:
     once, every = attached(name), attached(name, in_rows=True)
     batch, _ = LAYOUTS[layout](rows_for("prompt-tuning before"))
     want = run(every, batch)
@@ -105,7 +105,7 @@ def test_checkpointing(name: str, layout: str, lines: list[HeadLine]) -> None:
     ],
     ids=str,
 )  # fmt: skip
-def test_adapters_side_by_side(name: str, layout: str, names: tuple[str | None, ...], lines: list[HeadLine]) -> None:
+def test_adapters_side_by_side(name: str, layout: str, names: tuple[str | None, ...], lines: list[PackedHeads]) -> None:
     if layout.startswith("packed, restart") and "learned" in names:
         pytest.skip("the same as by lengths")
     once, every = (attached(name, in_rows=in_rows, **OTHERS) for in_rows in (False, True))
@@ -115,7 +115,7 @@ def test_adapters_side_by_side(name: str, layout: str, names: tuple[str | None, 
     assert len(lines) == 1
 
 
-def test_small_batches(lines: list[HeadLine]) -> None:
+def test_small_batches(lines: list[PackedHeads]) -> None:
     """One row, one token, and rows without padding."""
     for ids in (torch.tensor([[5, 6]]), torch.tensor([[5, 6, 7], [8, 9, 10]])):
         batch = {"input_ids": ids, "labels": ids}
@@ -138,7 +138,7 @@ def test_hidden_states_and_inner_modules() -> None:
         close(got, want[:, -3:])
 
 
-def test_routers_say_nothing_of_heads(lines: list[HeadLine]) -> None:
+def test_routers_say_nothing_of_heads(lines: list[PackedHeads]) -> None:
     config = transformers.MixtralConfig(
         vocab_size=VOCAB, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, num_local_experts=3, num_experts_per_tok=2, pad_token_id=0, initializer_range=0.3,
@@ -154,7 +154,7 @@ def test_routers_say_nothing_of_heads(lines: list[HeadLine]) -> None:
 
 @pytest.mark.parametrize("part", ["base", "decoder"])
 @pytest.mark.parametrize("name", [NAMES[0], "Gemma2: softcap, alternating windows"])
-def test_compiled_bases(part: str, name: str, lines: list[HeadLine]) -> None:
+def test_compiled_bases(part: str, name: str, lines: list[PackedHeads]) -> None:
     """A base that was compiled by itself traces the line."""
     every, once = attached(name, in_rows=True), attached(name)
     (once.base if part == "base" else once.base.get_decoder()).compile(backend="eager")
@@ -166,7 +166,7 @@ def test_compiled_bases(part: str, name: str, lines: list[HeadLine]) -> None:
         same(run(once, batch), run(every, batch))
 
 
-def test_hooks_of_others_on_the_decoder_see_the_rows(lines: list[HeadLine]) -> None:
+def test_hooks_of_others_on_the_decoder_see_the_rows(lines: list[PackedHeads]) -> None:
     base, shapes = model_of(NAMES[0]), []
     base.get_decoder().register_forward_hook(lambda _, __, output: shapes.append(output[0].shape[:2]))
     model = softkv.attach(base, METHOD).train()
@@ -201,7 +201,7 @@ def test_no_more_launches_than_a_learned_prefix(layout: str) -> None:
     assert counted[0] == counted[1]
 
 
-def test_images_positions_keep_a_pass_of_their_own(lines: list[HeadLine]) -> None:
+def test_images_positions_keep_a_pass_of_their_own(lines: list[PackedHeads]) -> None:
     """Positions of three kinds: a head could not be lined up with them."""
     config = transformers.Qwen2_5_VLConfig(
         text_config={
@@ -223,7 +223,7 @@ def test_images_positions_keep_a_pass_of_their_own(lines: list[HeadLine]) -> Non
     same(run(models[0], batch), run(models[1], batch))
 
 
-def test_positions_of_heads_begin_where_those_of_rows_do(lines: list[HeadLine]) -> None:
+def test_positions_of_heads_begin_where_those_of_rows_do(lines: list[PackedHeads]) -> None:
     """RoBERTa's first token stands behind the index of padding."""
     config = transformers.RobertaConfig(
         vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import softkv
-from softkv.hf.generation.prefill import Unpadded
+from softkv.hf.generation.prefill import PackedPrefill
 from tests.hf.continuations import batch_of, prompts_of
 from tests.hf.naive import close
 from tests.hf.tiny import attach, model_of
@@ -39,7 +39,7 @@ def test_reading_packed_changes_no_logit_and_no_cache(name: str, method: str, mo
         assert seen.pop(0) == (1, 3)  # what stands before every row, once a generate
     assert seen == [(1, int(real.sum()) + soft)] + [(len(real), 1)] * 3
 
-    monkeypatch.setattr(Unpadded, "of", lambda kwargs: None)
+    monkeypatch.setattr(PackedPrefill, "of", lambda kwargs: None)
     seen.clear()
     want = model.generate(**batch, **options)
     assert seen[-4][0] == len(real)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import softkv
-from softkv.hf import calls
+from softkv.hf import call_scope
 from tests.robustness.models import IDS, attached, llama
 
 POINTS = int(os.environ.get("SOFTKV_POINTS", "40"))  # `make soak` takes 400
@@ -145,7 +145,7 @@ def test_calls(method: str) -> None:
     bare = llama()(IDS).logits
     for after in points(lambda: model.generate(ids, max_new_tokens=3)):
         interrupted(lambda: model.generate(ids, max_new_tokens=3), after)
-        assert calls.under_way() is None
+        assert call_scope.current() is None
         assert torch.equal(model(ids).logits, want)
         assert torch.equal(model.generate(ids, max_new_tokens=3), written)
     torch.testing.assert_close(model.base(IDS).logits, bare)

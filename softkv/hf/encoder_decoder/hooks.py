@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from softkv.hf import calls
+from softkv.hf import call_scope
 from softkv.hf.behaviour import Behaviour
 from softkv.hf.context import BlockOrder, SoftContext
 from softkv.hf.encoder_decoder.calls import EncoderDecoderCall, check_counted
@@ -82,7 +82,7 @@ class EncoderDecoderHooks:
 
     def run(self, call: EncoderDecoderCall, function: Callable[..., Any], **kwargs: Any) -> Any:
         """Runs the base, or a part of it, as this call."""
-        return calls.run(call, function, **kwargs)
+        return call_scope.run(call, function, **kwargs)
 
     def embed(self, ids: Tensor, soft_tokens: Tensor) -> Tensor:
         """Embeddings `[B, S, C]` of ids, with soft token -i-1 where an id i is negative."""
@@ -93,7 +93,7 @@ class EncoderDecoderHooks:
     def _under_way(self, kwargs: dict[str, Any] | None) -> EncoderDecoderCall | None:
         """The running call, if it is of this model. (While a thread registers a hook, others may call it before torch
         knows that it takes keywords: they are missing then.)"""
-        call = calls.under_way()
+        call = call_scope.current()
         return None if kwargs is None or call is None or call.hooks is not self else call
 
     def _enter_encoder(self, encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:

@@ -9,12 +9,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from softkv.hf import calls, checks
+from softkv.hf import call_scope, checks
 from softkv.hf.encoder_decoder.calls import EncoderDecoderCall, Unchanged, contexts_of
 from softkv.hf.encoder_decoder.frozen import FrozenEncoderDecoder
 from softkv.hf.encoder_decoder.hooks import EncoderDecoderHooks
-from softkv.hf.encoder_decoder.probe import Probe
-from softkv.hf.frozen import BaseState, FrozenBase, OutOfReach
+from softkv.hf.encoder_decoder.probe import EncoderDecoderProbe
+from softkv.hf.frozen import BaseState, FrozenBase, UnsupportedAttention
 from softkv.hf.generation import processors
 from softkv.hf.generation.cache_state import CacheState, past_length
 from softkv.hf.generation.prompts import mask_of
@@ -49,12 +49,12 @@ class PromptedEncoderDecoder(PromptedModel):
     def _reach_attention(self, tokenizer: Any) -> FrozenBase:
         self.is_causal = False
         hooks = self._hooks
-        probe = Probe(hooks)
+        probe = EncoderDecoderProbe(hooks)
         try:
             state = BaseState.freeze(self.base, hooks)
             hooks.register()
             blocks = probe.reach()
-        except OutOfReach as reason:
+        except UnsupportedAttention as reason:
             BaseState.keep_own_attention(self.base, reason)
             hooks.remove()
             hooks.register()
@@ -63,7 +63,9 @@ class PromptedEncoderDecoder(PromptedModel):
             state.silence_dropout([each.block for of_site in blocks.values() for each in of_site])
         probe.tokens()
         if not blocks and not hooks.behaviour.embeds:
-            raise OutOfReach(f"softkv reaches neither the attention of {type(self.base).__name__} nor its tokens")
+            raise UnsupportedAttention(
+                f"softkv reaches neither the attention of {type(self.base).__name__} nor its tokens"
+            )
         return FrozenEncoderDecoder(hooks, blocks, tokenizer)
 
     @property
@@ -81,7 +83,7 @@ class PromptedEncoderDecoder(PromptedModel):
         """What the encoder multiplies the embeddings of ids by, and not those that it is given."""
         return self._hooks.embed_scale
 
-    # Adapters --------------------------------------------------------------------------------------------------------
+    # Adapters ------------------------------------------------------------------------------------------------------------
 
     def _check_reached(self, adapter: Any) -> None:
         method = getattr(adapter, "method", adapter)
@@ -170,7 +172,7 @@ class PromptedEncoderDecoder(PromptedModel):
             "labels": labels,
         }
         given = {name: value for name, value in given.items() if value is not None}
-        if not calls.is_enabled(self):
+        if not call_scope.is_enabled(self):
             return self._run_bare(adapter_names, function=module, **given)
         self._check_options(kwargs)
         if module is not self.base and module is not self.base.base_model:
@@ -295,7 +297,7 @@ class PromptedEncoderDecoder(PromptedModel):
         given = {name: kwargs.pop(name) for name in ("inputs_embeds", "encoder_outputs", main) if name in kwargs}
         given |= {main: ids} if ids is not None else {}
         given |= {} if attention_mask is None else {"attention_mask": attention_mask}
-        if not calls.is_enabled(self):
+        if not call_scope.is_enabled(self):
             return self._run_bare(adapter_names, function=self.base.generate, **given, **kwargs)
         self._check_options(kwargs)
         cache = kwargs.get("past_key_values")

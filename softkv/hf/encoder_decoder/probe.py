@@ -18,7 +18,7 @@ from softkv.hf.context import BlockInputs, BlockOrder, SoftContext
 from softkv.hf.encoder_decoder.calls import EncoderDecoderCall
 from softkv.hf.encoder_decoder.hooks import EncoderDecoderHooks
 from softkv.hf.encoder_decoder.positions import SlotBiases
-from softkv.hf.frozen import OutOfReach
+from softkv.hf.frozen import UnsupportedAttention
 from softkv.hf.placement import device_of
 from softkv.methods.where import SITES, Site
 
@@ -27,21 +27,23 @@ _FAILS = (AttributeError, AssertionError, LookupError, NotImplementedError, Runt
 Blocks = dict[Site, list[BlockInputs]]
 
 
-class Probe:
+class EncoderDecoderProbe:
     """Runs a few tokens through the stacks of a base.
 
     Args:
         hooks: of the base, not registered yet.
 
     Raises:
-        OutOfReach: when it does not run on them.
+        UnsupportedAttention: when it does not run on them.
     """
 
     def __init__(self, hooks: EncoderDecoderHooks) -> None:
         self.hooks, base = hooks, hooks.base
         self.name, device = type(base).__name__, device_of(base)
         if device.type == "meta":
-            raise OutOfReach(f'softkv.attach expects an encoder-decoder with values, got a {self.name} on "meta"')
+            raise UnsupportedAttention(
+                f'softkv.attach expects an encoder-decoder with values, got a {self.name} on "meta"'
+            )
         self.encoder, self.decoder = in_evaluation(hooks.encoder), in_evaluation(hooks.decoder)
         needed = {"input_ids", "inputs_embeds", "attention_mask"}
         takes = inspect.signature(hooks.encoder.forward).parameters.keys()
@@ -55,7 +57,7 @@ class Probe:
         try:
             self.states, self.answer = self._of_base(base)
         except _FAILS as error:
-            raise OutOfReach(
+            raise UnsupportedAttention(
                 f"softkv.attach expects an encoder-decoder whose stacks run with the arguments that transformers' own "
                 f"take, got {self.name}"
             ) from error
@@ -74,19 +76,21 @@ class Probe:
         """The attention blocks at each site, once softkv's attention is in the base and the hooks are registered.
 
         Raises:
-            OutOfReach: when none is reached, or softkv's attention answers otherwise than the base's.
+            UnsupportedAttention: when none is reached, or softkv's attention answers otherwise than the base's.
         """
         try:
             found, states, answer = self._seen()
         except _FAILS as error:
-            raise OutOfReach(
+            raise UnsupportedAttention(
                 f"{self.name} does not take its attention from transformers' attention interface in a way that softkv "
                 f"can reach ({type(error).__name__}: {error})"
             ) from error
         if not (same(states[0], self.states[0]) and same(answer[0], self.answer[0])):
-            raise OutOfReach(f"{self.name} answers otherwise with softkv's attention, so it keeps its own")
+            raise UnsupportedAttention(f"{self.name} answers otherwise with softkv's attention, so it keeps its own")
         if not found:
-            raise OutOfReach(f"{self.name} does not pass keywords through to transformers' attention interface")
+            raise UnsupportedAttention(
+                f"{self.name} does not pass keywords through to transformers' attention interface"
+            )
         views = {site: [each.block for each in blocks] for site, blocks in found.items()}
         hooks, reached = self.hooks, dict[Site, list[BlockInputs]]()
         real = {id(module): module for module in (hooks.encoder, hooks.decoder)}
@@ -114,7 +118,7 @@ class Probe:
         """Tells the hooks what the encoder does with embeddings and padding.
 
         Raises:
-            OutOfReach: when it takes padding behind a row for tokens.
+            UnsupportedAttention: when it takes padding behind a row for tokens.
         """
         hooks = self.hooks
         if not hooks.reads_tokens:
@@ -125,9 +129,11 @@ class Probe:
             padded = self._encode(self.bare, input_ids=F.pad(self.ids, (0, 2), value=1), attention_mask=mask)
             behind = self._decode(self.bare, padded, encoder_attention_mask=mask)
         except _FAILS as error:
-            raise OutOfReach(f"softkv.attach could not run {self.name} on padded rows: {error}") from error
+            raise UnsupportedAttention(f"softkv.attach could not run {self.name} on padded rows: {error}") from error
         if not (same(padded[0, :READ], self.states[0]) and same(behind[0], self.answer[0])):
-            raise OutOfReach(f"softkv.attach expects padding that changes nothing, {self.name} takes it for tokens")
+            raise UnsupportedAttention(
+                f"softkv.attach expects padding that changes nothing, {self.name} takes it for tokens"
+            )
         for scale in dict.fromkeys((1.0, float(getattr(hooks.encoder, "embed_scale", 1.0)))):
             hooks.embed_scale = scale
             if self._embeds():

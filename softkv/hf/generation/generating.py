@@ -8,17 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from softkv.hf import calls, checks
+from softkv.hf import call_scope, checks
 from softkv.hf.generation import processors
 from softkv.hf.generation.cache_state import CacheState, check_contiguous, past_length
 from softkv.hf.generation.prompts import Prompts, lengthened, mask_of, pad_id
 from softkv.hf.layout import RowLayout, padded_in_front
 from softkv.hf.model_call import ModelCall
-from softkv.hf.prompting import Prompting
+from softkv.hf.prompting import PromptMixin
 from softkv.hf.vocabulary import named_ids
 
 
-class Generating(Prompting):
+class GenerateMixin(PromptMixin):
     """Adds `generate`."""
 
     _windowed: bool
@@ -55,7 +55,7 @@ class Generating(Prompting):
         ids = inputs if input_ids is None else input_ids
         if generation_config is not None:
             kwargs["generation_config"] = generation_config
-        if not calls.is_enabled(self):
+        if not call_scope.is_enabled(self):
             bare = {"inputs": ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
             return self._run_bare(adapter_names, function=self.base.generate, **bare, **kwargs)
         self._check_options(kwargs)

@@ -23,13 +23,13 @@ _UNDERSTOOD = {
 
 
 @dataclass(frozen=True)
-class Unpadded:
+class PackedPrefill:
     """The columns `[B, T]` of a padded batch that hold real tokens."""
 
     real: Tensor
 
     @classmethod
-    def of(cls, kwargs: dict[str, Any]) -> Unpadded | None:
+    def of(cls, kwargs: dict[str, Any]) -> PackedPrefill | None:
         """The padding of a forward of the decoder that can be left out, or None."""
         mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
         given = {name for name, value in kwargs.items() if value is not None and value is not False}

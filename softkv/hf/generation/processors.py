@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList, UnbatchedClassifierFreeGuidanceLogitsProcessor
 
-from softkv.hf import calls
+from softkv.hf import call_scope
 from softkv.hf.generation.cache_state import past_length
 from softkv.hf.layout import left_padded
 
@@ -69,7 +69,7 @@ class _Processors(LogitsProcessorList):
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         ids = input_ids if self.view is None else self.view(input_ids)
-        return calls.run(None, super().__call__, ids, scores, **kwargs)
+        return call_scope.run(None, super().__call__, ids, scores, **kwargs)
 
 
 class _Criteria(StoppingCriteriaList):
@@ -79,7 +79,7 @@ class _Criteria(StoppingCriteriaList):
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         ids = input_ids if self.view is None else self.view(input_ids)
-        return calls.run(None, super().__call__, ids, scores, **kwargs)
+        return call_scope.run(None, super().__call__, ids, scores, **kwargs)
 
     @property
     def max_length(self) -> int | None:
@@ -102,10 +102,10 @@ class Streamer:
     def put(self, value: Tensor) -> None:
         if self.prompts is not None:
             value, self.prompts = self.prompts.cpu(), None
-        calls.run(None, self.streamer.put, value)
+        call_scope.run(None, self.streamer.put, value)
 
     def end(self) -> None:
-        calls.run(None, self.streamer.end)
+        call_scope.run(None, self.streamer.end)
 
 
 def install(base: Any) -> None:
@@ -122,7 +122,7 @@ def uninstall(base: Any) -> None:
 
 
 def _call_of(base: Any) -> Any:
-    call = calls.under_way()
+    call = call_scope.current()
     return call if call is not None and call.hooks.base is base and call.prompts is not None else None
 
 

@@ -68,7 +68,7 @@ def is_enabled(model: Any) -> bool:
     return all(each.model is not model or not each.disabled for each in _scopes_entered())
 
 
-def under_way() -> Any:
+def current() -> Any:
     """The innermost call of this thread; None outside of any."""
     calls = _thread.calls
     return calls[-1] if calls else None

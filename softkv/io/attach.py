@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from softkv.hf.frozen import holders_of, take_off_others
+from softkv.hf.frozen import detach_others, holders_of
 from softkv.hf.learned import check_learned, inject, put_learned
-from softkv.hf.pipelines import say_known
+from softkv.hf.pipelines import suppress_unsupported_warning
 from softkv.io import checkpoint, hub
 from softkv.io.soft_model import SoftModel
 from softkv.methods.base import Method
@@ -60,11 +60,11 @@ def attach(
             model, method, tokenizer=tokenizer, backend=backend, head_once=head_once, modules_to_save=modules_to_save
         )
     except BaseException:
-        take_off_others(model, held)
+        detach_others(model, held)
         raise
 
 
-say_known()
+suppress_unsupported_warning()
 
 
 def _class_for(model: Any) -> type[SoftModel]:
@@ -136,7 +136,7 @@ def assemble(
         put_learned(model, in_base)
         return soft_model
     except BaseException:
-        take_off_others(model, held)
+        detach_others(model, held)
         if injected:
             model.delete_adapter(injected)
         raise
