@@ -266,7 +266,7 @@ def test_looking_for_a_rate_stopping_early_and_looking_at_attention(folder: Path
     assert "give --eval-data" in command(*common, "-o", folder / "b", "--early-stopping", 2, code=2)
     on = ["inspect", folder / "a", "--on", folder / "rows.jsonl", "--answer", "label"]
     seen = command(*on, "--plot", folder / "a.png")
-    assert "part of attention that goes to the prefix" in seen
+    assert "share of attention that goes to the prefix" in seen
     assert (folder / "a.png").is_file()
     mass = json.loads(command(*on, "--json"))
     assert [len(heads) for heads in mass["attention_mass"]] == [4, 4]

@@ -1,4 +1,4 @@
-"""The adapters of a soft model: added and deleted, active or off, and taken off with their base."""
+"""The adapters of a soft model: adding, deleting, activating, disabling and detaching."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from softkv.methods.p_tuning_v2 import matrices_of
 from softkv.methods.where import where_of
 from softkv.prefix import Prefix
 
-_LONGEST_NAME = 255  # bytes: checkpoints keep each adapter in a folder of its name
+_LONGEST_NAME = 255  # bytes: checkpoints store each adapter in a folder with its name
 
 
 class AdapterMixin(ModelInterfaceMixin):
-    """A frozen model and what its adapters have learned.
+    """A frozen model and the learned parameters of its adapters.
 
     Attributes:
         base: the frozen model.
-        adapters: the learned parameters (`SoftPrompt`) of each adapter by its name; that of `attach` is "default".
-        modules_to_save: what adapters learn beside (`SavedModules`), by the name of each that does.
-        answers: what the base's logits answer.
-        is_causal: whether its tokens see none that follow.
+        adapters: the learned parameters (`SoftPrompt`) of each adapter by name; the one of `attach` is "default".
+        modules_to_save: other modules trained by adapters (`SavedModules`), by adapter name.
+        answers: what the base's logits predict.
+        is_causal: whether tokens see only earlier ones.
     """
 
     adapters: nn.ModuleDict
@@ -48,7 +48,7 @@ class AdapterMixin(ModelInterfaceMixin):
 
     @property
     def active_adapter(self) -> str:
-        """The adapter of calls without `adapter_names`: that of the innermost `using` of this context, else that of
+        """The adapter of calls without `adapter_names`: from the innermost `using` of this context, else from
         `set_adapter`."""
         return call_scope.adapter_in_scope(self) or self._default_adapter
 
@@ -64,7 +64,7 @@ class AdapterMixin(ModelInterfaceMixin):
 
     @property
     def base_shape(self) -> BaseShape:
-        """The sizes of the base that decide the shapes of learned parameters."""
+        """The sizes of the base that determine the shapes of learned parameters."""
         return self._frozen.shape
 
     def add_adapter(
@@ -75,17 +75,17 @@ class AdapterMixin(ModelInterfaceMixin):
         tokenizer: Any = None,
         modules_to_save: Sequence[str] | None = None,
     ) -> None:
-        """Adds a soft prompt. The active adapter stays active.
+        """Add a soft prompt. The active adapter stays active.
 
         Args:
             name: a new name, of letters, digits, spaces, "_" and "-", at most 255 bytes long.
             adapter: a method, which is built; or a prefix of one row (A = 1), which is trained further as `PTuningV2`.
-            tokenizer: of the base, for an init from a text; None takes that of `attach`.
-            modules_to_save: modules of the base that it learns copies of, by name; None: the head of a task's class.
+            tokenizer: of the base, to initialise from a text; None: the one passed to `attach`.
+            modules_to_save: names of modules of the base to train copies of; None: the head of a task class.
 
         Raises:
-            ValueError: when the name is taken or none, or the adapter does not fit the base. Nothing is added then.
-            TypeError: when the adapter is none of these.
+            ValueError: if the name is taken or invalid, or the adapter does not match the base. Nothing is added then.
+            TypeError: if the adapter is none of these.
         """
         self._check_attached()
         checks.check_in_one_piece(self.base)
@@ -117,7 +117,7 @@ class AdapterMixin(ModelInterfaceMixin):
         if soft.encodes_rows:
             self._hooks.hook_blocks()
         device = device_of(self.base)
-        # A base without values yet leaves what is learned where it was made.
+        # With a base on the meta device, learned parameters stay where they were created.
         soft = soft if device.type == "meta" else soft.to(device)
         if self._hooks.parallel is not None:
             self._hooks.parallel.share(soft)
@@ -127,11 +127,11 @@ class AdapterMixin(ModelInterfaceMixin):
             self._redirects.add(saved.paths)
 
     def _check_reached(self, adapter: Any) -> None:
-        """Refuses what needs softkv's attention where the base keeps its own, and soft tokens where it reads ids."""
+        """Refuse methods that need softkv's attention if the base keeps its own, and soft tokens if it reads ids."""
         own, method = self._hooks.own, getattr(adapter, "method", adapter)  # of a saved adapter
         if getattr(method, "in_rows", False) and not self._hooks.behaviour.embeds:
             raise ValueError(
-                f"{type(self.base).__name__} reads the ids of tokens beside their embeddings (per-layer embeddings), "
+                f"{type(self.base).__name__} reads ids of tokens besides their embeddings (per-layer embeddings), "
                 f"which soft tokens do not have: expected PrefixTuning or PTuningV2, got {type(method).__name__}"
                 + ("" if own is None else f" (softkv does not reach its attention: {own.reason})")
             )
@@ -146,13 +146,13 @@ class AdapterMixin(ModelInterfaceMixin):
         if tensors is None:
             return SavedModules(self.base, paths_of(self.base, names, self._hooks.order.modules))
         if names is not None:
-            raise ValueError("a saved adapter brings its own modules_to_save: leave them out")
+            raise ValueError("a saved adapter has its own modules_to_save: leave the argument out")
         return SavedModules(self.base, adapter.modules_to_save, tensors)
 
     @property
     def _carries(self) -> bool:
-        """Whether a prefix can replace soft tokens in front: their K/V have one shape, carry all their state, and are
-        those of a head that runs alone."""
+        """Whether a prefix can replace soft tokens in front: their K/V have one shape, contain all their state, and do
+        not depend on what follows."""
         alone = not self._hooks.positions.follow_length
         return alone and self._hooks.behaviour.carries and self.base_shape.kv_heads > 0
 
@@ -168,13 +168,13 @@ class AdapterMixin(ModelInterfaceMixin):
             raise ValueError(f"the name of an adapter expects at most {_LONGEST_NAME} bytes, got {len(name.encode())}")
 
     def set_adapter(self, name: str) -> None:
-        """Sets the adapter of calls without `adapter_names`, in every thread."""
+        """Set the adapter of calls without `adapter_names`, in every thread."""
         check_known(name, self.adapters)
         self._default_adapter = name
 
     @contextmanager
     def using(self, name: str) -> Iterator[Self]:
-        """Activates an adapter within this context. Other threads and tasks keep theirs.
+        """Activate an adapter within this context. Other threads and tasks keep theirs.
 
         Example:
             >>> model = softkv.attach(base, softkv.PTuningV2(length=4))
@@ -190,10 +190,10 @@ class AdapterMixin(ModelInterfaceMixin):
             yield self
 
     def delete_adapter(self, name: str) -> None:
-        """Removes an adapter.
+        """Delete an adapter.
 
         Raises:
-            ValueError: when it is the active one, or there is none of that name.
+            ValueError: if it is the active one, or there is none of that name.
         """
         check_known(name, self.adapters)
         if name in (self.active_adapter, self._default_adapter):
@@ -203,17 +203,17 @@ class AdapterMixin(ModelInterfaceMixin):
             del self.modules_to_save[name]
 
     def _placed(self, adapter: Any, frozen: FrozenBase) -> tuple[Any, FrozenBase]:
-        """An adapter that says where it stands, and the base as it sees it."""
+        """The adapter with its location resolved, and the base as it sees it."""
         if where_of(adapter) is not None:
             raise ValueError(
-                f"where={where_of(adapter)} is of encoder-decoders, {type(self.base).__name__} has one stack: leave it "
-                "out"
+                f"where={where_of(adapter)} is for encoder-decoders, {type(self.base).__name__} has one stack: leave "
+                "it out"
             )
         return adapter, frozen
 
     @contextmanager
     def disabled(self) -> Iterator[Self]:
-        """Disables soft prompts within this context. Other threads and tasks are unaffected.
+        """Disable soft prompts within this context. Other threads and tasks are unaffected.
 
         Example:
             >>> ids = torch.tensor([[1, 5, 6]])
@@ -227,11 +227,11 @@ class AdapterMixin(ModelInterfaceMixin):
             yield self
 
     def detach(self) -> Any:
-        """Detaches the soft prompt and returns the base. Detaching the last one restores the base exactly:
-        requires_grad, attention implementation, dropout, training mode of every module."""
+        """Detach the soft prompt and return the base. Detaching the last one restores the base exactly: requires_grad,
+        attention implementation, dropout, and training mode of every module."""
         try:
             self._take_off()
-        except BaseException:  # an interrupt leaves nothing half done
+        except BaseException:  # also after an interrupt, so that nothing is left half done
             self._take_off()
             raise
         return self.base

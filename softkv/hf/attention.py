@@ -1,8 +1,8 @@
 """transformers' attention contract, under the name "softkv": one mask function, one attention function.
 
-`AttentionMaskInterface` calls `key_state` once a forward pass; `AttentionInterface` calls `attention` once a block.
-Importing this module registers both, so `from_pretrained(..., attn_implementation="softkv")` works with or without
-a soft prompt.
+`AttentionMaskInterface` calls `key_state` once per forward pass; `AttentionInterface` calls `attention` once per block.
+Importing this module registers both, so `from_pretrained(..., attn_implementation="softkv")` works with or without a
+soft prompt.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from softkv.ops.api import prefix_attention, prefix_attention_varlen
 from softkv.ranges import named
 
 NAME = "softkv"
-_BARE = SoftContext()  # of a model without a soft prompt
+_BARE = SoftContext()  # for a model without a soft prompt
 
 
 def attention(
@@ -48,7 +48,7 @@ def attention(
     """Attention of one block: query `[B, H, T, D]`, key `[B, G, S, D]`, value `[B, G, S, Dv]` → `[B, T, H, Dv]`, None.
 
     Raises:
-        ValueError: for whatever it is given and does not understand.
+        ValueError: for arguments that it does not support.
     """
     context = _BARE if softkv_prefix is None else softkv_prefix
     layer = getattr(module, "layer_idx", 0) if context.order is None else context.order.number(module, context.turns)
@@ -74,7 +74,7 @@ def _of_rows(
     options: tuple[Any, ...],
     others: dict[str, Any],
 ) -> Tensor:
-    """`[B, T, H, Dv]`, of rows that are alike: padded ones, or the packed ones of a line."""
+    """Attention `[B, T, H, Dv]` of rows of one kind: padded, or packed."""
     alike = None
     if context.memo is not None:
         alike = signature(context, module, query, key, value, mask, options, others)
@@ -109,7 +109,7 @@ def _checked(
     output_attentions: bool = False,
     **kwargs: Any,
 ) -> Tensor:
-    """As `_of_rows`, with every argument looked at."""
+    """Like `_of_rows`, with full argument checks."""
     if output_attentions:
         raise ValueError('softkv attention never forms attention weights: use attn_implementation="eager" to see them')
     if dropout:
@@ -131,7 +131,7 @@ def _checked(
         context.capture.append(BlockInputs(module, key, value, window, causal))
 
     device = query.device.type
-    autocasts = device != "meta" and torch.is_autocast_enabled(device)  # torch knows no autocast there, and raises
+    autocasts = device != "meta" and torch.is_autocast_enabled(device)  # where torch has no autocast, and raises
     dtype = torch.get_autocast_dtype(device) if autocasts else query.dtype
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     like: dict[str, Any] = {"dtype": dtype, "device": query.device}
@@ -154,8 +154,8 @@ def _checked(
             )
         elif rows is None and keys.packed:
             raise ValueError(
-                f"{type(module).__name__} keeps packed rows apart by a mask, but passes no position_ids to its "
-                'attention, which softkv tells them by: give padded rows, or use attn_implementation="eager"'
+                f"{type(module).__name__} separates packed rows by a mask, but passes no position_ids to its "
+                'attention, which softkv needs: give padded rows, or use attn_implementation="eager"'
             )
     if position_bias is not None or allowed is not None:
         if allowed is None:
@@ -164,8 +164,8 @@ def _checked(
         plain_positions = position_ids is not None and position_ids.dim() == 2
         if rows is not None or (counted and (position_bias is not None or not plain_positions)):
             raise ValueError(
-                f"{type(module).__name__} has a mask or a position bias of its own, which softkv takes in padded rows "
-                "only, and beside a window that counts the slots of a prefix only where it tells positions"
+                f"{type(module).__name__} has its own mask or position bias, which softkv supports in padded rows "
+                "only, and with a window that counts prefix slots only if it passes positions"
             )
         prefix = context.of_layer(layer, len(query), **like)
         if prefix and context.bias is not None and position_bias is not None:
@@ -184,7 +184,7 @@ def _checked(
             key, value, allowed, _ = in_front(key, value, allowed, None, prefix, seen=seen)
             prefix = {}
         out = masked_attention(query, key, value, allowed, position_bias, prefix, **options)
-        return out.transpose(1, 2).contiguous()  # some models view it
+        return out.transpose(1, 2).contiguous()  # some models call view on it
     options |= {"is_causal": causal, "window": window}
     if rows is not None:
         if window is not None and not causal:
@@ -217,7 +217,7 @@ def _checked(
 
 
 def _within(window: int, positions: Tensor, context: SoftContext, prefix: dict[str, Any]) -> Tensor:
-    """Which slots windows leave to each query, `[B or 1, T, P]`: slot p stands at position p of its row."""
+    """The slots within each query's window, `[B or 1, T, P]`: slot p is at position p of its row."""
     inside = positions[:, :, None] - torch.arange(prefix["prefix_k"].shape[2], device=positions.device) < window
     covers = context.window_covers
     if not isinstance(covers, Tensor):
@@ -229,15 +229,15 @@ def _within(window: int, positions: Tensor, context: SoftContext, prefix: dict[s
 def _window(module: nn.Module, given: int | None) -> int:
     window = given if given is not None else getattr(getattr(module, "config", None), "sliding_window", None)
     if window is None:
-        raise ValueError(f"{type(module).__name__} has a windowed mask, but tells its attention no sliding_window")
+        raise ValueError(f"{type(module).__name__} has a windowed mask, but passes no sliding_window to its attention")
     return int(window)
 
 
 def _attend(
     attend: Callable[..., Any], context: SoftContext, layer: int, rows: int, like: dict[str, Any], window: int | None
 ) -> Tensor:
-    """Attention of one block with the context's prefixes. Where windows count the slots of some and not of others, it
-    runs once for either kind."""
+    """Attention of one block with the context's prefixes. If windows count the slots of some prefixes and not of
+    others, it runs once for each kind."""
     prefix, covers = context.of_layer(layer, rows, **like), context.window_covers
     if context.masses is not None and prefix:
         counted = {} if window is None else {"window_covers_prefix": covers}

@@ -1,5 +1,5 @@
-"""How much attention goes to a prefix: a diagnostic. A prefix that takes all leaves a model blind to its tokens; one
-that takes none does nothing."""
+"""How much attention goes to a prefix: a diagnostic. A prefix that takes all of it hides the tokens from the model; one
+that takes none has no effect."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _wanted: ContextVar[dict[int, Tensor] | None] = ContextVar("softkv_attention_mas
 
 @contextmanager
 def collecting() -> Iterator[dict[int, Tensor]]:
-    """Collects the attention mass on prefixes in the forward passes of this context: `[H]` by the number of a block,
-    the last pass last."""
+    """Collect the attention mass on prefixes in forward passes of this context: `[H]` by block number, of the last
+    pass."""
     masses: dict[int, Tensor] = {}
     token = _wanted.set(masses)
     try:
@@ -28,15 +28,15 @@ def collecting() -> Iterator[dict[int, Tensor]]:
 
 
 def wanted() -> dict[int, Tensor] | None:
-    """Where masses are collected, or None."""
+    """The dict that collects masses, or None."""
     return _wanted.get()
 
 
 @torch.no_grad()
 def of_call(attend: Callable[..., Tensor], prefix: dict[str, Any]) -> Tensor:
-    """`[H]`: the part of attention that goes to the prefix, mean over all queries of a call.
+    """`[H]`: the share of attention that goes to the prefix, averaged over all queries of a call.
 
-    It is what the call gives for values of 1 in the prefix and 0 elsewhere.
+    It is the output of attention with values of 1 in the prefix and 0 elsewhere.
 
     Args:
         attend: an attention function, with query, key and value as its first arguments: `[B, ., T, D]` and with
@@ -52,32 +52,32 @@ def of_call(attend: Callable[..., Tensor], prefix: dict[str, Any]) -> Tensor:
 
 @torch.no_grad()
 def attention_mass(model: Any, rows: list[dict[str, Any]]) -> Tensor:
-    """The part of attention that goes to a SoftModel's prefix.
+    """The share of attention that goes to a SoftModel's prefix.
 
     Args:
-        model: a `SoftModel` whose active soft prompt stands in front of its rows (a prefix, an encoder, soft tokens
+        model: a `SoftModel` whose active soft prompt is in front of its rows (a prefix, an encoder, soft tokens
             "before").
-        rows: `{"input_ids", "labels"}` each, as `method.encode` gives them; all of a row's tokens count as queries.
+        rows: `{"input_ids", "labels"}` each, as returned by `method.encode`; all tokens of a row count as queries.
 
     Returns:
         fp32 `[L, H]`, from 0 to 1: mean over rows.
 
     Raises:
-        ValueError: when nothing stands in front of the rows, or there are no rows.
+        ValueError: if nothing is in front of the rows, or there are no rows.
     """
     if not rows:
         raise ValueError("attention_mass expects at least one row, got none")
     found = mass_of_rows(model, rows)
     if found is None:
         raise ValueError(
-            f"{type(model.method).__name__} learns soft tokens inside the rows here, and no prefix in front of them: "
-            "the attention that a prefix takes can't be told"
+            f"{type(model.method).__name__} learns soft tokens inside the rows here, not a prefix in front of them: "
+            "there is no attention to a prefix to measure"
         )
     return found
 
 
 def mass_of_rows(model: Any, rows: list[dict[str, Any]]) -> Tensor | None:
-    """As `attention_mass`; None where nothing stands in front of the rows."""
+    """Like `attention_mass`; None if nothing is in front of the rows."""
     training = model.training
     model.eval()
     try:

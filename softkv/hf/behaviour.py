@@ -1,7 +1,7 @@
 """Properties of a frozen decoder, measured by running a few tokens instead of listing architectures.
 
-State spaces, linear attention, convolutions and other state look at earlier tokens beside attention. Then rows must not
-be packed, and K/V alone do not stand for what is in front of a row.
+State spaces, linear attention, convolutions and other state carry information from earlier tokens outside attention.
+Rows of such models must not be packed, and K/V alone do not represent what is in front of a row.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ TOKENS = 4
 class Behaviour:
     """
     Attributes:
-        packs: whether a packed row's results do not depend on the rows in front of it.
-        carries: whether the K/V of what stands in front of a row stand for it.
-        pads: whether padding in front of a row changes nothing in it.
-        embeds: whether embeddings say all about tokens: some models read ids beside them.
+        packs: whether results of a packed row are independent of the rows in front of it.
+        carries: whether the K/V of what is in front of a row represent it completely.
+        pads: whether padding in front of a row does not change its results.
+        embeds: whether embeddings represent tokens completely; some models read ids as well.
     """
 
     packs: bool
@@ -37,12 +37,12 @@ class Behaviour:
 def behaviour_of(
     run: Callable[[SoftContext, Tensor, Tensor], Tensor], row: Tensor, blocks: list[BlockInputs]
 ) -> Behaviour:
-    """Runs the second half of a row behind the K/V of the first, and the first half behind it as a row of its own.
+    """Run the second half of a row after the K/V of the first, and the first half after it as a separate packed row.
 
     Args:
-        run: hidden states `[1, T, C]` of the decoder from a context, the order of the row's tokens and their positions
-            without a prefix.
-        row: `[1, 4, C]`, those of the whole row.
+        run: returns hidden states `[1, T, C]` of the decoder, given a context, the order of the row's tokens, and their
+            positions without a prefix.
+        row: `[1, 4, C]`, the hidden states of the whole row.
         blocks: what reached its attention blocks in that run.
     """
     half, device = TOKENS // 2, row.device
@@ -59,18 +59,19 @@ def behaviour_of(
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """The relative error that rounding alone may make."""
+    """The relative error that rounding alone may cause."""
     return 1e-3 if dtype in (torch.float32, torch.float64) else 5e-2
 
 
 def nearly_embedded(base: Any, ids: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """Embeddings of ids, not quite those of the vocabulary, in which some models would look them up. None where a model
+    """Embeddings of ids, slightly perturbed because some models look embeddings up in the vocabulary. None if a model
     embeds into more than one tensor."""
     embeds = base.get_input_embeddings()(ids)
     return embeds.detach() * (1 + tolerance(dtype) / 4) if isinstance(embeds, Tensor) else None
 
 
 def same(got: Tensor, want: Tensor) -> bool:
-    """Whether some token is the same but for rounding. (Rounding may send one to another expert, hardly all.)"""
+    """Whether at least one token is equal up to rounding. (Rounding may route some tokens to other experts, but hardly
+    all.)"""
     error = (got - want).float().norm(dim=-1) / want.float().norm(dim=-1).clamp_min(1e-6)
     return bool(error.min() < tolerance(want.dtype))

@@ -1,9 +1,9 @@
-"""State that belongs to a call and not to the model: which adapter is active, whether soft prompts are enabled, and
-which calls are under way.
+"""State of a call rather than of the model: the active adapter, whether soft prompts are enabled, and the running
+calls.
 
-Scopes (`using`, `disabled`) are context variables: threads and asyncio tasks do not see each other's. Calls run from
-start to end in one thread, so they are a stack of that thread. Compiled code can guard on lists of a thread but not on
-context variables: there, the scopes that the thread has entered count.
+Scopes (`using`, `disabled`) are context variables: threads and asyncio tasks do not see each other's. A call runs in a
+single thread, so running calls are a stack per thread. Compiled code can guard on thread-local lists but not on context
+variables, so it uses the scopes entered by the thread.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 
 @dataclass(frozen=True)
 class Scope:
-    """What a `with` block settles for one SoftModel: an adapter, or that soft prompts are off."""
+    """What a `with` block sets for one SoftModel: an adapter, or that soft prompts are disabled."""
 
     model: Any
     adapter: str | None = None
@@ -39,7 +39,7 @@ _scopes: ContextVar[tuple[Scope, ...]] = ContextVar("softkv_scopes", default=())
 
 @contextmanager
 def scope(entered: Scope) -> Iterator[None]:
-    """Settles something for the calls of this context."""
+    """Enter a scope for the calls of this context."""
     of_thread = _thread.scopes
     token = _scopes.set((*_scopes.get(), entered))
     try:
@@ -55,7 +55,7 @@ def _scopes_entered() -> Sequence[Scope]:
 
 
 def adapter_in_scope(model: Any) -> str | None:
-    """The adapter of the innermost `using` of a model; None outside of any."""
+    """The adapter of the innermost `using` of a model; None outside one."""
     found = None
     for each in _scopes_entered():
         if each.model is model and each.adapter is not None:
@@ -64,18 +64,18 @@ def adapter_in_scope(model: Any) -> str | None:
 
 
 def is_enabled(model: Any) -> bool:
-    """Whether this context is in no `disabled` of a model."""
+    """Whether this context is outside every `disabled` of a model."""
     return all(each.model is not model or not each.disabled for each in _scopes_entered())
 
 
 def current() -> Any:
-    """The innermost call of this thread; None outside of any."""
+    """The innermost running call of this thread; None outside a call."""
     calls = _thread.calls
     return calls[-1] if calls else None
 
 
 def run(call: Any, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Runs a function as the innermost call of this thread. With None, it sees bare models, as outside of any call."""
+    """Run a function as the innermost call of this thread. With None, models in it run bare, as outside a call."""
     # Not a context manager: an interrupt between its entry and the block would leave the call behind.
     calls = _thread.calls
     depth = len(calls)

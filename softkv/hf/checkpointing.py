@@ -1,5 +1,5 @@
-"""Activation checkpointing of a transformers model, by the names that the installed transformers has for it: those
-with `gradient_` are older (the newest for Python 3.10), and gone from transformers 6."""
+"""Activation checkpointing of a transformers model, under the installed transformers' names: those with `gradient_` are
+older (the newest for Python 3.10), and removed in transformers 6."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 
 
 def is_on(model: Any) -> bool:
-    """Whether some module recomputes its activations in backward."""
-    found = getattr(model, "is_activation_checkpointing", None)  # each look at it walks through the modules
+    """Whether any module recomputes its activations in backward."""
+    found = getattr(model, "is_activation_checkpointing", None)  # each access walks through all modules
     return bool(model.is_gradient_checkpointing if found is None else found)
 
 
 def enable(model: Any, kwargs: dict[str, Any] | None = None, **options: Any) -> None:
-    """Switches it on; `kwargs` are those of `torch.utils.checkpoint.checkpoint`."""
+    """Enable it; `kwargs` are those of `torch.utils.checkpoint.checkpoint`."""
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable(kwargs, **options)
     else:
@@ -21,7 +21,7 @@ def enable(model: Any, kwargs: dict[str, Any] | None = None, **options: Any) -> 
 
 
 def disable(model: Any) -> None:
-    """Switches it off."""
+    """Disable it."""
     if hasattr(model, "activation_checkpointing_disable"):
         model.activation_checkpointing_disable()
     else:

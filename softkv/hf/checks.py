@@ -1,4 +1,4 @@
-"""Input checks of a `SoftModel`. Each message names the expected and the given value."""
+"""Input validation of a `SoftModel`. Each message gives the expected and the actual value."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from softkv.hf.placement import check_not_partitioned, is_sharded
 from softkv.hf.prefixes import SoftRows
 
 _NOT_PAGED = (
-    "continuous batching runs only attention that transformers names itself, which knows no prefix: use generate with "
+    "continuous batching supports only transformers' own attention, which takes no prefix: use generate with "
     "a padded batch"
 )
 PAGED = {
@@ -35,17 +35,18 @@ def check_base(model: Any) -> None:
         table = None
     if getattr(table, "weight", None) is None:
         raise ValueError(
-            f"softkv.attach expects a model with a table of embeddings of its vocabulary, got {type(model).__name__}"
+            f"softkv.attach expects a model with input embeddings of a vocabulary, got {type(model).__name__}"
         )
     if model.config.is_encoder_decoder and (getattr(model, "_tp_size", None) or 1) > 1:
         raise ValueError(
             f"softkv has no tensor parallelism of encoder-decoders: load this {type(model).__name__} without tp_plan "
-            "and shard it by FSDP2"
+            "and shard it with FSDP2"
         )
 
 
 def check_in_one_piece(model: Any) -> None:
-    """Raise for a base that FSDP has sharded: what is learned would be left out of it, and differ between processes."""
+    """Raise for a base that FSDP has already sharded: learned parameters would not be part of it, and would differ
+    between processes."""
     if is_sharded(model):
         raise ValueError(
             f"FSDP has sharded this {type(model).__name__} already: attach every soft prompt first, then shard the "
@@ -85,14 +86,14 @@ def check_cache(cache: Any) -> None:
 
 
 def check_mask(mask: Any, rows: int, widths: Sequence[int]) -> None:
-    """Refuses what is no padding mask `[rows, S]` of one of the widths."""
+    """Refuse anything but a padding mask `[rows, S]` of one of the widths."""
     if mask is None:
         return
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         raise ValueError(
             f"attention_mask expects a padding mask [B, S] (no prefix could join another), got {described(mask)}"
         )
-    # By "==": to a tracer, numbers are not `in` a tuple of traced ones.
+    # Compared by "==", because for a tracer numbers are not `in` a tuple of traced ones.
     if mask.shape[0] != rows or not any(mask.shape[1] == width for width in widths):
         columns = " or ".join(map(str, dict.fromkeys(widths)))
         raise ValueError(
@@ -106,7 +107,7 @@ def check_mask(mask: Any, rows: int, widths: Sequence[int]) -> None:
 
 
 def check_positions(positions: Any, shape: tuple[int, int]) -> None:
-    """Position ids end in `[B or 1, T]`; some decoders take several in front."""
+    """Position ids end in `[B or 1, T]`; some decoders have more axes in front."""
     if positions is None:
         return
     B, T = shape
@@ -122,14 +123,12 @@ def check_labels(labels: Any, shape: tuple[int, int]) -> None:
 
 
 def check_packing(kwargs: dict[str, Any], mask: Any, shape: tuple[int, int], past: int) -> None:
-    """Refuses cumulative lengths that don't describe a batch of one line."""
+    """Refuse cumulative lengths that don't describe one packed sequence."""
     cu_seqlens = kwargs.get("cu_seq_lens_q")
     if cu_seqlens is None:
         return
     if shape[0] != 1:
-        raise ValueError(
-            f"cu_seq_lens_q packs rows into a batch of one line: expected [1, N] tokens, got {list(shape)}"
-        )
+        raise ValueError(f"cu_seq_lens_q packs rows into one sequence: expected [1, N] tokens, got {list(shape)}")
     if mask is not None or past:
         raise ValueError("packed rows have no padding and no cache: leave attention_mask and past_key_values out")
     if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
@@ -137,18 +136,18 @@ def check_packing(kwargs: dict[str, Any], mask: Any, shape: tuple[int, int], pas
     if is_readable(cu_seqlens):
         ends = cu_seqlens.tolist()
         if ends[0] != 0 or ends[-1] != shape[1] or sorted(ends) != ends:
-            raise ValueError(f"cu_seq_lens_q expects a rise from 0 to {shape[1]}, the tokens of the line, got {ends}")
+            raise ValueError(f"cu_seq_lens_q expects to rise from 0 to {shape[1]}, the number of tokens, got {ends}")
 
 
 def refuse_restarts() -> None:
     raise ValueError(
-        "torch.compile can't read position ids, to tell whether rows are packed: give cu_seq_lens_q and max_length_q "
-        "beside them, or an attention_mask for a batch of one row"
+        "torch.compile can't read position ids to detect packed rows: give cu_seq_lens_q and max_length_q "
+        "as well, or an attention_mask for a batch of one row"
     )
 
 
 def check_prompt_lengths(lengths: Any, layout: RowLayout) -> Tensor:
-    """`prompt_lengths` `[R]` as the layout's numbers."""
+    """`prompt_lengths` `[R]` as a tensor of the layout."""
     rows = layout.rows
     try:
         lengths = torch.as_tensor(lengths, device=layout.first.device)
@@ -156,7 +155,7 @@ def check_prompt_lengths(lengths: Any, layout: RowLayout) -> Tensor:
         raise ValueError(f"prompt_lengths expects [{rows}] integers, got {lengths!r:.100}") from None
     if lengths.shape != (rows,) or lengths.is_floating_point() or lengths.is_complex() or lengths.dtype == torch.bool:
         raise ValueError(f"prompt_lengths expects [{rows}] integers, got {described(lengths)}")
-    if is_readable(lengths):  # elsewhere a look would wait
+    if is_readable(lengths):  # elsewhere reading would synchronise
         tokens = layout.last - layout.first
         if bool(((lengths < 0) | (lengths > tokens)).any()):
             raise ValueError(
@@ -166,15 +165,15 @@ def check_prompt_lengths(lengths: Any, layout: RowLayout) -> Tensor:
 
 
 def check_soft_ids(ids: Tensor, soft: SoftRows, layout: RowLayout, *, learns: bool = False) -> bool:
-    """Whether ids hold soft tokens; refuses those that their row's soft prompt does not place, and rows without any
-    that are to teach them. Where values can't be read, they hold some if any soft prompt places them by id."""
+    """Whether ids contain soft tokens. Refuse soft tokens that their row's soft prompt does not place, and training
+    rows without any. If values can't be read, assume soft tokens if any soft prompt places them by id."""
     places = any(each.placement == "inline" for each in soft.softs.values())
     if not is_readable(ids):
         return places
     if not bool((ids < 0).any()):
         if learns and soft.softs and soft.inline:
             raise ValueError(
-                "PTuning learns soft tokens that its rows hold as negative ids, but input_ids hold none, so "
+                "PTuning learns soft tokens, which rows contain as negative ids, but input_ids contain none, so "
                 "nothing would be learned: make the rows with method.encode(tokenizer, ...)"
             )
         return False
@@ -186,7 +185,7 @@ def check_soft_ids(ids: Tensor, soft: SoftRows, layout: RowLayout, *, learns: bo
         row = int(layout.row_of_token[at])
         kinds = {name: type(each.config).__name__ for name, each in soft.softs.items()}
         raise ValueError(
-            f"input_ids hold the soft token id {int(ids.flatten()[at])} in row {row}, but "
+            f"input_ids contain the soft token id {int(ids.flatten()[at])} in row {row}, but "
             f"{soft.of_rows(layout.rows, kinds, 'the bare model')[row]} places {int(of_token.flatten()[at])} "
             "soft tokens by id"
         )
@@ -194,12 +193,12 @@ def check_soft_ids(ids: Tensor, soft: SoftRows, layout: RowLayout, *, learns: bo
 
 
 def check_bare(ids: Any, adapter_names: Any) -> None:
-    """Refuses what a bare model can't answer."""
+    """Refuse inputs that a bare model can't process."""
     if adapter_names is not None:
-        raise ValueError("a disabled SoftModel answers as the bare model: leave adapter_names out")
+        raise ValueError("a disabled SoftModel is the bare model: leave adapter_names out")
     if isinstance(ids, Tensor) and is_readable(ids) and bool((ids < 0).any()):
         raise ValueError(
-            f"input_ids hold the soft token id {int(ids.min())}, but a disabled SoftModel answers as the bare model, "
+            f"input_ids contain the soft token id {int(ids.min())}, but a disabled SoftModel is the bare model, "
             "which has no soft tokens"
         )
 
@@ -208,11 +207,11 @@ def check_names(names: Any, rows: int) -> None:
     if isinstance(names, str) or not all(name is None or isinstance(name, str) for name in names):
         raise TypeError(f"adapter_names expects a list of names (None: the bare model), got {names!r}")
     if len(names) != rows:
-        raise ValueError(f"adapter_names expects a name for each of the {rows} rows, got {len(names)}")
+        raise ValueError(f"adapter_names expects one name per row, {rows}, got {len(names)}")
 
 
 def check_attention(decoder: Any, name: str) -> None:
-    """Refuses a base whose attention was turned away from softkv's, which would leave the prefix out."""
+    """Refuse a base whose attention implementation was changed from softkv's, which would ignore the prefix."""
     found = decoder.config._attn_implementation
     if found != name:
         raise ValueError(
@@ -222,12 +221,12 @@ def check_attention(decoder: Any, name: str) -> None:
 
 
 def check_ways(options: dict[str, Any]) -> None:
-    """Refuses ways to generate that would leave the soft prompt out."""
+    """Refuse generation features that would ignore the soft prompt."""
     if options["cache_implementation"] == "paged":
-        raise ValueError(f'SoftModel.generate has no cache_implementation="paged": {_NOT_PAGED}')
+        raise ValueError(f'SoftModel.generate does not support cache_implementation="paged": {_NOT_PAGED}')
     if options["token_healing"]:
         raise ValueError(
-            "token_healing rewrites prompts inside generate, soft tokens too: heal them first, with "
+            "token_healing rewrites prompts inside generate, including soft tokens: heal them first, with "
             "heal_tokens(input_ids, tokenizer), and leave it out here"
         )
 
@@ -241,7 +240,7 @@ def check_reentrant(checkpointing: dict[str, Any]) -> None:
 
 
 def is_readable(x: Tensor) -> bool:
-    """Whether values are checked: where that waits for no device, and not while tracing."""
+    """Whether values can be checked: without synchronising with a device, and not while tracing."""
     return x.device.type == "cpu" and not torch.compiler.is_compiling()
 
 

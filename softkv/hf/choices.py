@@ -15,7 +15,7 @@ _OF_TOKENS = ("input_ids", "attention_mask", "token_type_ids", "inputs_embeds")
 
 @dataclass(frozen=True)
 class Choices:
-    """A base that answers which of `count` choices is right, called with a choice a row.
+    """A base that scores `count` choices, called with one choice per row.
 
     Attributes:
         base: the model.
@@ -27,10 +27,10 @@ class Choices:
 
     @classmethod
     def of(cls, base: Any, ids: Any, embeds: Any) -> Choices:
-        """By the tokens of a batch.
+        """From the tokens of a batch.
 
         Raises:
-            ValueError: unless they have an axis of choices.
+            ValueError: if they have no axis of choices.
         """
         tokens, axes = (embeds, "[B, choices, T, C]") if ids is None else (ids, "[B, choices, T]")
         if not isinstance(tokens, Tensor) or tokens.dim() != axes.count(",") + 1:
@@ -39,13 +39,13 @@ class Choices:
         return cls(base, tokens.shape[1])
 
     def flat(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The batch with a choice a row.
+        """The batch with one choice per row.
 
         Raises:
-            ValueError: when something in it has other choices.
+            ValueError: if an input has another number of choices.
         """
-        if batch.get("position_ids") is not None:  # not every base takes those of choices
-            raise ValueError(f"{type(self.base).__name__} counts the positions of choices: leave position_ids out")
+        if batch.get("position_ids") is not None:  # not every base supports them for choices
+            raise ValueError(f"{type(self.base).__name__} computes the positions of choices: leave position_ids out")
         rows = dict(batch)
         for name in (*_OF_TOKENS, "prompt_lengths"):
             x = batch.get(name)

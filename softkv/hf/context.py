@@ -1,7 +1,7 @@
-"""Per-forward state passed through the frozen model as the keyword `softkv_prefix=`.
+"""State of a forward pass, passed through the frozen model as the keyword `softkv_prefix=`.
 
-One object, not a tensor (beam search repeats every tensor keyword), and not an attribute of modules: gradient
-checkpointing re-runs forwards later, and two forwards may come before one backward.
+It is not a tensor, because beam search repeats every tensor keyword, and not an attribute of modules, because gradient
+checkpointing re-runs forwards later, and two forwards may precede one backward.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ LayerKV = tuple[Tensor, Tensor]
 
 
 class BlockInputs(NamedTuple):
-    """What reached the attention function in one block."""
+    """The inputs of the attention function in one block."""
 
     block: nn.Module
     key: Tensor  # [B, G, S, D]
@@ -38,7 +38,7 @@ class BlockInputs(NamedTuple):
 class BlockOrder:
     """The attention blocks of a model, numbered in the order in which it runs them.
 
-    A module that runs several times a forward pass (ALBERT's) is a block of its own each time.
+    A module that runs several times per forward pass (in ALBERT) counts as a separate block each time.
     """
 
     def __init__(self, blocks: Sequence[nn.Module] = ()) -> None:
@@ -56,12 +56,12 @@ class BlockOrder:
 
     @property
     def repeats(self) -> bool:
-        """Whether some module runs several times."""
+        """Whether any module runs several times."""
         return len(self._numbers) < len(self.blocks)
 
     def number(self, module: nn.Module, turns: dict[nn.Module, int] | None = None) -> int:
-        """The number of a block that begins to run; of a module that runs several times, the next one after `turns`,
-        which counts them."""
+        """The number of the block that starts to run; for a module that runs several times, the next one according to
+        the counts in `turns`."""
         numbers = self._numbers[module]
         if len(numbers) == 1 or turns is None:
             return numbers[0]
@@ -71,7 +71,7 @@ class BlockOrder:
 
 @dataclass(frozen=True)
 class PackedRows:
-    """Packed rows: row r holds tokens `cu_seqlens[r]` to `cu_seqlens[r + 1]`."""
+    """Packed rows: row r consists of tokens `cu_seqlens[r]` to `cu_seqlens[r + 1]`."""
 
     cu_seqlens: Tensor  # int32 [rows + 1]
     longest: int
@@ -85,7 +85,7 @@ class PackedRows:
 
 @dataclass(frozen=True)
 class RowPrompts:
-    """Where the prompt of each row lies among the B·T hidden states of a batch."""
+    """The position of each row's prompt among the B·T hidden states of a batch."""
 
     index: Tensor  # [R, M] into the flattened [B·T], arbitrary past a row's length
     lengths: Tensor  # [R]
@@ -93,7 +93,7 @@ class RowPrompts:
 
 @dataclass(frozen=True)
 class RowEncoder:
-    """Makes the K/V of each attention block from the prompt's hidden states that enter it."""
+    """Computes the K/V of each attention block from the prompt's hidden states that enter it."""
 
     encode: Callable[[int, Tensor, Tensor], LayerKV]
     prompts: RowPrompts | None
@@ -113,29 +113,29 @@ class RowEncoder:
 
 @dataclass(frozen=True)
 class SoftContext:
-    """The prefixes of a forward pass and where its rows lie.
+    """The prefixes and the row layout of a forward pass.
 
     Attributes:
         layers: K `[A, G, P, D]`, V `[A, G, P, Dv]` of attention blocks, by their numbers in `order`, or None.
-        lengths: `[A]`, slots of each prefix that exist, or None.
+        lengths: `[A]`, the number of slots in use of each prefix, or None.
         index: `[B]`, the prefix of each row (-1: none), or None.
-        window_covers: whether sliding windows count the slots: of all prefixes, or of each, `[A]` (with an index).
+        window_covers: whether sliding windows count the slots, for all prefixes or for each, `[A]` (with an index).
         slots: P of each row: one number, or `[B]`.
-        rows: the packed rows of a batch of one line, or None.
-        restarts: `[1, T]`, position ids that may restart, where a tracer can't tell packed rows by them; or None.
-        unpadded: the padding left out of them, to be put back.
-        heads: `[A, P, C]`, soft tokens in front of rows, which are to run in the same pass: their K and V in each block
-            follow those of `layers` in the bank.
-        line: the line of heads and rows that this pass runs, once it is made.
-        encoder: makes K, V per row inside each attention block (encoder-mode P-tuning v2).
-        order: numbers the attention blocks; None where none needs a number.
-        turns: how often each module that runs several times has begun to, in this forward pass.
-        capture: collects what reaches each attention block, in the order in which they run.
-        masses: collects the attention that prefixes take in each block (`softkv.hf.attention_mass`), or None.
-        memo: of a forward pass, calls that were checked for one block and hold for others (`softkv.hf.repeat`).
-        lasting: of a cache, such calls of its decoding steps.
-        bias: gives the position biases of the slots, `[1, H, T, P]`, of a block, T queries, the tokens before them and
-            P; None where slots have none.
+        rows: the packed rows, or None.
+        restarts: `[1, T]`, position ids that may restart, if a tracer can't detect packed rows from them; or None.
+        unpadded: the padding removed from the rows, to be restored.
+        heads: `[A, P, C]`, soft tokens in front of rows to run in the same pass: their K and V in each block follow
+            those of `layers` in the bank.
+        line: the packed sequence of heads and rows of this pass, once it is built.
+        encoder: computes K, V per row inside each attention block (encoder-mode P-tuning v2).
+        order: numbers the attention blocks; None if no numbers are needed.
+        turns: how often each module that runs several times has started in this forward pass.
+        capture: collects the inputs of each attention block, in execution order.
+        masses: collects the attention to prefixes in each block (`softkv.hf.attention_mass`), or None.
+        memo: calls of this forward pass that were validated for one block and reused by others (`softkv.hf.repeat`).
+        lasting: such calls of a cache's decoding steps.
+        bias: computes the position biases of the slots, `[1, H, T, P]`, from the block, T queries, the number of tokens
+            before them and P; None if slots have none.
         cross: in the decoder of an encoder-decoder, the context of its cross-attention.
     """
 
@@ -161,8 +161,8 @@ class SoftContext:
     cross: SoftContext | None = None
 
     def of_layer(self, layer: int, rows: int, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
-        """The prefix keywords of the attention op for one block and `rows` rows, but for `window_covers_prefix`. Blocks
-        may be on devices of their own."""
+        """The prefix keywords of the attention op for one block and `rows` rows, except `window_covers_prefix`. Blocks
+        may be on different devices."""
         if self.layers is None:
             return {}
         k, v = self.layers[layer]
@@ -175,8 +175,8 @@ class SoftContext:
         }
 
     def index_of(self, rows: int) -> Tensor | None:
-        """`[rows]`: the prefix of each row, where the op can't tell it from the number of prefixes. Beams and returned
-        sequences of one row follow each other."""
+        """`[rows]`: the prefix of each row, if the op can't infer it from the number of prefixes. Beams and returned
+        sequences of one row are adjacent."""
         assert self.layers is not None
         index, k = self.index, next(iter(self.layers.values()))[0]
         if index is None:

@@ -554,8 +554,8 @@ ROWS = [
     GenerationRow(
         "continuous batching",
         continuous_batching,
-        excluded="runs only attention that transformers names itself, which knows no prefix",
-        error="continuous batching runs only attention that transformers names itself",
+        excluded="supports only transformers' own attention, which takes no prefix",
+        error="continuous batching supports only transformers' own attention",
     ),
     GenerationRow("`TextStreamer`", text_streamer),
     GenerationRow("`TextIteratorStreamer`", iterator_streamer),

@@ -111,7 +111,7 @@ def test_refusals() -> None:
     longer = batch_of([[5, 6, *FED, 13], [9, 10, 11, *FED]])
     with pytest.raises(ValueError, match="holds these rows in other columns"):
         model.generate(**longer, past_key_values=first.past_key_values, max_new_tokens=2)
-    with pytest.raises(ValueError, match='no cache_implementation="paged"'):
+    with pytest.raises(ValueError, match='does not support cache_implementation="paged"'):
         model.generate(**batch, cache_implementation="paged")
     with pytest.raises(ValueError, match="token_healing rewrites prompts"):
         model.generate(**batch, token_healing=True, tokenizer=tokenizer())

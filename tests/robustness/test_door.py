@@ -85,7 +85,7 @@ def test_soft_tokens_without_a_soft_prompt() -> None:
     ids = torch.tensor([[-1, -2, 5, 6]])
     with model.disabled():
         for call in (model, model.generate):
-            with pytest.raises(ValueError, match="a disabled SoftModel answers as the bare model"):
+            with pytest.raises(ValueError, match="a disabled SoftModel is the bare model"):
                 call(ids)
     for call in (model, model.generate):
         with pytest.raises(ValueError, match="the bare model places 0"):

@@ -83,7 +83,7 @@ class PromptedEncoderDecoder(PromptedModel):
         """What the encoder multiplies the embeddings of ids by, and not those that it is given."""
         return self._hooks.embed_scale
 
-    # Adapters ------------------------------------------------------------------------------------------------------------
+    # Adapters ---------------------------------------------------------------------------------------------------------
 
     def _check_reached(self, adapter: Any) -> None:
         method = getattr(adapter, "method", adapter)
