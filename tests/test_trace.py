@@ -92,7 +92,7 @@ def test_the_command_writes_a_trace_and_a_picture(what: str, tmp_path: Path) -> 
     ("options", "message"),
     [
         (["--answer", "8"], "--answer expects fewer than --tokens 8, got 8"),
-        (["--device", "nowhere"], "that this machine's torch can put the model on, got 'nowhere': "),
+        (["--device", "nowhere"], "that torch can use on this machine, got 'nowhere': "),
         (["-o", __file__], f"--output expects a folder, got the file {__file__}"),
     ],
 )

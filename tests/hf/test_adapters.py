@@ -302,7 +302,7 @@ def test_clear_errors(tmp_path: Any) -> None:
     for call in (model, model.generate):
         with pytest.raises(ValueError, match="has no adapter 'none': expected one of 'default', 'one', 'template'"):
             call(ids, adapter_names=["one", "none"])
-        with pytest.raises(ValueError, match="a name for each of the 2 rows, got 3"):
+        with pytest.raises(ValueError, match="one name per row, 2, got 3"):
             call(ids, adapter_names=["one"] * 3)
         with pytest.raises(TypeError, match="expects a list of names"):
             call(ids, adapter_names="one")
@@ -312,7 +312,7 @@ def test_clear_errors(tmp_path: Any) -> None:
         with model.disabled(), pytest.raises(ValueError, match="leave adapter_names out"):
             call(ids, adapter_names=["one", "one"])
     packed = {"position_ids": torch.tensor([[0, 1, 0, 1]])}
-    with pytest.raises(ValueError, match="a name for each of the 2 rows, got 1"):
+    with pytest.raises(ValueError, match="one name per row, 2, got 1"):
         model(ids[:1], **packed, adapter_names=["one"])
 
     with pytest.raises(ValueError, match="already has an adapter 'one'"):

@@ -321,7 +321,7 @@ def test_refusals() -> None:
                 call(**PROMPTS, output_attentions=True)
             with pytest.raises(ValueError, match=r"expects .*input_ids or inputs_embeds"):
                 call()
-            with pytest.raises(ValueError, match="hold the soft token id -4"):
+            with pytest.raises(ValueError, match="contain the soft token id -4"):
                 call(torch.tensor([[1, -4, 2]]))
         with pytest.raises(ValueError, match="use_reentrant"):
             soft.gradient_checkpointing_enable({"use_reentrant": True})

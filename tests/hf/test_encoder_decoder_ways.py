@@ -250,7 +250,7 @@ def test_inputs_that_do_not_fit() -> None:
         softkv.PTuningV2(length=2, where=("decoder", "head"))
     from tests.hf.tiny import model_of as causal
 
-    with pytest.raises(ValueError, match="is of encoder-decoders, LlamaForCausalLM has one stack"):
+    with pytest.raises(ValueError, match="is for encoder-decoders, LlamaForCausalLM has one stack"):
         softkv.attach(causal("Llama"), softkv.PTuningV2(length=2, where="decoder"))
 
 

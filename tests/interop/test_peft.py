@@ -249,7 +249,7 @@ UNREADABLE: dict[str, tuple[Any, str]] = {
         "which belongs to none of its modules_to_save",
     ),
     "features": (edited(task_type="FEATURE_EXTRACTION"), "of the task 'FEATURE_EXTRACTION'"),
-    "a folder of folders": (in_folders, r"adapters in folders by their names: first, second \(give one"),
+    "a folder of folders": (in_folders, r"adapters in folders by name: first, second \(pass one"),
     "no kind": (edited(peft_type=None), "of a None adapter"),
     "a kind that is a list": (edited(peft_type=[]), r"of a \[\] adapter"),
     "an encoder-decoder": (
@@ -294,7 +294,7 @@ UNREADABLE: dict[str, tuple[Any, str]] = {
     "no length": (edited(num_virtual_tokens=None), "num_virtual_tokens expects a whole number of at least 1, got None"),
     "a length of True": (edited(num_virtual_tokens=True), "num_virtual_tokens expects a whole number"),
     "other layers": (edited(num_layers=1, num_attention_heads=4, token_dim=32), "layers 1 .this model: 2."),
-    "other heads": (edited(num_attention_heads=3), "token_dim 16 is no multiple of num_attention_heads 3"),
+    "other heads": (edited(num_attention_heads=3), "token_dim 16 is not a multiple of num_attention_heads 3"),
     "heads split otherwise": (edited(num_attention_heads=4), r"kv_heads 4 \(this model: 2\), head_dim 4"),
     "gigantic sizes": (
         edited(num_layers=10**12, token_dim=10**12, num_attention_heads=1),

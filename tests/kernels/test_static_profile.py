@@ -88,7 +88,7 @@ def test_a_narrow_terminal_gets_no_table(columns: str, lines: tuple[str, ...]) -
 WRONG = {
     (KERNEL, "--constexprs", "BLOCK_M=128"): "needs values for BLOCK_N, D",
     (KERNEL, *TYPES[2:], "--signature", "*bf16"): "expects 6 types, for q, k, v, out, n, scale; got 1",
-    (KERNEL, *TYPES[2:], "--signature", "*bf16,*bf16,*bf16,*bf16,int,fp32"): "'int' is no type",
+    (KERNEL, *TYPES[2:], "--signature", "*bf16,*bf16,*bf16,*bf16,int,fp32"): "'int' is not a type",
     (KERNEL, *TYPES, "--constexprs", "WIDTH=1"): "has no parameter WIDTH",
     (KERNEL, *TYPES, "--num-warps", "3"): "--num-warps expects a power of 2, got 3",
     (KERNEL.replace(":attention", ":nothing"),): "its kernels are attention",
@@ -104,7 +104,7 @@ WRONG = {
         "*bf16,tensordesc<bf16>,*fp32,i32",
         "--constexprs",
         "BM=64",
-    ): "'tensordesc<bf16>' is no type",
+    ): "'tensordesc<bf16>' is not a type",
     (
         "--only",
         "nothing",

@@ -51,11 +51,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a table of lengths": ({"prompt_lengths": torch.ones(2, 1, dtype=torch.long)}, "prompt_lengths expects"),
     "packed rows of two lines": ({"cu_seq_lens_q": CU, "max_length_q": 3}, "a batch of one line"),
     "packed and padded": ({"input_ids": IDS, "attention_mask": ONES[:1], "cu_seq_lens_q": CU}, "have no padding"),
-    "lengths that fall": ({"input_ids": IDS, "cu_seq_lens_q": torch.tensor([0, 4, 3, 5])}, "a rise from 0 to 5"),
-    "lengths that end early": ({"input_ids": IDS, "cu_seq_lens_q": torch.tensor([0, 4])}, "a rise from 0 to 5"),
+    "lengths that fall": ({"input_ids": IDS, "cu_seq_lens_q": torch.tensor([0, 4, 3, 5])}, "to rise from 0 to 5"),
+    "lengths that end early": ({"input_ids": IDS, "cu_seq_lens_q": torch.tensor([0, 4])}, "to rise from 0 to 5"),
     "a tuple for a cache": ({"past_key_values": ((IDS, IDS),)}, "expects a transformers Cache"),
     "a soft token": ({"input_ids": -TWO}, "soft token id"),
-    "a name too many": ({"adapter_names": ["default"] * 3}, "a name for each of the 2 rows"),
+    "a name too many": ({"adapter_names": ["default"] * 3}, "one name per row, 2"),
     "attention weights": ({"output_attentions": True}, "needs attention weights"),
 }
 
