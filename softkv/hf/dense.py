@@ -1,5 +1,5 @@
-"""Attention with a model-specific mask or position bias: T×S scores, as in eager attention. The prefix stays a separate
-operand, unless its slots have position biases too."""
+"""Attention with a model-specific mask or position bias: T×S scores, as in eager attention. The prefix remains a
+separate operand, unless its slots have position biases too."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def masked_attention(
     sinks: Tensor | None,
     backend: str | None,
 ) -> Tensor:
-    """Attention to the tokens that a mask allows, and to every slot of the prefix.
+    """Attention to the tokens allowed by a mask, and to every slot of the prefix.
 
     Args:
         query, key, value: `[B, H, T, D]`, `[B, G, S, D]`, `[B, G, S, Dv]`.
-        allowed: `[B or 1, H or 1, T or 1, S]`, bool or added to the scores.
+        allowed: `[B or 1, H or 1, T or 1, S]`, bool, or additive on the scores.
         bias: added to the scores, `[B or 1, H or 1, T, S]`, or None.
         prefix: the prefix keywords of `softkv.prefix_attention`, or none.
-        scale, softcap, sinks, backend: as there.
+        scale, softcap, sinks, backend: as in `softkv.prefix_attention`.
 
     Returns:
         `[B, H, T, Dv]`
@@ -80,13 +80,13 @@ def in_front(
     of_slots: Tensor | None = None,
     seen: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Keys, values, what is allowed, and biases, with the slots of a prefix as tokens in front.
+    """Keys, values, the mask and biases, with the slots of a prefix as tokens in front.
 
     Args:
         key, value, allowed, bias: as of `masked_attention`.
         prefix: the prefix keywords.
-        of_slots: the biases of the slots, `[1, H, T, P]`, where tokens have some.
-        seen: which slots each query sees, `[B or 1, T, P]`; None: all that exist.
+        of_slots: the biases of the slots, `[1, H, T, P]`, if tokens have biases.
+        seen: the slots that each query sees, `[B or 1, T, P]`; None: all slots in use.
     """
     B, T = len(key), allowed.shape[2] if seen is None else seen.shape[1]
     k, v, index, lengths = (prefix[f"prefix_{name}"] for name in ("k", "v", "index", "lengths"))

@@ -1,4 +1,4 @@
-"""A transformers model as the methods see it, and as it was before softkv touched it."""
+"""A transformers model as methods see it, and its original state before `attach`."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ _DROPOUTS = ("attention_dropout", "attn_dropout", "attn_pdrop", "dropout")
 
 
 class UnsupportedAttention(ValueError):
-    """softkv can't take the place of a model's attention."""
+    """Raised if softkv can't replace a model's attention."""
 
 
 def decoder_of(model: Any) -> Any:
-    """The stack of attention blocks inside a transformers model: its text decoder, or its encoder where it has no
-    other."""
-    found = model.get_decoder()  # by attribute names: ModernBERT calls its output layer "decoder"
+    """The stack of attention blocks inside a transformers model: its text decoder, or its encoder if it has no
+    decoder."""
+    found = model.get_decoder()  # found by attribute names; ModernBERT's output layer is called "decoder"
     return found if isinstance(found, PreTrainedModel) else model.base_model
 
 
 class FrozenBase:
-    """What a method may ask of the model that it steers (`softkv.methods.base.FrozenModel`).
+    """The `softkv.methods.base.FrozenModel` of a transformers model.
 
     Args:
         model: the transformers model.
         widths: (G, D, Dv) of each attention block.
-        tokenizer: for text inits, or None.
+        tokenizer: to initialise from a text, or None.
     """
 
     def __init__(self, model: Any, widths: list[tuple[int, int, int]], tokenizer: Any = None) -> None:
@@ -70,8 +70,8 @@ class FrozenBase:
     def _check_values(self) -> None:
         if device_of(self.model).type == "meta":
             raise ValueError(
-                'this soft prompt starts from the base\'s values, which a base on "meta" has none of: expected '
-                "PTuningV2 or PrefixTuning with init_std=0.1 (a random start), or softkv.load of a saved adapter"
+                'this soft prompt starts from the base\'s values, which a base on "meta" does not have: expected '
+                "PTuningV2 or PrefixTuning with init_std=0.1 (random values), or softkv.load of a saved adapter"
             )
 
     def tokenize(self, text: str, special: bool = False) -> list[int]:
@@ -83,12 +83,12 @@ class FrozenBase:
 class BaseState:
     """A model's state before the first attach: restored when the last soft prompt is detached.
 
-    It lives on the model, so that copies of the model carry copies of it.
+    It is stored on the model, so that it is copied with the model.
     """
 
     def __init__(self, model: Any) -> None:
         models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-        configs = {id(module.config): module.config for module in models}  # an outer one before those inside it
+        configs = {id(module.config): module.config for module in models}  # outer models before inner ones
         self.implementations = [(config, config._attn_implementation) for config in configs.values()]
         self.requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self.training = {name: module.training for name, module in model.named_modules()}
@@ -100,7 +100,7 @@ class BaseState:
 
     @classmethod
     def freeze(cls, model: Any, holder: Any) -> BaseState:
-        """Freezes the model and turns its attention to softkv's, until every holder has released it.
+        """Freeze the model and switch its attention to softkv's, until every holder has released it.
 
         Raises:
             UnsupportedAttention: if the model does not use transformers' attention interface, or keeps its own. Its
@@ -118,17 +118,17 @@ class BaseState:
             raise UnsupportedAttention(state.out_of_reach)
         if decoder_of(model).config._attn_implementation != NAME:
             raise UnsupportedAttention(
-                f"{type(model).__name__} does not take its attention from transformers' attention interface, "
-                "so softkv can't reach it"
+                f"{type(model).__name__} does not use transformers' attention interface, "
+                "so softkv can't replace its attention"
             )
         return state
 
     @staticmethod
     def keep_own_attention(model: Any, reason: UnsupportedAttention) -> None:
-        """Gives a frozen model its own attention back, until it is released.
+        """Switch a frozen model back to its own attention, until it is released.
 
         Raises:
-            UnsupportedAttention: the reason, when others hold the model who need softkv's.
+            UnsupportedAttention: with the reason, if other holders of the model need softkv's attention.
         """
         state: BaseState = model.__dict__[_ATTRIBUTE]
         if state.out_of_reach is None and len(state.holders) > 1:
@@ -138,7 +138,8 @@ class BaseState:
 
     @staticmethod
     def release(model: Any, holder: Any) -> None:
-        """Gives up a hold; the last one restores the model exactly. May be repeated, also after an interrupt."""
+        """Release a hold; releasing the last one restores the model exactly. May be repeated, for example after an
+        interrupt."""
         state = model.__dict__.get(_ATTRIBUTE)
         if state is None:
             return
@@ -148,7 +149,7 @@ class BaseState:
             delattr(model, _ATTRIBUTE)
 
     def silence_dropout(self, blocks: list[nn.Module]) -> None:
-        """Sets the attention dropout of the given attention modules to 0, with one warning."""
+        """Set the attention dropout of the given attention modules to 0, with one warning."""
         found = [
             (holder, name, probability)
             for block in blocks
@@ -182,8 +183,8 @@ class BaseState:
 
 
 def detach_others(model: Any, held: list[Any]) -> None:
-    """Takes off what was attached after `holders_of` a model: an interrupt may come between the end of an attach and
-    the assignment of its result."""
+    """Detach what was attached after `holders_of` was read, because an interrupt may come between the end of an attach
+    and the assignment of its result."""
     for holder in holders_of(model):
         if not any(holder is each for each in held):
             holder.remove()

@@ -1,8 +1,8 @@
-"""Soft tokens in front of rows, run in one pass with the rows.
+"""Soft tokens in front of rows, computed in the same pass as the rows.
 
-In a causal decoder, what stands in front of a row does not depend on it. So the heads of a batch are a few more rows at
-the beginning of its line, [head 1 | … | head A | rows], and in each block their own keys and values are the prefix that
-the rows behind them read: a view, with gradients. Behind the decoder the heads are cut off.
+In a causal decoder, what precedes a row does not depend on it. The heads of a batch are therefore additional rows at
+the start of the packed sequence, [head 1 | … | head A | rows], and in each block their keys and values are the prefix
+of the rows after them: a view, with gradients. The decoder's output is cut to the rows.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from softkv.hf.context import SoftContext
 from softkv.hf.masks import state_of_rows
 from softkv.hf.prefixes import behind
 
-# Keywords of a decoder that are arranged here, what they ask for too; others must say nothing of single tokens.
+# Keywords of a decoder that are handled here, with the outputs that they request; others must not refer to single
+# tokens.
 _ARRANGED = {
     "input_ids", "inputs_embeds", "attention_mask", "position_ids", "use_cache", "return_dict", "output_hidden_states",
     "output_router_logits",
@@ -27,14 +28,15 @@ _ARRANGED = {
 
 @dataclass(frozen=True)
 class PackedHeads:
-    """A line of A heads of P tokens, and behind them the rows of a batch: B of T columns, or packed ones (B = 1).
+    """A packed sequence of A heads of P tokens, followed by the rows of a batch: B of T columns, or packed ones (B =
+    1).
 
     Attributes:
         heads: (A, P)
         rows: (B, T)
         mask: `[B, T]`, the real tokens of padded rows, or None for all.
-        of_heads: what attention among the heads is given.
-        states: the key states of padded rows, by that of the line.
+        of_heads: the arguments of attention among the heads.
+        states: the key states of padded rows, by that of the packed sequence.
     """
 
     heads: tuple[int, int]
@@ -45,8 +47,8 @@ class PackedHeads:
 
     @classmethod
     def of(cls, context: SoftContext, kwargs: dict[str, Any]) -> PackedHeads | None:
-        """The line of a forward of the decoder whose context holds heads, or None where some argument has a column for
-        each token that can't be arranged: images' positions, masks of a model's own."""
+        """The packed sequence for a forward of the decoder whose context has heads, or None if an argument refers to
+        single tokens in a way that can't be handled: positions of images, the model's own masks."""
         assert context.heads is not None
         mask, positions = kwargs.get("attention_mask"), kwargs["position_ids"]
         if positions.dim() != 2 or not (mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)):
@@ -61,12 +63,12 @@ class PackedHeads:
         return cls((A, P), (tokens.shape[0], tokens.shape[1]), mask, of_heads)
 
     def lead(self, heads: Tensor, kwargs: dict[str, Any], embed: Callable[[Tensor], Tensor], first: int) -> None:
-        """Puts the line in place of the rows.
+        """Replace the rows by the packed sequence.
 
         Args:
             heads: `[A, P, C]`
-            kwargs: of the decoder, positions `[B or 1, T]` among them.
-            embed: the embeddings of ids.
+            kwargs: of the decoder, including positions `[B or 1, T]`.
+            embed: returns the embeddings of ids.
             first: the position id of a head's first token.
         """
         embeds = kwargs.get("inputs_embeds")
@@ -79,7 +81,7 @@ class PackedHeads:
         kwargs["inputs_embeds"], kwargs["input_ids"], kwargs["attention_mask"] = line[None], None, None
 
     def leave(self, output: Any) -> Any:
-        """The decoder's output for the rows alone."""
+        """The decoder's output for the rows only."""
         for name, value in output.items():
             if isinstance(value, Tensor):
                 output[name] = self._of_rows(value)
@@ -88,7 +90,7 @@ class PackedHeads:
         return output
 
     def _of_rows(self, states: Tensor) -> Tensor:
-        """Of hidden states `[1, N, C]` or of what routers say of tokens `[N, E]`, those of the rows."""
+        """The rows' share of hidden states `[1, N, C]` or router outputs `[N, E]`."""
         (A, P), (B, T) = self.heads, self.rows
         N = A * P + B * T
         if states.shape[:2] == (1, N):
@@ -103,13 +105,13 @@ class PackedHeads:
         operands: tuple[Tensor, Tensor, Tensor],
         mask: Tensor | None,
     ) -> Tensor:
-        """Attention of one block, `[1, N, H, Dv]`: of the heads each to itself, of the rows to themselves and theirs.
+        """Attention of one block, `[1, N, H, Dv]`: each head attends to itself, each row to itself and its head.
 
         Args:
-            attend: attention `[B, T, H, Dv]` of some rows under a context.
+            attend: computes attention `[B, T, H, Dv]` of rows with a context.
             context: of the rows.
             operands: query `[1, H, N, D]`, key `[1, G, N, D]` and value `[1, G, N, Dv]`.
-            mask: the key state of the line.
+            mask: the key state of the packed sequence.
         """
         (A, P), (B, T) = self.heads, self.rows
         heads, rows = [], []
@@ -131,20 +133,21 @@ class PackedHeads:
         """The key state of the rows."""
         if self.mask is None:
             return _whole(mask)
-        if torch.compiler.is_compiling():  # a tracer can't tell states by their `id`
+        if torch.compiler.is_compiling():  # a tracer can't identify states by their `id`
             return state_of_rows(mask, self.mask)
         if id(mask) not in self.states:
-            self.states[id(mask)] = mask, state_of_rows(mask, self.mask)  # kept, so that no other gets its `id`
+            self.states[id(mask)] = mask, state_of_rows(mask, self.mask)  # kept alive, so that its `id` is not reused
         return self.states[id(mask)][1]
 
 
 def _whole(line: Tensor | None) -> Tensor | None:
-    """The key state of rows without padding, by that of the line, which in a compiled frame counts tokens."""
+    """The key state of rows without padding, from that of the packed sequence, which counts tokens in a compiled
+    frame."""
     return state_of_rows(line, None) if torch.compiler.is_compiling() else line
 
 
 def _of_tokens(name: str, value: Any) -> bool:
-    """Whether a keyword may say something of single tokens, or asks for something of them."""
+    """Whether a keyword may refer to single tokens, or request an output per token."""
     if isinstance(value, Tensor):
         return value.dim() > 0
     return isinstance(value, list | tuple | dict) or (name.startswith("output_") and bool(value))

@@ -35,29 +35,29 @@ class DecoderHooks(DecoderProbe):
         self._head: Any = None
 
     def register(self) -> None:
-        """Hooks the decoder."""
+        """Register the hooks on the decoder."""
         self.decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True)
-        # Before the hooks that others have put there: they are to see the rows that were given.
+        # Run before hooks of others, which must see the rows as given.
         self.decoder.register_forward_hook(self._leave_decoder, with_kwargs=True, prepend=True)
         head = self.base.get_output_embeddings()
         if head is not None and not kept_logits.by_model(self.base):
             self._head = head.register_forward_pre_hook(self._enter_head)
 
     def hook_blocks(self) -> None:
-        """Has encoders read what enters the attention modules."""
+        """Register the hooks through which encoders read the inputs of attention modules."""
         if self._reads_blocks:
             return
         if self.order.repeats:
             raise ValueError(
-                f"{type(self.base).__name__} runs an attention module several times a pass, where an encoder of "
-                "prompts can't tell the times apart: leave the encoder out"
+                f"{type(self.base).__name__} runs an attention module several times per pass, which a prompt "
+                "encoder does not support: leave the encoder out"
             )
         self._reads_blocks = True
         for block in self.order.modules:
             block.register_forward_pre_hook(self._enter_block, with_kwargs=True)
 
     def remove(self) -> None:
-        """Takes every hook off, whatever came between hooking and this."""
+        """Remove every hook, also after an interrupted registration."""
         if self._head is not None:
             self._head.remove()
         for module in self.decoder.modules():
@@ -73,11 +73,11 @@ class DecoderHooks(DecoderProbe):
         soft = soft_tokens.to(embeds.dtype)[(-ids - 1).clamp(min=0)]
         return torch.where((ids < 0)[:, :, None], soft, embeds)
 
-    # While a thread registers a hook, others may call it before torch knows that it takes keywords: `kwargs` is then
-    # missing, and the call is none of this SoftModel's.
+    # While one thread registers a hook, another may call it before torch knows that it takes keywords. `kwargs` is then
+    # missing, and the call is not one of this SoftModel.
 
     def _enter_decoder(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
-        """Keyword pre-hook of the decoder: soft embeddings, positions behind the prefix, and the prefix."""
+        """Keyword pre-hook of the decoder: adds soft embeddings, positions after the prefix, and the prefix."""
         call = call_scope.current()
         if kwargs is None or call is None or call.hooks is not self:
             return None
@@ -89,8 +89,8 @@ class DecoderHooks(DecoderProbe):
             if call.soft_at is not None and given is not None:
                 if given.shape[1] != embeds.shape[1]:
                     raise ValueError(
-                        f"{type(self.base).__name__} gives its text model {given.shape[1]} columns for "
-                        f"{embeds.shape[1]} ids: expected an id for each embedding of an image or a sound"
+                        f"{type(self.base).__name__} passes {given.shape[1]} columns to its text model for "
+                        f"{embeds.shape[1]} ids: expected one id per embedding of images or audio"
                     )
                 embeds = torch.where(call.soft_at[:, :, None], embeds.to(given), given)
             kwargs["inputs_embeds"], kwargs["input_ids"] = embeds, None
@@ -116,7 +116,7 @@ class DecoderHooks(DecoderProbe):
         return (), kwargs
 
     def _enter_own(self, own: OwnAttention, call: ModelCall, kwargs: dict[str, Any]) -> None:
-        """The positions of a decoder that keeps its own attention, where it takes any."""
+        """Set the positions of a decoder that keeps its own attention, if it takes any."""
         if own.takes_positions:
             kwargs["position_ids"] = self.positions.of(call, call.context, kwargs)
         elif self.positions.table is not None:
@@ -124,7 +124,8 @@ class DecoderHooks(DecoderProbe):
             self.positions.check(past_length(kwargs.get("past_key_values")) + tokens.shape[1] - 1)
 
     def _mark_unpadded(self, kwargs: dict[str, Any]) -> None:
-        """Says that no token is padding: transformers would look for packed rows in the values of position ids."""
+        """Mark that no token is padding; without a mask, transformers would look for packed rows in the values of
+        position ids."""
         if kwargs.get("attention_mask") is None and kwargs.get("past_key_values") is None and self.behaviour.packs:
             tokens = kwargs["inputs_embeds"] if kwargs.get("inputs_embeds") is not None else kwargs["input_ids"]
             shape = (tokens.shape[0], tokens.shape[1])
@@ -134,13 +135,13 @@ class DecoderHooks(DecoderProbe):
                 kwargs["attention_mask"] = UnpaddedMask.of(shape, tokens.device)
 
     def _with_heads(self, context: SoftContext, kwargs: dict[str, Any]) -> SoftContext:
-        """Heads in one line with the rows; in a pass of their own where some argument of the rows can't follow."""
+        """Pack heads with the rows, or run them in a separate pass if an argument of the rows can't be handled."""
         assert context.heads is not None
         line = PackedHeads.of(context, kwargs)
         if line is not None:
             line.lead(context.heads, kwargs, self.base.get_input_embeddings(), self.first)
             return replace(context, heads=None, line=line)
-        with named("head once"):  # of a copy: some models scale what they are given in place
+        with named("head once"):  # a copy, because some models scale their input in place
             blocks = self.capture(inputs_embeds=context.heads.to(self.base.dtype, copy=True))
         layers = {}
         for number, block in enumerate(blocks):
@@ -151,7 +152,7 @@ class DecoderHooks(DecoderProbe):
         return replace(context, heads=None, layers=layers)
 
     def _without_padding(self, context: SoftContext, kwargs: dict[str, Any]) -> SoftContext:
-        """Packs padded prompts where the padding can be restored."""
+        """Pack padded prompts if the padding can be restored."""
         unpadded = PackedPrefill.of(kwargs)
         if unpadded is None:
             return context
@@ -169,7 +170,7 @@ class DecoderHooks(DecoderProbe):
         return None if context.unpadded is None else context.unpadded.unpack(output, kwargs.get("past_key_values"))
 
     def _enter_generation(self, call: ModelCall, prompts: Prompts, kwargs: dict[str, Any]) -> SoftContext:
-        """A forward inside `generate`: soft embeddings where the prompt has them, and the encoder of its rows."""
+        """A forward inside `generate`: adds soft embeddings of the prompt, and the encoder of its rows."""
         ids, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
         tokens = ids if ids is not None else kwargs["inputs_embeds"]
         B, T = tokens.shape[:2]
@@ -178,7 +179,7 @@ class DecoderHooks(DecoderProbe):
         assert call.soft is not None
         width, state = prompt.shape[1], CacheState.of(cache)
         if state is None:
-            begun = cache is not None and cache.get_seq_length() > 0  # in a cache that the model has made itself
+            begun = cache is not None and cache.get_seq_length() > 0  # in a cache created by the model itself
             state = CacheState(prompts.columns, B, call.soft.names, prompts.mask_for(B), unread=0 if begun else width)
             if cache is not None:
                 state.store_on(cache)
@@ -189,7 +190,7 @@ class DecoderHooks(DecoderProbe):
             at = F.pad(at, (0, T - at.shape[1]), value=-1).repeat_interleave(B // len(at), 0)
             if ids is not None:
                 embeds, kwargs["input_ids"] = self.embed(torch.where(at < 0, ids, -at - 1), call.soft_tokens), None
-            else:  # a wrapped decoder is given embeddings, of images too
+            else:  # a wrapped decoder gets embeddings, including those of images
                 soft = call.soft_tokens.to(tokens.dtype)[at.clamp(min=0)]
                 embeds = torch.where((at >= 0)[:, :, None], soft, tokens)
             kwargs["inputs_embeds"] = embeds
@@ -216,8 +217,8 @@ class DecoderHooks(DecoderProbe):
         return (kept_logits.chosen(arguments[0], call.kept), *arguments[1:])
 
     def _enter_block(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
-        """Keyword pre-hook of an attention block in encoder mode: makes the block's K/V from what enters it. It runs
-        inside a checkpointed region, so it is recomputed with it."""
+        """Keyword pre-hook of an attention block in encoder mode: computes the block's K/V from its input. It runs
+        inside checkpointed regions and is recomputed with them."""
         context = None if kwargs is None else kwargs.get("softkv_prefix")
         if kwargs is None or context is None or context.encoder is None:
             return None
@@ -234,10 +235,10 @@ class DecoderHooks(DecoderProbe):
         memory: dict[int, LayerKV] | None,
         order: Tensor | None,
     ) -> SoftContext:
-        """The context with what makes K and V of each block from the prompts that enter it.
+        """The context with the encoder that computes K and V of each block from prompts.
 
         Args:
-            order: which of the prompts each row has, where every row has one of its own.
+            order: the index of each row's prompt, if every row has its own.
         """
         banks = context.layers or {}
 
@@ -249,7 +250,8 @@ class DecoderHooks(DecoderProbe):
 
 
 def _of_steps(context: SoftContext, kwargs: dict[str, Any]) -> dict[Any, Any] | None:
-    """Where calls of attention are kept for further steps of a cache whose rows have one prefix, or each its own."""
+    """Where validated attention calls are kept for later steps of a cache whose rows share one prefix, or have one
+    each."""
     state = CacheState.of(kwargs.get("past_key_values"))
     alike = context.index is None and context.lengths is None and isinstance(context.window_covers, bool)
     return state.steps if state is not None and alike and context.encoder is None else None

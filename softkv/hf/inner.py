@@ -1,7 +1,7 @@
 """Modules inside the frozen model, called with the soft prompt in place.
 
-Losses that want hidden states rather than logits call `model.base_model`, `model.model` or `model.get_decoder()`
-themselves (TRL's fused head does). Called past `SoftModel.forward`, those modules would answer as the bare base does.
+Losses that need hidden states rather than logits, such as TRL's fused head, call `model.base_model`, `model.model` or
+`model.get_decoder()` directly. Bypassing `SoftModel.forward`, those modules would run without the soft prompt.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ _FORWARD = ("input_ids", "attention_mask", "position_ids", "past_key_values", "i
 
 
 class PromptedSubmodule:
-    """A module of the base that holds its decoder. A call takes what `SoftModel.forward` takes, and gives the module's
-    own output, its hidden states aligned with the columns given; everything else is the module's.
+    """A module of the base that contains its decoder. A call takes the arguments of `SoftModel.forward` and returns the
+    module's own output, with hidden states aligned to the given columns; other attributes are the module's.
 
     Args:
         model: the soft model.
@@ -37,7 +37,7 @@ class PromptedSubmodule:
         return self._model(*args, **kwargs, softkv_inner=self._module)
 
     def __getattr__(self, name: str) -> Any:
-        if name in ("_model", "_module"):  # of a copy under way
+        if name in ("_model", "_module"):  # during copying
             raise AttributeError(name)
         return inside(self._model, getattr(self._module, name))
 
@@ -49,8 +49,8 @@ class PromptedSubmodule:
 
 
 def inside(model: Any, value: Any) -> Any:
-    """An attribute of the base, with the soft prompt in place where it is a module that runs the decoder (or the
-    encoder that an encoder-decoder has beside it)."""
+    """An attribute of the base, wrapped with the soft prompt if it is a module that runs the decoder (or the encoder of
+    an encoder-decoder)."""
     if not isinstance(value, nn.Module):
         return value
     stacks = [decoder_of(model.base), *([model.base.get_encoder()] if model.config.is_encoder_decoder else [])]
@@ -62,8 +62,8 @@ def inside(model: Any, value: Any) -> Any:
 
 
 def say_prompt_lengths(model: PromptedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Keyword pre-hook of a `SoftModel` whose `forward` was replaced by one that keeps the labels from what it calls:
-    where prompts end is then told by `prompt_lengths`."""
+    """Keyword pre-hook of a `SoftModel` whose `forward` was replaced by one that does not pass labels on:
+    `prompt_lengths` then marks where prompts end."""
     if "forward" not in vars(model) or model.answers == "target":
         return None
     batch = dict(zip(_FORWARD, args, strict=False)) | kwargs

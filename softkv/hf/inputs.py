@@ -36,18 +36,18 @@ class Inputs:
 
     Attributes:
         ids, embeds: `[B, T']` and `[B, T', C]`, one of them None.
-        mask: the padding mask of the columns in the cache and of these, or None.
-        positions: without the prefix, or None where the base counts.
+        mask: the padding mask of the cache's columns and of these, or None.
+        positions: without the prefix, or None if the base computes them.
         cache: transformers' cache, or None; it holds `past` tokens.
-        layout: where the rows lie.
-        packed: the rows of a batch of one line, or None.
-        given: (B, T) as the batch was given.
-        answers: what the base's logits answer.
-        columns: `[B, T]`, where the columns given are now; None while they have not moved.
-        token_at: `[B, T]`, where the tokens given are; `columns` says where what answers for them is.
-        tokens: `[B, T]`, the ids that embeddings were made of, or None.
-        source: of the columns in those given (`Insertion.source`), once soft tokens were put in.
-        prompt_ends: `[R]`, the flat token where each row's prompt has ended, in the forward that reads prompts.
+        layout: the layout of the rows.
+        packed: the packed rows, or None.
+        given: (B, T) of the original batch.
+        answers: what the base's logits predict.
+        columns: `[B, T]`, the current index of each original column; None while they have not moved.
+        token_at: `[B, T]`, the current index of each original token; `columns` is that of its output.
+        tokens: `[B, T]`, the ids of the embeddings, or None.
+        source: of each column in the original batch (`Insertion.source`), after soft tokens were inserted.
+        prompt_ends: `[R]`, the flat index one past each row's prompt, in the forward that reads prompts.
     """
 
     ids: Tensor | None
@@ -77,11 +77,11 @@ class Inputs:
         options: dict[str, Any],
         answers: Answers,
     ) -> Inputs:
-        """The batch given, checked.
+        """Validate a batch.
 
         Args:
-            answers: what the base's logits answer.
-            options: the remaining keywords, among them those of packed rows.
+            answers: what the base's logits predict.
+            options: the remaining keywords, including those of packed rows.
         """
         tokens = checks.check_tokens(ids, embeds)
         checks.check_cache(cache)
@@ -95,35 +95,33 @@ class Inputs:
         mask = mask if mask is None else mask[:, : shape[1]]
         packed = rows_of(shape, mask, positions, options.get("cu_seq_lens_q"), options.get("max_length_q"))
         if packed is not None and answers in ("row", "span", "choice"):
-            raise ValueError(
-                "a head that gives one answer a row expects padded rows (PaddingCollator), got packed ones"
-            )
+            raise ValueError("a head with one output per row expects padded rows (PaddingCollator), got packed ones")
         layout = RowLayout.of(shape, mask, packed, tokens.device)
         return cls(ids, embeds, mask, positions, cache, past, layout, packed, shape, answers)
 
     @property
     def restarts(self) -> Tensor | None:
-        """`[1, T]`, position ids that may restart, as far as a tracer can tell: attention keeps the rows apart."""
+        """`[1, T]`, position ids that may restart, as far as a tracer can tell; attention separates the rows."""
         unclear = torch.compiler.is_compiling() and self.packed is None and self.mask is None and self.cache is None
         return self.positions if unclear and self.given[0] == 1 else None
 
     @property
     def is_scattered(self) -> bool:
-        """Whether padding stands behind real tokens of its row."""
+        """Whether any row has padding after a real token."""
         return not self.past and self.mask is not None and scattered(self.mask)
 
     @property
     def is_padded_in_front(self) -> bool:
-        """Whether padding stands before real tokens of its row."""
+        """Whether any row has padding before a real token."""
         return not self.past and self.mask is not None and padded_in_front(self.mask)
 
     def padded_left(self) -> Inputs:
-        """The rows with all padding in front: windows of later tokens count the columns of the cache."""
+        """The rows with all padding on the left, because windows of later tokens count the columns of the cache."""
         assert self.mask is not None
         return self._ordered(left_order(self.mask))
 
     def padded_right(self) -> Inputs:
-        """The rows with all padding behind: heads of encoders look at a row's first column."""
+        """The rows with all padding on the right, because heads of encoders read a row's first column."""
         assert self.mask is not None
         return self._ordered(right_order(self.mask))
 
@@ -140,20 +138,20 @@ class Inputs:
         )  # fmt: skip
 
     def with_prompt_ends(self, labels: Tensor | None, prompt_lengths: Tensor | None) -> Inputs:
-        """The rows with the ends of their prompts, by labels or lengths in the columns given."""
+        """The rows with the ends of their prompts, from labels or lengths."""
         if labels is not None and self.columns is not None:
             labels = in_order(labels, self.columns.argsort(1))
         return replace(self, prompt_ends=self.layout.prompt_ends(labels, prompt_lengths))
 
     def embedded(self, soft: RowTokens, embed: Callable[[Tensor, Tensor], Tensor]) -> Inputs:
-        """Embeddings in place of ids, with the soft tokens at negative ones."""
+        """Embeddings instead of ids, with soft tokens at negative ids."""
         if self.ids is None:
             return self
         ids = soft.in_table(self.ids, self.layout.row_of_token.view(self.ids.shape))
         return replace(self, ids=None, embeds=embed(ids, soft.table), tokens=self.ids)
 
     def inserted(self, soft: RowTokens) -> Inputs:
-        """The rows with their blocks of soft tokens, before or behind their prompts."""
+        """The rows with their blocks of soft tokens, before or after their prompts."""
         assert self.embeds is not None
         B, T = self.given
         layout, mask, packed, positions = self.layout, self.mask, self.packed, self.positions
@@ -162,7 +160,7 @@ class Inputs:
         ends = self.prompt_ends
         if ends is not None:
             ends = ends - layout.first + insertion.layout.first
-        if soft.ragged and packed is None and mask is None:  # shorter blocks leave padding
+        if soft.ragged and packed is None and mask is None:  # shorter blocks need padding
             mask = torch.ones(B, T, dtype=torch.long, device=self.embeds.device)
         if packed is not None:
             packed = PackedRows(insertion.layout.bounds.to(torch.int32), packed.longest + soft.longest)
@@ -183,7 +181,7 @@ class Inputs:
         )
 
     def with_row_ids(self, pad: int | None) -> Inputs:
-        """The rows with ids that tell a head of a causal decoder where the last token of each row is."""
+        """The rows with ids that mark each row's last token for the head of a causal decoder."""
         assert self.embeds is not None
         ids = self.tokens
         if ids is None:
@@ -191,7 +189,7 @@ class Inputs:
         return replace(self, ids=row_ids(ids, self.source, self.mask, pad), embeds=None)
 
     def with_word_ids(self, word: int) -> tuple[Inputs, Tensor]:
-        """The rows as ids, with a word in place of each soft token, and where those are, `[B, T']`."""
+        """The rows as ids, with a placeholder word for each soft token, and the mask of those, `[B, T']`."""
         assert self.tokens is not None
         ids, soft = self.tokens.masked_fill(self.tokens < 0, word), self.tokens < 0
         if self.source is not None:
@@ -202,16 +200,16 @@ class Inputs:
         return replace(self, ids=ids, embeds=None), soft
 
     def continuing(self, state: CacheState, soft: RowTokens | None, *, windowed: bool) -> Inputs:
-        """Tokens behind those of a cache.
+        """Tokens that continue a cache.
 
         Args:
-            soft: the soft tokens that the rows hold in the cache.
-            windowed: whether some layer has a sliding window.
+            soft: the soft tokens of the rows in the cache.
+            windowed: whether any layer has a sliding window.
         """
         (B, T), k = self.given, 0 if soft is None else soft.longest
         S, mask, positions = self.past + T, self.mask, self.positions
         checks.check_mask(mask, B, (S - k, S, *buffer_length(self.cache, S)))
-        if mask is not None and mask.shape[1] > S:  # of a whole static buffer: what is not there yet is not seen
+        if mask is not None and mask.shape[1] > S:  # of a whole static buffer: keys that don't exist yet are hidden
             mask = mask[:, : S - k]
         mask = state.mask_of(mask, k, (B, S))
         if windowed and mask is not None:
@@ -221,10 +219,10 @@ class Inputs:
         return replace(self, mask=mask, positions=positions)
 
     def keywords(self, options: dict[str, Any], logits_to_keep: int | Tensor | None) -> dict[str, Any]:
-        """The arguments of the base's forward, but for those that are None.
+        """The arguments of the base's forward, except those that are None.
 
         Args:
-            logits_to_keep: in the columns given; None for a module of the base that makes no logits.
+            logits_to_keep: in the original columns; None for a module of the base without logits.
         """
         if self.columns is not None and self.answers != "next token":
             options = self._moved.inputs(options)
@@ -249,7 +247,8 @@ class Inputs:
         return {name: value for name, value in keywords.items() if value is not None}
 
     def in_columns_given(self, output: Any) -> Any:
-        """The base's output, what it gives for each token in the columns given. (Logits of next tokens are.)"""
+        """The base's output with per-token values aligned to the original columns. (Logits of next tokens already
+        are.)"""
         return output if self.columns is None else self._moved.output(output)
 
     @property

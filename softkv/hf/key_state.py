@@ -1,5 +1,5 @@
-"""The tensor that softkv's mask function returns and its attention function reads. It is opaque to the model: computing
-with it raises."""
+"""The tensor returned by softkv's mask function and read by its attention function. It is opaque to the model:
+computing with it raises."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ASKED = {
 
 
 class UnpaddedMask(Tensor):
-    """A padding mask `[B, T]` without padding, which nobody has to read to know it."""
+    """A padding mask `[B, T]` known to contain no padding without reading it."""
 
     @classmethod
     def of(cls, shape: tuple[int, int], device: torch.device) -> UnpaddedMask:
@@ -34,10 +34,10 @@ class UnpaddedMask(Tensor):
 
 
 class KeyState(Tensor):
-    """A tensor that can be moved and asked for its shape, and not computed with.
+    """A tensor that can be moved and inspected, but not computed with.
 
     Attributes:
-        rows: position ids, and the packed rows that a block has found in them (`softkv.hf.packing`), or None.
+        rows: position ids, and the packed rows found in them by a block (`softkv.hf.packing`), or None.
     """
 
     rows: tuple[Any, Any] | None = None

@@ -1,4 +1,4 @@
-"""The K/V of tokens as attention sees them, which may differ from what the cache holds."""
+"""The K/V of tokens as attention sees them, which may differ from those in the cache."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ def keys_and_values(model: Any, *, standing_in: bool, **inputs: Tensor) -> tuple
 
     Args:
         model: a transformers model that softkv can be attached to.
-        standing_in: whether they are to stand for the tokens, wherever these stood in front.
+        standing_in: whether they must be equivalent to the tokens in front of a row.
         **inputs: `input_ids` `[A, P]` or `inputs_embeds` `[A, P, C]`.
 
     Raises:
-        ValueError: when softkv can't reach the model's attention, or K/V alone can't stand for its tokens.
+        ValueError: if softkv can't replace the model's attention, or K/V alone can't represent its tokens.
     """
     if model.config.is_encoder_decoder:
         raise ValueError(
-            f"a text in front is of causal decoders, {type(model).__name__} is an encoder-decoder, whose encoder sees "
-            'what follows: expected PTuningV2(init="text") as a start, or the text in the rows'
+            f"a text in front needs a causal decoder, {type(model).__name__} is an encoder-decoder, whose encoder sees "
+            'what follows: expected PTuningV2(init="text"), or the text in the rows'
         )
     hooks = DecoderHooks(model, None)
     try:

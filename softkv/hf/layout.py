@@ -21,13 +21,13 @@ IGNORED = -100  # the label of a token that is not an answer
 
 @dataclass(frozen=True)
 class RowLayout:
-    """Where the rows of a batch lie, as lines of flat token numbers.
+    """The rows of a batch as ranges of flat token indices.
 
     Attributes:
-        bounds: `[R + 1]`, line r holds flat tokens `bounds[r]` to `bounds[r + 1]`, padding included.
-        first, last: `[R]`, flat numbers of the first real token and one past the last.
+        bounds: `[R + 1]`, row r consists of flat tokens `bounds[r]` to `bounds[r + 1]`, including padding.
+        first, last: `[R]`, flat indices of the first real token and one past the last.
         shape: (B, T) of the batch.
-        packed: whether the lines are packed rows of a batch of one.
+        packed: whether the rows are packed.
     """
 
     bounds: Tensor
@@ -59,13 +59,13 @@ class RowLayout:
 
     @property
     def row_of_token(self) -> Tensor:
-        """`[B·T]`: the line of each flat token."""
+        """`[B·T]`: the row of each flat token."""
         line = torch.arange(len(self.first), device=self.first.device)
         return line.repeat_interleave(self.bounds.diff(), output_size=self.shape[0] * self.shape[1])
 
     def prompt_ends(self, labels: Tensor | None, prompt_lengths: Tensor | None) -> Tensor:
-        """`[R]`: the flat number of the token where each row's prompt has ended: its first label, else
-        `prompt_lengths` tokens after its first, else its end."""
+        """`[R]`: the flat index one past each row's prompt: its first label, else `prompt_lengths` tokens after its
+        first, else its end."""
         if labels is not None:
             answers = torch.where(labels.flatten() != IGNORED, 1, 0)
             number = torch.arange(answers.numel(), device=answers.device)
@@ -86,17 +86,17 @@ class RowLayout:
 
 @dataclass(frozen=True)
 class Insertion:
-    """A block of soft tokens put into every row of a batch, and the way back. In a padded batch, a row with a shorter
-    block than others gets padding in front.
+    """Insertion of a block of soft tokens into every row of a batch, and its inverse. In a padded batch, rows with
+    shorter blocks are padded on the left.
 
     Attributes:
-        source: `[B, T']`, for each new column the flat token it comes from, `B·T + j` for soft token j, -1 for padding.
-        logits_at: `[B, T]`, for each column given, the new column whose logits belong to it: its own, but the
-            block's last for the column before the block.
-        token_at: `[B, T]`, for each column given, the new column of its token.
+        source: `[B, T']`, the flat token of each new column, `B·T + j` for soft token j, -1 for padding.
+        logits_at: `[B, T]`, the new column with the logits of each original column: its own, except for the column
+            before the block, which gets the block's last.
+        token_at: `[B, T]`, the new column of each original token.
         before: `[R]`, the flat token before each row's block; the first token of a row without a prompt.
         empty: `[R]`, whether the row has no prompt.
-        first: `[R]`, the soft token that begins each row's block.
+        first: `[R]`, the first soft token of each row's block.
         layout: the rows of the new batch.
     """
 
@@ -110,7 +110,8 @@ class Insertion:
 
     @classmethod
     def into(cls, layout: RowLayout, split: Tensor, first: list[int], block: list[int]) -> Insertion:
-        """`block[r]` soft tokens, from number `first[r]` on, put before flat token `split[r]` of each row r."""
+        """Insert `block[r]` soft tokens, starting with number `first[r]`, before flat token `split[r]` of each row
+        r."""
         B, T = layout.shape
         N, R, device = B * T, len(layout.first), split.device
         K = max(block)
@@ -142,13 +143,13 @@ class Insertion:
         return torch.cat([embeds.flatten(0, 1), soft.to(embeds.dtype)])[self.source]
 
     def attention_mask(self, mask: Tensor) -> Tensor:
-        """The padding mask `[B, T']` from that of the batch given: soft tokens are real."""
+        """The padding mask `[B, T']` from that of the original batch: soft tokens are real."""
         kept = mask.flatten()[self.source.clamp(0, mask.numel() - 1)]
         return kept.masked_fill(self.source >= mask.numel(), 1).masked_fill(self.source < 0, 0)
 
     def positions(self, position_ids: Tensor) -> Tensor:
-        """Position ids `[B, T']` of a padded batch from those given: the block follows its prompt, the answer the
-        block."""
+        """Position ids `[B, T']` of a padded batch from the original ones: the block follows its prompt, and the answer
+        follows the block."""
         flat = position_ids.flatten()
         N = len(flat)
         soft = self.source >= N
@@ -164,7 +165,7 @@ def rows_of(
     cu_seqlens: Tensor | None,
     longest: int | None,
 ) -> PackedRows | None:
-    """The packed rows of a batch of one line: as cumulative lengths, or as position ids that restart."""
+    """The packed rows of a batch, from cumulative lengths or from position ids that restart."""
     if shape[0] != 1:
         return None
     if cu_seqlens is not None:
@@ -176,7 +177,7 @@ def rows_of(
 def with_prompt_lengths(batch: dict[str, Any]) -> dict[str, Any]:
     """The batch with `prompt_lengths` `[R]`: the number of tokens of each row before its first label, unless given.
 
-    Nothing predicts a row's first token, so its label is dropped: in a padded batch as in a packed one.
+    Nothing predicts a row's first token, so its label is dropped, in padded and packed batches alike.
     """
     tokens = batch["input_ids"] if batch.get("input_ids") is not None else batch["inputs_embeds"]
     shape, mask = (tokens.shape[0], tokens.shape[1]), batch.get("attention_mask")
@@ -192,7 +193,7 @@ def with_prompt_lengths(batch: dict[str, Any]) -> dict[str, Any]:
 def token_positions(
     attention_mask: Tensor | None, shape: tuple[int, int], past: int | Tensor, device: torch.device
 ) -> Tensor:
-    """Positions `[B or 1, T]` of the last T tokens, counted from each row's first real token."""
+    """Positions `[B or 1, T]` of the last T tokens, relative to each row's first real token."""
     if attention_mask is not None and attention_mask.dim() == 2:
         positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
         end = past + shape[1]
@@ -212,38 +213,39 @@ def packed_positions(rows: PackedRows, tokens: int) -> Tensor:
 
 
 def scattered(attention_mask: Tensor) -> bool:
-    """Whether some padding stands behind a real token of its row."""
+    """Whether any row has padding after a real token."""
     return bool((attention_mask[:, :-1].bool() & ~attention_mask[:, 1:].bool()).any())
 
 
 def padded_in_front(attention_mask: Tensor) -> bool:
-    """Whether some padding stands before a real token of its row."""
+    """Whether any row has padding before a real token."""
     return bool((~attention_mask[:, :-1].bool() & attention_mask[:, 1:].bool()).any())
 
 
 def right_order(attention_mask: Tensor) -> Tensor:
-    """`[B, T]`: the columns of each row in an order that puts all padding behind."""
+    """`[B, T]`: an order of each row's columns that puts all padding on the right."""
     return (~attention_mask.bool()).int().argsort(dim=1, stable=True)
 
 
 def left_order(attention_mask: Tensor) -> Tensor:
-    """`[B, T]`: the columns of each row in an order that puts all padding in front."""
+    """`[B, T]`: an order of each row's columns that puts all padding on the left."""
     return attention_mask.bool().int().argsort(dim=1, stable=True)
 
 
 def left_padded(tokens: Tensor, attention_mask: Tensor) -> Tensor:
-    """The same rows (ids `[B, T]` or embeddings `[B, T, C]`) with all padding in front."""
+    """The same rows (ids `[B, T]` or embeddings `[B, T, C]`) with all padding on the left."""
     return in_order(tokens, left_order(attention_mask))
 
 
 def in_order(tokens: Tensor, order: Tensor) -> Tensor:
-    """The columns `order` `[B, T]` of ids `[B, T]`, embeddings `[B, T, C]` or positions `[1, T]`."""
+    """Reorder the columns of ids `[B, T]`, embeddings `[B, T, C]` or positions `[1, T]` by `order` `[B, T]`."""
     tokens = tokens.expand(len(order), *tokens.shape[1:])
     return tokens.gather(1, order if tokens.dim() == 2 else order[:, :, None].expand_as(tokens))
 
 
 def keep_in(columns: Tensor, width: int, logits_to_keep: int | Tensor) -> Tensor:
-    """`logits_to_keep` of a batch given, where its columns have become `columns` `[B, T]` of one of `width` columns."""
+    """`logits_to_keep` of the original batch, mapped to a batch of `width` columns in which its columns are at
+    `columns` `[B, T]`."""
     if isinstance(logits_to_keep, int):
         return columns[:, -logits_to_keep:] if logits_to_keep else columns
     if logits_to_keep.dtype == torch.bool:

@@ -1,7 +1,7 @@
 """The trained state of a `SoftModel`: its soft prompts, adapters that peft injected into the base (LoRA and similar,
 frozen or not), and every parameter of the base that requires gradients.
 
-State dicts hold exactly this, so any trainer's checkpoint does; it is also saved beside a soft prompt.
+State dicts contain exactly this, so any trainer's checkpoint does; it is also saved with a soft prompt.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from softkv.hf.sharded import as_held
 if TYPE_CHECKING:
     from softkv.hf.model import PromptedModel
 
-IN_BASE = "base."  # before the name of a parameter of the base
+IN_BASE = "base."  # prefix of the names of the base's parameters
 EXTRA = "_extra_state"
-# Those that leave the base's own weights as they are: others take a part of them away.
+# Initialisations that leave the base's weights unchanged; others subtract a part of them.
 _STARTS = (True, False, "gaussian", "orthogonal")
 
 
 def learned_in(base: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of a base that are learned, by their names in it."""
+    """The learned parameters of a base, by name."""
     injected = _injected(base)
     return {name: each for name, each in base.named_parameters() if each.requires_grad or id(each) in injected}
 
 
 def _injected(base: nn.Module) -> set[int]:
-    """The parameters that peft put into the base."""
+    """The parameters that peft injected into the base."""
     if "peft" not in sys.modules:
         return set()
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -49,17 +49,17 @@ def _injected(base: nn.Module) -> set[int]:
 
 
 def peft_configs(base: Any) -> dict[str, dict[str, Any]]:
-    """The configs of the adapters that peft injected into a base, by their names, for JSON.
+    """The configs of the adapters that peft injected into a base, by name, for JSON.
 
     Raises:
-        ValueError: for one whose start changed the base's own weights, which are not saved.
+        ValueError: for an adapter whose initialisation changed the base's own weights, which are not saved.
     """
     found = {}
     for name, config in getattr(base, "peft_config", {}).items():
         start = getattr(config, "init_lora_weights", True)
         if start not in _STARTS:
             raise ValueError(
-                f"the LoRA {name!r} was started with init_lora_weights={start!r}, which changes the base's own "
+                f"the LoRA {name!r} was initialised with init_lora_weights={start!r}, which changes the base's own "
                 "weights, so its values mean nothing on another copy of the base: expected True, False or 'gaussian'"
             )
         fields = config.to_dict()
@@ -68,10 +68,10 @@ def peft_configs(base: Any) -> dict[str, dict[str, Any]]:
 
 
 def inject(base: Any, configs: Mapping[str, dict[str, Any]]) -> list[str]:
-    """Puts adapters that a base lacks into it, frozen, and returns their names.
+    """Inject adapters that a base lacks, frozen, and return their names.
 
     Raises:
-        ValueError: when peft is missing, or knows no such adapter.
+        ValueError: if peft is not installed, or does not support the adapter.
     """
     missing = {name: fields for name, fields in configs.items() if name not in getattr(base, "peft_config", {})}
     if not missing:
@@ -79,7 +79,7 @@ def inject(base: Any, configs: Mapping[str, dict[str, Any]]) -> list[str]:
     try:
         from peft import PeftConfig
     except ImportError as error:
-        raise ValueError(f"this soft prompt was trained beside {', '.join(missing)}, which needs peft") from error
+        raise ValueError(f"this soft prompt was trained with {', '.join(missing)}, which needs peft") from error
     for name, fields in missing.items():
         try:
             config = PeftConfig.from_peft_type(**fields)
@@ -87,7 +87,7 @@ def inject(base: Any, configs: Mapping[str, dict[str, Any]]) -> list[str]:
                 config.init_lora_weights = True
             base.add_adapter(config, adapter_name=name)
         except (TypeError, ValueError, KeyError) as error:
-            raise ValueError(f"the adapter {name!r} beside this soft prompt can't be injected: {error}") from error
+            raise ValueError(f"the adapter {name!r} of this soft prompt can't be injected: {error}") from error
     before = learned_in(base)
     for name, parameter in before.items():
         if any(f".{each}." in name for each in missing):
@@ -96,14 +96,14 @@ def inject(base: Any, configs: Mapping[str, dict[str, Any]]) -> list[str]:
 
 
 def check_learned(base: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Raise unless a base has these parameters among those that are learned, and every one that is trained is here."""
+    """Raise unless these are learned parameters of the base, and include every trained one."""
     known = learned_in(base)
     unknown = sorted(name for name in tensors if name not in known)
     trained = sorted(name for name, each in known.items() if each.requires_grad and name not in tensors)
     if unknown or trained:
         raise ValueError(
-            f"what was learned in the base does not fit this one: the file also holds {_some(unknown)}, this base also "
-            f"learns {_some(trained)} (inject the same adapters, or set requires_grad of the same parameters, first)"
+            f"the base's trained parameters don't match this base: the file also has {_some(unknown)}, this base also "
+            f"trains {_some(trained)} (inject the same adapters, or set requires_grad of the same parameters, first)"
         )
     for name, tensor in tensors.items():
         if tensor.shape != known[name].shape:
@@ -114,7 +114,7 @@ def check_learned(base: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 @torch.no_grad()
 def put_learned(base: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Copies values into what is learned in a base, after `check_learned`."""
+    """Copy values into the learned parameters of a base, after `check_learned`."""
     known = learned_in(base)
     for name, tensor in tensors.items():
         known[name].copy_(as_held(tensor, known[name]))
@@ -125,14 +125,14 @@ def _some(names: list[str]) -> str:
 
 
 def leave_frozen(model: PromptedModel, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    """State-dict hook of a `SoftModel`: takes what is frozen out."""
+    """State-dict hook of a `SoftModel`: removes frozen parameters."""
     kept = {f"{prefix}{IN_BASE}{name}" for name in learned_in(model.base)}
     for name in [name for name in state if name.startswith(prefix + IN_BASE) and name not in kept]:
         del state[name]
 
 
 def ignore_missing_frozen(model: PromptedModel, incompatible: Any) -> None:
-    """Load hook of a `SoftModel`: what is frozen, and what the adapters mean, need not be in a state dict."""
+    """Load hook of a `SoftModel`: frozen parameters and the config may be missing in a state dict."""
     learned = learned_in(model.base)
 
     def optional(name: str) -> bool:

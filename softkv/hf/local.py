@@ -1,4 +1,4 @@
-"""Local attention of bidirectional encoders (ModernBERT): a window on either side of each token."""
+"""Local attention of bidirectional encoders (ModernBERT): a window on both sides of each token."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def two_sided_attention(
     prefix_index: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
-    """Attention of each token to the prefix and to the tokens less than `window` positions away, before and behind it.
+    """Attention of each token to the prefix and to the tokens less than `window` positions away, on both sides.
 
-    Two causal windows, one of them over the row from its end, merged by their log-sum-exps. Arguments and shapes are
-    those of `prefix_attention`, with T = S.
+    Two causal windows, one of them over the reversed row, merged by log-sum-exp. Arguments and shapes are those of
+    `prefix_attention`, with T = S.
     """
     if is_causal or key_lengths is not None:
         raise ValueError("local attention on both sides expects a bidirectional model without a cache")
@@ -52,7 +52,7 @@ def two_sided_attention(
     )
     if window == 1 or query.shape[2] == 1:
         return before
-    # From the end of the row, keys come one step late: a token has seen itself.
+    # In the reversed row, keys are delayed by one step, because a token has already seen itself.
     behind, lse_behind = prefix_attention(
         query.flip(2)[:, :, 1:],
         key.flip(2)[:, :, :-1],

@@ -1,5 +1,5 @@
-"""transformers' mask contract: `key_state`, which `AttentionMaskInterface` calls once a forward pass, and what
-attention reads out of it."""
+"""transformers' mask contract: `key_state`, which `AttentionMaskInterface` calls once per forward pass, and how
+attention reads it."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from softkv.hf.key_state import KeyState, UnpaddedMask
 
 
 class Pattern(IntEnum):
-    """Which keys a query sees beside those that a key state hides. The numbers are sizes of an axis, odd ones, so that
-    a model with attention of its own can't add a key state to its scores unnoticed."""
+    """Which keys a query sees, apart from those that a key state hides. The numbers are unusual axis sizes, so that a
+    model with its own attention can't add a key state to its scores unnoticed."""
 
     CAUSAL = 11
     WINDOWED = 13  # causal, the last `sliding_window` keys
@@ -38,8 +38,8 @@ class Pattern(IntEnum):
 
 _BIDIRECTIONAL = (Pattern.FULL, Pattern.LOCAL)
 
-# Codes of a key state in int8. A static cache hands over its whole buffer, so a key may not exist yet; a padding key
-# exists, takes a position, and is not seen.
+# Codes of a key state in int8. A static cache passes its whole buffer, so a key may not exist yet; a padding key exists
+# and has a position, but is hidden.
 HIDDEN, SEEN = 1, 2
 
 
@@ -57,28 +57,27 @@ def key_state(
     use_vmap: bool = False,
     **kwargs: Any,
 ) -> Tensor:
-    """Which keys exist and which are seen, in the most compact form; the dtype identifies it:
+    """Which keys exist and which are visible, in the most compact form, identified by the dtype:
 
-    - int8 `[1, pattern, rows, 0]`: all exist and are seen.
-    - int32 `[1, pattern, rows, 1]`: so many exist, and are seen.
-    - int8 `[B, pattern, rows, S]`: 0 does not exist, 1 exists but is hidden, 2 is seen.
-    - bool `[B, 1, T, S]`: what each query sees, where a model adds a mask of its own (blocks of an image).
+    - int8 `[1, pattern, rows, 0]`: all exist and are visible. - int32 `[1, pattern, rows, 1]`: this many exist, and are
+    visible. - int8 `[B, pattern, rows, S]`: 0 does not exist, 1 exists but is hidden, 2 is visible. - bool `[B, 1, T,
+    S]`: the keys that each query sees, if the model adds its own mask (blocks of an image).
 
-    `pattern` is a `Pattern`; `rows` is 2 for packed rows, which position ids tell. Four axes, because transformers
-    hands a mask of four axes through `generate`, compiled decoding and checkpointing untouched.
+    `pattern` is a `Pattern`; `rows` is 2 for packed rows, which position ids describe. It has four axes because
+    transformers passes such masks through `generate`, compiled decoding and checkpointing unchanged.
 
     Raises:
-        ValueError: when the attention of the model is not transformers' interface: it would not understand this.
+        ValueError: if the model bypasses transformers' attention interface, and would not understand the result.
     """
     _check_interface(config)
     pattern, packed = _pattern(mask_function, use_vmap, local_size, config, kwargs)
-    if torch.compiler.is_compiling() and attention_mask is not None:  # transformers packs rows without one only
+    if torch.compiler.is_compiling() and attention_mask is not None:  # transformers packs rows only without a mask
         packed = False
     if pattern is Pattern.CHUNKED and kv_length + kv_offset <= cast(int, local_size):
         pattern = Pattern.CAUSAL
     cut = pattern is Pattern.CHUNKED or (pattern is Pattern.LOCAL and q_length != kv_length)
     if packed and torch.compiler.is_compiling():
-        # A tracer can't tell, but a SoftModel may know its rows, and neither padded nor cached ones are packed.
+        # A tracer can't tell, but a SoftModel may know its rows, and padded or cached rows are never packed.
         call = call_scope.current()
         packed = (call is None or call.may_be_packed) and attention_mask is None and q_length == kv_length
         cut = cut or packed
@@ -87,7 +86,7 @@ def key_state(
             batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask,
             allow_is_causal_skip=False, use_vmap=use_vmap, device=device,
         )  # fmt: skip
-    # Compilers see masks of decoding steps, and would keep the guard; a prefill has come before.
+    # Compilers trace masks of decoding steps, and would keep the guard; a prefill has already run.
     guarded = not torch.compiler.is_compiling() and (q_length > 1 or kwargs.get("allow_is_causal_skip", True))
     rows = 1 + packed
     end = kv_length if pattern in _BIDIRECTIONAL else q_offset + q_length - kv_offset
@@ -118,7 +117,7 @@ _constant: set[int] = set()
 
 
 def is_constant(state: Tensor | None) -> bool:
-    """Whether a key state is that of every decoding step in which all keys are seen."""
+    """Whether a key state is the same for every decoding step, because all keys are visible."""
     return state is None or id(state) in _constant
 
 
@@ -127,10 +126,10 @@ def _made(state: Tensor, guarded: bool) -> Tensor:
 
 
 def state_of_rows(line: Tensor | None, real: Tensor | None) -> Tensor | None:
-    """The key state of rows that a model sees as a line without padding.
+    """The key state of rows that the model sees as one sequence without padding.
 
     Args:
-        line: the key state of the line.
+        line: the key state of that sequence.
         real: `[B, T]`, the real tokens of the rows, or None for all.
     """
     keys = Keys.of(line, 1)
@@ -145,8 +144,8 @@ def state_of_rows(line: Tensor | None, real: Tensor | None) -> Tensor | None:
 def _pattern(
     mask_function: Any, use_vmap: bool, local_size: int | None, config: Any, kwargs: dict[str, Any]
 ) -> tuple[Pattern | None, bool]:
-    """The pattern of a mask function of transformers (None: another one), and whether it keeps packed rows apart."""
-    # By identity and "==": in a compiled frame, `in` misses a name in a tuple of names.
+    """The pattern of a mask function of transformers (None: unknown), and whether it separates packed rows."""
+    # Compared by identity and "==", because in a compiled frame `in` misses a name in a tuple of names.
     known = mask_function is causal_mask_function or mask_function is bidirectional_mask_function
     if use_vmap or not (known or mask_function.__qualname__ == _INTERSECTION):
         return None, False
@@ -166,7 +165,7 @@ def _keeps_rows_apart(mask_function: Any) -> bool:
     name = mask_function.__qualname__
     if name != _INTERSECTION:
         return name == _ROWS_APART
-    if torch.compiler.is_compiling():  # a tracer can't look into closures
+    if torch.compiler.is_compiling():  # a tracer can't read closures
         return True
     return any(map(_keeps_rows_apart, mask_function.__closure__[0].cell_contents))
 
@@ -176,13 +175,14 @@ _ROWS_APART = packed_sequence_mask_function(torch.empty(0)).__qualname__
 
 
 def _check_interface(config: Any) -> None:
-    """transformers' models import its attention interface by one name; those that don't have attention of their own."""
+    """Raise unless the model's code imports transformers' attention interface; models that don't have their own
+    attention."""
     name = type(config).__module__.replace("configuration_", "modeling_")
     modeling = sys.modules.get(name)
     if modeling is not None and name != type(config).__module__ and not hasattr(modeling, "ALL_ATTENTION_FUNCTIONS"):
         raise ValueError(
-            f"{type(config).__name__.removesuffix('Config')} models do not take their attention from transformers' "
-            'attention interface, so softkv can\'t reach it: use attn_implementation="eager"'
+            f"{type(config).__name__.removesuffix('Config')} models do not use transformers' "
+            'attention interface, so softkv can\'t replace it: use attn_implementation="eager"'
         )
 
 
@@ -193,14 +193,14 @@ def _all_real(mask: Tensor) -> bool:
 
 
 class Keys(NamedTuple):
-    """What a mask says of the keys: a key state, a 2-D padding mask, or a matrix of what each query sees.
+    """The keys according to a mask: a key state, a 2-D padding mask, or a matrix of what each query sees.
 
     Attributes:
-        pattern: None where it says nothing of it.
-        packed: whether packed rows are kept apart.
-        mask: `[B, S]`, the keys that are seen, or None for all.
-        lengths: `[B]`, how many keys exist, or None for all.
-        allowed: bool or added to scores, `[B or 1, H or 1, T or 1, S]`, what each query sees.
+        pattern: None if the mask does not determine it.
+        packed: whether packed rows are separated.
+        mask: `[B, S]`, the visible keys, or None for all.
+        lengths: `[B]`, the number of existing keys, or None for all.
+        allowed: bool or additive, `[B or 1, H or 1, T or 1, S]`, what each query sees.
     """
 
     pattern: Pattern | None = None
@@ -231,14 +231,14 @@ class Keys(NamedTuple):
         return cls(pattern, packed, (state == SEEN).expand(batch, -1), None if pattern in _BIDIRECTIONAL else exists)
 
     def may_be_packed(self, cu_seqlens: Tensor | None) -> bool:
-        """Whether position ids that restart are taken for packed rows, as flash attention takes them. An encoder's may
-        restart with a row's second part."""
+        """Whether position ids that restart mean packed rows, as for flash attention. An encoder's may restart with a
+        row's second part."""
         all_seen = self.mask is None and self.lengths is None and self.allowed is None
         return all_seen and (self.pattern not in _BIDIRECTIONAL or cu_seqlens is not None)
 
     @property
     def causal(self) -> bool | None:
-        """None where the mask does not tell."""
+        """None if the mask does not determine it."""
         return None if self.pattern is None else self.pattern not in _BIDIRECTIONAL
 
     def matrix(self, causal: bool, window: int | None, queries: int, keys: Tensor) -> Tensor:
@@ -257,11 +257,11 @@ class Keys(NamedTuple):
 
 
 def padding_mask(mask: Any) -> Tensor | None:
-    """`[B, S]`, the keys that are seen, of what a model hands to its decoder as attention mask: one, or one of each
-    kind of layer (wrapped models make them outside). None where it hides none.
+    """`[B, S]`, the visible keys, from what a model passes to its decoder as attention mask: one mask, or one per kind
+    of layer (wrapped models create them outside). None if it hides no key.
 
     Raises:
-        ValueError: for a mask that says what each query sees.
+        ValueError: for a mask with a query axis.
     """
     if isinstance(mask, dict):
         found = [padding_mask(each) for each in mask.values() if each is not None]
@@ -272,7 +272,7 @@ def padding_mask(mask: Any) -> Tensor | None:
     if keys.allowed is not None:
         if mask.dtype != torch.bool:
             raise ValueError(
-                "softkv tells positions by a 2-D padding mask, got one of four axes: give position_ids beside it"
+                "softkv computes positions from a 2-D padding mask, got one with four axes: give position_ids as well"
             )
         return mask[:, 0].any(1)
     return keys.mask

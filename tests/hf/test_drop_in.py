@@ -123,5 +123,5 @@ def test_keywords_of_callers_pass_and_those_of_models_do_not() -> None:
     model, ids = model_of("Llama", "softkv"), torch.tensor([[5, 6, 7]])
     of_callers = {"foo": 1, "ignore_index": -100, "shift_labels": ids, "return_token_accuracy": True}
     assert torch.equal(model(ids, **of_callers).logits, model(ids).logits)
-    with pytest.raises(ValueError, match="gives its attention apply_rotary_pos_emb, which softkv attention does not"):
+    with pytest.raises(ValueError, match="passes apply_rotary_pos_emb to its attention, which softkv does not"):
         model(ids, apply_rotary_pos_emb=1)  # a name that the model's own code knows

@@ -135,10 +135,10 @@ def test_prefix_language_model() -> None:
 
 # Attention of their own, or masks that they compute with.
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "Bloom": ({"vocab_size": 61, "hidden_size": 32, "n_layer": 2, "n_head": 4}, "Bloom models do not take"),
+    "Bloom": ({"vocab_size": 61, "hidden_size": 32, "n_layer": 2, "n_head": 4}, "Bloom models do not use"),
     "XGLM": (
         {"vocab_size": 61, "d_model": 32, "ffn_dim": 48, "num_layers": 1, "attention_heads": 4},
-        "XGLM models do not take",
+        "XGLM models do not use",
     ),
     "Doge": (LLAMA, "computes with its attention masks"),
 }

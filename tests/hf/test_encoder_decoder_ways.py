@@ -365,7 +365,7 @@ def test_a_text_in_front_is_refused() -> None:
     from tests.hf.tiny import tokenizer
 
     for take in (softkv.Prefix.from_text, lambda model, tokens, text: softkv.bake(model, tokenizer=tokens, text=text)):
-        with pytest.raises(ValueError, match="a text in front is of causal decoders"):
+        with pytest.raises(ValueError, match="a text in front needs a causal decoder"):
             take(model_of("T5"), tokenizer(), "w5 w6")
     with pytest.raises(ValueError, match="expects a causal decoder"):
         softkv.bake(softkv.attach(model_of("T5"), METHODS["prompt-tuning before"]))

@@ -162,7 +162,7 @@ def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match="attention blocks"):
         softkv.attach(base, softkv.PTuningV2(length=2), modules_to_save=["layers"])
     model = softkv.attach(decoder("Llama"), softkv.PTuningV2(length=2))
-    with pytest.raises(ValueError, match="one answer a row expects padded rows"):
+    with pytest.raises(ValueError, match="one output per row expects padded rows"):
         model(torch.tensor([[5, 6, 7, 8]]), position_ids=torch.tensor([[0, 1, 0, 1]]))
     assert not hasattr(base, "_softkv_base_state")
 

@@ -111,7 +111,7 @@ def test_a_base_without_values(kind: Any) -> None:
 def test_what_a_base_without_values_can_not_start() -> None:
     with init_empty_weights():
         base = transformers.AutoModelForCausalLM.from_config(config_of("Llama"))
-    with pytest.raises(ValueError, match='which a base on "meta" has none of'):
+    with pytest.raises(ValueError, match='which a base on "meta" does not have'):
         softkv.attach(base, softkv.PTuningV2(length=3, init="vocabulary"))
 
 
