@@ -1,8 +1,8 @@
 """`PromptedModel`: a frozen transformers model with soft prompts.
 
-`forward` puts soft tokens into the rows (`softkv.hf.inputs`); pre-hooks inside the decoder (`softkv.hf.hooks`) add the
-prefix and move the positions behind it. `generate` is the base's own, entered through the same hooks. Storage is not
-its business: `softkv.io.attach.SoftModel` adds it.
+`forward` inserts soft tokens into the rows (`softkv.hf.inputs`); pre-hooks inside the decoder (`softkv.hf.hooks`) add
+the prefix and shift the positions after it. `generate` is the base's own and uses the same hooks. Storage is added by
+`softkv.io.soft_model.SoftModel`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from softkv.hf.task_rows import answers_of
 from softkv.hf.unpacked import Unpacked
 from softkv.methods.base import Method
 
-FIRST = "default"  # the name of the adapter that a model is attached with
+FIRST = "default"  # the name of the adapter created by attach
 
 
 class PromptedModel(GenerateMixin):
@@ -40,13 +40,13 @@ class PromptedModel(GenerateMixin):
 
     Attributes:
         base: the frozen model.
-        adapters: the learned parameters (`SoftPrompt`) of each adapter by its name; that of `attach` is "default".
-        modules_to_save: what adapters learn beside (`SavedModules`), by the name of each that does.
-        answers: what the base's logits answer.
+        adapters: the learned parameters (`SoftPrompt`) of each adapter by name; the one of `attach` is "default".
+        modules_to_save: other modules trained by adapters (`SavedModules`), by adapter name.
+        answers: what the base's logits predict.
     """
 
     _keys_to_ignore_on_save = None
-    _hf_peft_config_loaded = True  # transformers trains quantised models only where adapters are on them
+    _hf_peft_config_loaded = True  # transformers trains quantised models only if they have adapters
 
     def __init__(
         self,
@@ -81,15 +81,15 @@ class PromptedModel(GenerateMixin):
             self.detach()
             raise
 
-    # What an encoder-decoder does in its own way (`softkv.hf.encoder_decoder`).
+    # Overridden for encoder-decoders (`softkv.hf.encoder_decoder`).
 
     def _hooks_on(self, model: Any, backend: str | None) -> Any:
         return DecoderHooks(model, backend)
 
     def _reach_attention(self, tokenizer: Any) -> FrozenBase:
-        """Puts softkv's attention into the base, unless the base keeps its own; the base as methods see it then.
+        """Switch the base to softkv's attention, unless it keeps its own, and return the base as methods see it.
 
-        Attributes are set: whether the base is causal, and whether columns count in it (`_windowed`).
+        Sets whether the base is causal, and whether its windows count columns (`_windowed`).
         """
         try:
             state = BaseState.freeze(self.base, self._hooks)
@@ -121,25 +121,25 @@ class PromptedModel(GenerateMixin):
         adapter_names: Sequence[str | None] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The base's forward with the soft prompt in place.
+        """The base's forward with the soft prompt.
 
         Args:
             input_ids: int64 `[B, T]`; negative ids are a template's soft tokens. Or `inputs_embeds` `[B, T, C]`.
             attention_mask: `[B, T]` padding mask (padding on either side), None for no padding or packed rows.
             position_ids: `[B, T]` without the prefix; `[1, N]` restarting ids mark packed rows (or `cu_seq_lens_q`).
             labels: `[B, T]`, -100 where a token is not an answer; a row's prompt ends at its first label.
-            prompt_lengths: `[B]` tokens of each row's prompt, where there are no labels.
-            logits_to_keep: as in transformers, in columns of the batch given.
-            adapter_names: the adapter of each row, packed ones too; None among them is the bare model. Without it, all
-                rows have the active one, or those that filled the cache.
+            prompt_lengths: `[B]`, the number of tokens in each row's prompt, if there are no labels.
+            logits_to_keep: as in transformers, in columns of the given batch.
+            adapter_names: the adapter of each (packed) row; None in the list means the bare model. By default all rows
+                use the active adapter, or the adapters that filled the cache.
 
         Returns:
             The base's output. Logits are `[B, T, V]`: `logits[:, t]` predicts token t + 1, whatever was inserted.
 
         Raises:
-            ValueError: when adapter_names don't fit the rows or the cache; when training needs the end of the prompts
-                and neither labels nor prompt_lengths are given; on prompt_lengths that are not `[B]` integers or, on
-                CPU, longer than rows; on `output_attentions`; on positions past a learned position table.
+            ValueError: if adapter_names don't match the rows or the cache; if training needs the ends of prompts and
+                neither labels nor prompt_lengths are given; for prompt_lengths that are not `[B]` integers or, on CPU,
+                longer than rows; for `output_attentions`; for positions past a learned position table.
 
         Example:
             >>> model = softkv.attach(base, softkv.PTuningV2(length=4))
@@ -150,7 +150,7 @@ class PromptedModel(GenerateMixin):
         """
         module = kwargs.pop(
             "softkv_inner", self.base
-        )  # what is run: the base, or that of its modules (`PromptedSubmodule`)
+        )  # the module to run: the base, or one of its modules (`PromptedSubmodule`)
         if not call_scope.is_enabled(self):
             return self._run_bare(
                 adapter_names,
@@ -174,7 +174,7 @@ class PromptedModel(GenerateMixin):
         inputs = Inputs.read(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, kwargs, self.answers
         )
-        next_token = self.answers == "next token"  # else labels are no answers behind a prompt
+        next_token = self.answers == "next token"  # otherwise labels are not answers after a prompt
         if self.answers in ("next token", "token"):
             checks.check_labels(labels, inputs.given)
         if inputs.packed is not None and not self._hooks.behaviour.packs:
@@ -188,7 +188,7 @@ class PromptedModel(GenerateMixin):
             output = Unpacked.of(inputs.packed).run(self.forward, batch | {"softkv_inner": module}, logits_to_keep)
             return output.to_tuple() if return_dict is False else output
         if inputs.restarts is not None:
-            prompt_lengths = None  # there is a number for each packed row
+            prompt_lengths = None  # per packed row
             if len(adapter_names or "1") > 1 or self.answers in ("row", "span") or not self._hooks.takes_restarts:
                 checks.refuse_restarts()
         if prompt_lengths is not None:
@@ -222,7 +222,7 @@ class PromptedModel(GenerateMixin):
             inputs = inputs.embedded(tokens, self._hooks.embed)
         if tokens is not None and inserts:
             inputs = inputs.inserted(tokens)
-            if not self.is_causal and inputs.is_padded_in_front:  # by blocks of different lengths
+            if not self.is_causal and inputs.is_padded_in_front:  # because of blocks of different lengths
                 inputs = inputs.padded_right()
         if inputs.past:
             state = CacheState.required(soft, past_key_values)
@@ -239,12 +239,12 @@ class PromptedModel(GenerateMixin):
             context = self._hooks.encoding(context, soft, prompts, state.kv if keeps_cache else None, state.order)
         return_dict = kwargs.pop("return_dict", None)
         options = kwargs if labels is None else kwargs | {"labels": labels}
-        embeds = soft_at = None  # what is not shown to a head, which finds the ends of rows by ids
+        embeds = soft_at = None  # not passed to a head that finds the ends of rows by ids
         if self.answers == "row" and self.is_causal and module is self.base:
             embeds = inputs.embeds
             inputs = inputs if embeds is None else inputs.with_row_ids(self.base.config.get_text_config().pad_token_id)
         elif self._hooks.word is not None and inputs.embeds is not None and inputs.tokens is not None:
-            embeds = inputs.embeds  # a wrapper finds images and counts positions by ids
+            embeds = inputs.embeds  # wrappers find images and compute positions by ids
             inputs, soft_at = inputs.with_word_ids(self._hooks.word)
         keywords = inputs.keywords(options, logits_to_keep if module is self.base else None)
         given, kept = position_ids is not None, taken_from(keywords, self.base)
@@ -256,13 +256,13 @@ class PromptedModel(GenerateMixin):
         return output.to_tuple() if return_dict is False else output
 
     def _head_in_rows(self, inputs: Inputs, options: dict[str, Any]) -> bool:
-        """Whether soft tokens in front run in each row all the same."""
+        """Whether soft tokens in front must be part of each row."""
         if inputs.past or options.get("use_cache") is not False:
             return False
         return not self.head_once or (torch.is_grad_enabled() and is_sharded(self.base))
 
     def _runs_heads_beside(self, soft: SoftRows) -> bool:
-        """Whether soft tokens in front may run in one pass with the rows, where no cache is kept."""
+        """Whether soft tokens in front may run in the same pass as the rows, without a cache."""
         if not soft.leads or soft.encodes or torch.compiler.is_compiling():
             return False
         return self._hooks.behaviour.packs and (soft.alone is not None or not self.modules_to_save)

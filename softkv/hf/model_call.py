@@ -20,16 +20,16 @@ class ModelCall:
     """One running `forward` or `generate`, as the pre-hooks see it.
 
     Attributes:
-        hooks: of the SoftModel that was called. Others on the same base leave the call alone.
-        context: what goes to the attention blocks.
-        soft: the soft prompts of its rows; None in a run of the bare decoder.
+        hooks: of the called SoftModel. Those of others on the same base ignore the call.
+        context: passed to the attention blocks.
+        soft: the soft prompts of the rows; None in a run of the bare decoder.
         prompts: of a `generate`.
-        soft_tokens: `[K, C]`, of a `generate` whose prompts hold soft tokens.
-        positions_given: whether position ids are the user's own.
+        soft_tokens: `[K, C]`, of a `generate` whose prompts contain soft tokens.
+        positions_given: whether the user passed position ids.
         model: the SoftModel, in a `generate`.
-        embeds: `[B, T, C]`, what the decoder reads in place of the ids that reach it, or None.
-        soft_at: `[B, T]`, the only columns where it does, in a wrapper that has put images into others; None: all.
-        kept: of what positions logits are wanted, where transformers has no argument for it.
+        embeds: `[B, T, C]`, embeddings that the decoder reads instead of its ids, or None.
+        soft_at: `[B, T]`, the columns where it does, in a wrapper that puts images into others; None: all.
+        kept: the positions whose logits are needed, if transformers has no argument for it.
     """
 
     hooks: DecoderProbe
@@ -45,5 +45,5 @@ class ModelCall:
 
     @property
     def may_be_packed(self) -> bool:
-        """Whether the user's position ids may restart where nothing else tells the rows apart."""
+        """Whether the user's position ids may restart and are the only mark of packed rows."""
         return self.positions_given and self.context.rows is None and self.context.restarts is None

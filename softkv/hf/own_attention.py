@@ -1,5 +1,5 @@
-"""Bases whose attention softkv can't take the place of. They keep it, and soft tokens inside rows steer them; a few
-tokens run through the decoder tell what it does with them."""
+"""Bases whose attention softkv can't replace. They keep it and support soft tokens inside rows; running a few tokens
+through the decoder shows how it treats them."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from softkv.hf.layout import token_positions
 class OwnAttention:
     """
     Attributes:
-        reason: why softkv can't take its place.
+        reason: why softkv can't replace it.
         takes_positions: whether the decoder takes position ids.
-        causal: whether tokens see none that follow.
-        embeds: whether embeddings say all about tokens.
+        causal: whether tokens see only earlier ones.
+        embeds: whether embeddings represent tokens completely.
     """
 
     reason: str
@@ -35,14 +35,14 @@ class OwnAttention:
 
     @classmethod
     def of(cls, decoder: nn.Module, base: Any, ids: Tensor, reason: str) -> OwnAttention | None:
-        """What a few tokens tell, `ids` `[1, T]`. None where the decoder keeps its past elsewhere than others do, or
-        takes padding in front of a row for tokens: soft tokens could not be told from others there.
+        """Measure with a few tokens `ids` `[1, T]`. None if the decoder does not use a standard cache, or treats
+        padding in front of a row as tokens: soft tokens would give wrong results there.
 
         Args:
-            base: the model that the decoder is of.
+            base: the model that contains the decoder.
 
         Raises:
-            UnsupportedAttention: when no token sees others.
+            UnsupportedAttention: if no token sees others.
         """
         parameters = inspect.signature(decoder.forward).parameters
         needed = {"inputs_embeds", "attention_mask"} | ({"past_key_values"} if base.can_generate() else set())
@@ -58,13 +58,13 @@ class OwnAttention:
         embeds = nearly_embedded(base, ids, row.dtype)
         by_embeds = None if embeds is None else run(torch.ones_like(ids), inputs_embeds=embeds)
         behind = run(F.pad(torch.ones_like(ids), (half, 0)), input_ids=F.pad(ids, (half, 0)))
-        # A row's first token sees itself alone, wherever it stands.
+        # A row's first token sees only itself, at any position.
         if behind is None or not same(behind[0, -half:], row[0, -half:]):
             return None
         others = run(torch.ones_like(ids), input_ids=torch.cat([ids[:, :half].flip(1), ids[:, half:]], 1))
         if ids.unique().numel() == TOKENS and others is not None and torch.equal(others[0, half:], row[0, half:]):
             raise UnsupportedAttention(
-                f"no token of {type(base).__name__} sees those before it here: soft tokens can't steer it"
+                f"no token of {type(base).__name__} sees those before it: soft tokens can't steer it"
             )
         first = run(torch.ones_like(ids[:, :half]), input_ids=ids[:, :half])
         return replace(
@@ -81,7 +81,7 @@ class _Run:
 
     @torch.no_grad()
     def __call__(self, mask: Tensor, **tokens: Tensor) -> Tensor | None:
-        """Hidden states `[1, T, C]`, or None where the decoder doesn't run like this."""
+        """Hidden states `[1, T, C]`, or None if the decoder doesn't support these inputs."""
         inputs: dict[str, Any] = {**tokens, "attention_mask": mask, "use_cache": False}
         if self.takes_positions:
             inputs["position_ids"] = token_positions(mask, (mask.shape[0], mask.shape[1]), 0, mask.device)

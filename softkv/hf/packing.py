@@ -1,4 +1,4 @@
-"""The packed rows of a line as transformers' collators give them: cumulative lengths, or position ids that restart."""
+"""Packed rows in the form of transformers' collators: cumulative lengths, or position ids that restart."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def rows_of_line(
     longest: int | None,
     mask: Tensor | None,
 ) -> PackedRows | None:
-    """The packed rows of a batch of one line, as transformers' collators give them: cumulative lengths, or
-    position ids that restart, which are read once a forward pass.
+    """The packed rows of a batch in the form of transformers' collators: cumulative lengths, or position ids that
+    restart, which are read once per forward pass.
 
     Args:
-        mask: what all blocks of the pass are given: it keeps what was found for those that follow.
+        mask: passed to all blocks of the pass; the rows found by the first are stored on it for the others.
     """
     if len(query) != 1 or query.shape[2] != key.shape[2]:
         return None
@@ -37,7 +37,8 @@ def rows_of_line(
 
 
 def apart(query: Tensor, key: Tensor, position_ids: Tensor | None) -> Tensor | None:
-    """bool `[1, 1, T, T]`: which tokens of a line are of one packed row: a tracer can't read how many there are."""
+    """bool `[1, 1, T, T]`: whether two tokens belong to the same packed row, for tracers, which can't read the number
+    of rows."""
     T = query.shape[2]
     if position_ids is None or len(query) != 1 or key.shape[2] != T or position_ids.shape != (1, T) or T == 1:
         return None
@@ -46,7 +47,7 @@ def apart(query: Tensor, key: Tensor, position_ids: Tensor | None) -> Tensor | N
 
 
 def packed_rows(position_ids: Tensor | None) -> PackedRows | None:
-    """The rows of `position_ids` `[1, N]` that restart, or None where they don't, or where a tracer can't tell."""
+    """The rows of `position_ids` `[1, N]` that restart; None if they don't, or a tracer can't tell."""
     if torch.compiler.is_compiling() or position_ids is None or position_ids.dim() != 2 or len(position_ids) != 1:
         return None
     starts = (position_ids[0].diff() != 1).nonzero().flatten() + 1

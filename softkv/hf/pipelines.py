@@ -12,7 +12,7 @@ class _Known(logging.Filter):
 
 
 def suppress_unsupported_warning() -> None:
-    """Suppresses what pipelines would log about `SoftModel`."""
+    """Suppress the warning that pipelines log about `SoftModel`."""
     logger = logging.getLogger("transformers.pipelines.base")
     if not any(isinstance(each, _Known) for each in logger.filters):
         logger.addFilter(_Known())

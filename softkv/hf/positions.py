@@ -1,4 +1,4 @@
-"""Position ids: each row counts from its first real token, behind its prefix."""
+"""Position ids: each row counts from its first real token, after its prefix."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Positions:
 
     Attributes:
         base: the frozen model.
-        table: how many a learned table holds, None where they are computed.
-        follow_length: whether what is made of them depends on the length of a pass.
-        first: that of a row's first token.
+        table: the size of the learned table, None if positions are computed.
+        follow_length: whether rotations depend on the length of a pass.
+        first: the position id of a row's first token.
     """
 
     base: Any
@@ -36,7 +36,7 @@ class Positions:
         return cls(base, None if table is None else table.num_embeddings - int(getattr(table, "offset", 0)), follow)
 
     def of(self, call: ModelCall, context: SoftContext, kwargs: dict[str, Any]) -> Tensor:
-        """Position ids of a forward: each row counts from its first real token, behind its prefix."""
+        """Position ids of a forward: each row counts from its first real token, after its prefix."""
         tokens = kwargs["inputs_embeds"] if kwargs.get("inputs_embeds") is not None else kwargs["input_ids"]
         B, T = tokens.shape[:2]
         cache, positions, rows = kwargs.get("past_key_values"), kwargs.get("position_ids"), context.rows
@@ -44,10 +44,10 @@ class Positions:
         mask, given = padding_mask(kwargs.get("attention_mask")), call.positions_given
         if positions is None:
             positions = token_positions(mask, (B, T), past, tokens.device)
-        elif rows is not None and self.first:  # positions that restart only say where rows begin
+        elif rows is not None and self.first:  # restarting positions only mark where rows begin
             positions, given = packed_positions(rows, T), False
         elif not given and call.prompts is None and mask is not None and positions.shape == (1, T):
-            # A wrapper around the decoder has counted columns, padding among them.
+            # A wrapper around the decoder has counted columns, including padding.
             counted = token_positions(mask, (B, T), past, tokens.device) + (positions[:, :1] - past)
             positions = torch.where((positions.diff() == 1).all(), counted, positions)
         slots = context.slots_of(B if rows is None else len(rows.cu_seqlens) - 1)
@@ -55,7 +55,7 @@ class Positions:
             slots = slots[:, None] if rows is None else slots.repeat_interleave(rows.cu_seqlens.diff(), output_size=T)
         positions = positions + slots if given else positions + (self.first + slots)
         if self.table is not None and not torch.compiler.is_compiling():
-            # Columns bound positions without a look at the device.
+            # The number of columns bounds positions without reading them from the device.
             longest = past + T if rows is None else rows.longest
             bounded = not call.positions_given and isinstance(slots, int) and isinstance(longest, int)
             if not bounded or longest + slots + self.first > self.table:
@@ -65,7 +65,7 @@ class Positions:
         return positions
 
     def _check_made_for(self, longest: int, slots: int | Tensor, positions: Tensor) -> None:
-        """Raise when computed positions exceed those the model supports: training would silently use them."""
+        """Raise if computed positions exceed those that the model supports, which training would silently use."""
         made_for = computed_positions(self.base.config.get_text_config())
         most = slots if isinstance(slots, int) else int(slots.max())
         if made_for is None or longest + most <= made_for or int(positions.max()) < made_for:
@@ -77,7 +77,7 @@ class Positions:
         )
 
     def check(self, last: int) -> None:
-        """Raise where a learned table ends before a position."""
+        """Raise if a position is past the end of a learned table."""
         if self.table is not None and last >= self.table:
             raise ValueError(
                 f"prefix and tokens need positions up to {last}, but the model's learned position table ends at "
@@ -86,7 +86,7 @@ class Positions:
 
 
 def computed_positions(config: Any) -> int | None:
-    """How many positions a model that computes them was made for, None where its config does not say."""
+    """The number of positions supported by a model that computes them; None if its config does not state it."""
     made_for = getattr(config, "max_position_embeddings", None)
     if not isinstance(made_for, int) or made_for < 1:
         return None
@@ -95,13 +95,13 @@ def computed_positions(config: Any) -> int | None:
 
 
 def rotations_follow_length(config: Any) -> bool:
-    """Whether keys are rotated by angles that depend on how long a pass is: those of a head that runs alone are not
-    those of the same tokens in front of a row."""
+    """Whether the rotation angles of keys depend on the length of a pass, so that the keys of a head run alone differ
+    from those of the same tokens in front of a row."""
     return any(each["rope_type"] in ("dynamic", "longrope") for each in _rotations(config))
 
 
 def _rotations(config: Any) -> list[dict[str, Any]]:
-    """Of each kind of layer, how its keys are rotated."""
+    """The rotary parameters of each kind of layer."""
     rope = getattr(config, "rope_parameters", None) or {}
     return [each for each in (rope, *rope.values()) if isinstance(each, dict) and "rope_type" in each]
 

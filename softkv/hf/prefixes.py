@@ -25,11 +25,11 @@ class SoftRows:
     """Which soft prompt each row of a batch has.
 
     Attributes:
-        names: the adapter of each row, None for the bare model; one name alone is that of all rows.
-        softs: the soft prompts named, in the order of their first rows.
-        order: which of `names` each row has, where a cache's rows were reordered or selected.
-        encodes: whether K and V of some rows are made inside the attention blocks. (A field: compiled code would guard
-            on the names that a property looks through.)
+        names: the adapter of each row, None for the bare model; a single name applies to all rows.
+        softs: these soft prompts, in the order of their first rows.
+        order: the index in `names` of each row, if a cache's rows were reordered or selected.
+        encodes: whether K and V of some rows are computed inside the attention blocks. (A field, because compiled code
+            would guard on the names read by a property.)
     """
 
     names: Names
@@ -42,7 +42,7 @@ class SoftRows:
         """The soft prompts of these names.
 
         Raises:
-            ValueError: for a name that is none of `adapters`.
+            ValueError: for a name that is not in `adapters`.
         """
         different = dict.fromkeys(names)
         for name in different:
@@ -56,28 +56,28 @@ class SoftRows:
 
     @property
     def alone(self) -> SoftPrompt | None:
-        """The soft prompt of every row, where all have the same one."""
+        """The soft prompt of every row, if all have the same one."""
         return next(iter(self.softs.values())) if len(self.names) == 1 and self.softs else None
 
     @property
     def inline(self) -> bool:
-        """Whether rows hold all soft tokens by their ids."""
+        """Whether rows contain all soft tokens by id."""
         return all(soft.placement == "inline" for soft in self.softs.values())
 
     @property
     def leads(self) -> bool:
-        """Whether soft tokens stand before some rows."""
+        """Whether some rows have soft tokens in front."""
         return any(soft.placement == "before" for soft in self.softs.values())
 
     @property
     def reading_prompts(self) -> str:
-        """The methods that must know where a row's prompt ends; "" where none must."""
+        """The methods that must know where a row's prompt ends; "" if there are none."""
         softs = (soft for soft in self.softs.values() if soft.placement == "after" or soft.encodes_rows)
         return " and ".join(dict.fromkeys(type(soft.config).__name__ for soft in softs))
 
     def of_rows(self, rows: int, values: Mapping[str, T], default: T) -> list[T]:
-        """The value of each of `rows` rows, by the name of its adapter. Beams and returned sequences of one row follow
-        each other."""
+        """The value of each of `rows` rows, by the name of its adapter. Beams and returned sequences of one row are
+        adjacent."""
         found = self._ordered([default if name is None else values.get(name, default) for name in self.names])
         return [value for value in found for _ in range(rows // len(found))]
 
@@ -89,10 +89,10 @@ class SoftRows:
         return of_names if self.order is None else [of_names[at] for at in self.order]
 
     def tokens(self, rows: int, *, heads: bool) -> RowTokens | None:
-        """The soft tokens that `rows` rows hold, or None where there are none.
+        """The soft tokens of `rows` rows, or None if there are none.
 
         Args:
-            heads: whether those that stand before a row are put into it.
+            heads: whether soft tokens in front are part of the rows.
         """
         holders = {
             name: soft
@@ -116,7 +116,7 @@ class SoftRows:
 
     @property
     def encoded(self) -> dict[str, list[int]]:
-        """The rows of each encoder, where rows have different soft prompts."""
+        """The rows of each encoder, if rows have different soft prompts."""
         return {
             encoder: [row for row, name in enumerate(self.names) if name == encoder]
             for encoder, soft in self.softs.items()
@@ -130,16 +130,16 @@ class SoftRows:
         device: torch.device,
         heads: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> SoftContext:
-        """The bank of prefixes that the rows read; rows that an encoder reads will find theirs behind these.
+        """The bank of prefixes that the rows read; encoders append the prefixes of their rows to it.
 
         Args:
-            prefixes: of those soft prompts that have one.
+            prefixes: of the soft prompts that have one.
             layers: the number of attention blocks.
             device: of the model.
-            heads: `[P, C]`, of those that stand in front of rows and have none: the pass itself will make it.
+            heads: `[P, C]`, of those in front of rows without a prefix, which the pass itself computes.
 
         Raises:
-            ValueError: for a soft prompt that holds several prefixes, among others.
+            ValueError: for a soft prompt with several prefixes, in a batch with others.
         """
         if self.alone is not None:
             if self.encodes:
@@ -159,7 +159,7 @@ class SoftRows:
         for name, prefix in prefixes.items():
             if prefix.count != 1 or prefix.lengths is not None:
                 raise ValueError(
-                    f"adapter {name!r} holds {prefix.count} prefixes, expected one where rows have different adapters"
+                    f"adapter {name!r} has {prefix.count} prefixes, expected one if rows have different adapters"
                 )
             number[name] = len(lengths)
             lengths.append(prefix.length)
@@ -180,7 +180,7 @@ class SoftRows:
         index = self._ordered(index)
         slots = [0 if at < 0 else lengths[at] for at in index]
         alike = len(set(covers)) == 1
-        # One prefix for each row, in their order, is what the op takes without an index.
+        # The op needs no index for one prefix per row in order.
         in_order = alike and not self.encodes and index == list(range(len(lengths)))
         return SoftContext(
             _by_layer(bank(list(prefixes.values())), layers) if prefixes else None,
@@ -194,15 +194,16 @@ class SoftRows:
     def encode(
         self, bank: LayerKV | None, block: int, hidden: Tensor, lengths: Tensor, parallel: TensorParallel | None
     ) -> LayerKV:
-        """K `[A, G, P, D]` and V `[A, G, P, Dv]` of one attention block: its bank, and behind it what encoders make of
-        their rows.
+        """K `[A, G, P, D]` and V `[A, G, P, Dv]` of one attention block: its bank, followed by what encoders compute
+        from their rows.
 
         Args:
-            bank: of the rows that no encoder reads.
+            bank: of the rows without an encoder.
             block: the number of the attention block.
-            hidden: `[B, M, C]`, the prompts that enter it. Only the first of the rows that share a prompt is read.
+            hidden: `[B, M, C]`, the block's input at the prompts. Only the first of the rows that share a prompt is
+                read.
             lengths: `[B]`.
-            parallel: the processes that the base is split over.
+            parallel: the processes over which the base is split.
         """
 
         def encoded(soft: SoftPrompt, hidden: Tensor, lengths: Tensor) -> LayerKV:
@@ -221,13 +222,13 @@ class SoftRows:
 
 @dataclass(frozen=True)
 class RowTokens:
-    """The soft tokens that the rows of a batch hold.
+    """The soft tokens in the rows of a batch.
 
     Attributes:
         softs: the soft prompts that have some.
-        first: for each row, where its own begin in the table.
-        block: for each row, how many stand together in it (0: none, or a template's, which are placed one by one).
-        heads: for each row, whether its block stands before it and not after its prompt.
+        first: the index in the table of each row's first soft token.
+        block: the length of each row's block (0: none, or a template's tokens, which are placed individually).
+        heads: whether each row's block is before it rather than after its prompt.
     """
 
     softs: tuple[SoftPrompt, ...]
@@ -238,15 +239,15 @@ class RowTokens:
 
     @property
     def table(self) -> Tensor:
-        """`[K, C]`: the soft tokens of all the soft prompts, computed when they are first asked for."""
-        if not self._computed:  # functools' cached property holds a lock, which a tracer can't enter
+        """`[K, C]`: the soft tokens of all the soft prompts, computed on first use."""
+        if not self._computed:  # not functools.cached_property, whose lock a tracer can't enter
             tables = [cast(Tensor, soft.soft_tokens()) for soft in self.softs]
             self._computed.append(tables[0] if len(tables) == 1 else torch.cat(tables))
         return self._computed[0]
 
     @property
     def longest(self) -> int:
-        """Columns that the blocks take in a padded batch."""
+        """The number of columns for blocks in a padded batch."""
         return max(self.block)
 
     @property
@@ -254,21 +255,21 @@ class RowTokens:
         return min(self.block) < self.longest
 
     def place(self, first: Tensor, split: Tensor | None) -> Tensor:
-        """`[R]`: the flat token that each row's block stands before: its first, or the one behind its prompt."""
+        """`[R]`: the flat token before which each row's block is inserted: its first, or the one after its prompt."""
         return first if split is None else torch.where(torch.tensor(self.heads, device=first.device), first, split)
 
     def blocks(self, device: torch.device, *, heads: bool) -> Tensor:
-        """`[R, k]`: which of the table's stand in each row's block before it, or behind its prompt; -1 past its end."""
+        """`[R, k]`: the indices in the table of each row's block before it, or after its prompt; -1 past its end."""
         block = [k if head == heads else 0 for k, head in zip(self.block, self.heads, strict=True)]
         first, lengths = (torch.tensor(x, device=device)[:, None] for x in (self.first, block))
         at = torch.arange(max(block), device=device)
         return torch.where(at < lengths, first + at, -1)
 
     def in_table(self, ids: Tensor, lines: Tensor | None = None) -> Tensor:
-        """Ids `[B, T]` whose negative ones, -i for a row's i-th soft token, count in the table.
+        """Ids `[B, T]` with negative ids converted from -i for a row's i-th soft token to indices in the table.
 
         Args:
-            lines: `[B, T]`, the row of each token; the line it stands in, if None.
+            lines: `[B, T]`, the row of each token; None: its row in the batch.
         """
         if not any(self.first):
             return ids
@@ -277,7 +278,7 @@ class RowTokens:
 
 
 def bank(prefixes: Sequence[Prefix]) -> Prefix:
-    """Prefixes of any lengths end to end in one; what lies past the length of each is 0."""
+    """Prefixes of any lengths stacked into one; slots past each length are 0."""
     layers = max(prefix.k.shape[0] for prefix in prefixes)
     k = [prefix.k.expand(layers, -1, -1, -1, -1) for prefix in prefixes]
     v = [prefix.v.expand(layers, -1, -1, -1, -1) for prefix in prefixes]
@@ -285,13 +286,13 @@ def bank(prefixes: Sequence[Prefix]) -> Prefix:
 
 
 def check_known(name: str, adapters: nn.ModuleDict) -> None:
-    """Raise unless there is an adapter of this name."""
+    """Raise unless there is an adapter with this name."""
     if name not in adapters:
         raise ValueError(f"this model has no adapter {name!r:.300}: expected one of {', '.join(map(repr, adapters))}")
 
 
 def of_one_length(heads: Iterable[Tensor]) -> Tensor:
-    """`[A, P, C]` of heads `[P, C]`: shorter ones go on with their last token, which nobody reads."""
+    """Stack heads `[P, C]` to `[A, P, C]`: shorter ones are padded with their last token, which is never read."""
     given = list(heads)
     if len(given) == 1:
         return given[0][None]
@@ -300,13 +301,13 @@ def of_one_length(heads: Iterable[Tensor]) -> Tensor:
 
 
 def behind(bank: LayerKV, heads: LayerKV) -> LayerKV:
-    """The K and V of a block, of learned prefixes and of heads behind them."""
+    """The K and V of a block: learned prefixes, followed by heads."""
     k, v = (_end_to_end((x.to(head.device, head.dtype), head)) for x, head in zip(bank, heads, strict=True))
     return k, v
 
 
 def _end_to_end(of: Sequence[Tensor]) -> Tensor:
-    """`[..., A, G, P, D or Dv]` of different A and P in one."""
+    """Stack `[..., A, G, P, D or Dv]` with different A and P."""
     if len(of) == 1:
         return of[0]
     longest = max(x.shape[-2] for x in of)

@@ -24,7 +24,7 @@ from softkv.hf.positions import Positions, learned_positions
 from softkv.hf.tensor_parallel import TensorParallel, check_even
 from softkv.hf.vocabulary import named_ids
 
-# What a model raises that softkv's attention does not suit; softkv's own refusals are ValueErrors.
+# Errors of models that don't work with softkv's attention; softkv's own refusals are ValueErrors.
 _OBSCURE = (AttributeError, AssertionError, LookupError, NotImplementedError, RuntimeError, TypeError)
 
 
@@ -264,7 +264,7 @@ class DecoderProbe:
 
 
 def _raised_in(package: str, error: Exception) -> bool:
-    """Whether an error was raised in a package of softkv's, in its own words."""
+    """Whether an error was raised by softkv itself."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

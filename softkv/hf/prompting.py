@@ -1,4 +1,4 @@
-"""What the soft prompts of one call give: which rows have which, and the prefixes of a forward pass."""
+"""The soft prompts of a call: their assignment to rows, and the prefixes of a forward pass."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class PromptMixin(AdapterMixin):
     backend: str | None
 
     def _soft_rows(self, names: Sequence[str | None] | None, rows: int, cache: Any) -> SoftRows:
-        """The soft prompts of `rows` rows: those named, else those that the cache continued from was filled with, else
-        the active one."""
+        """The soft prompts of `rows` rows: those given by name, else those that filled the cache, else the active
+        one."""
         state = CacheState.of(cache) if past_length(cache) else None
         filled_with = None
         if state is not None and state.adapters:
@@ -41,13 +41,13 @@ class PromptMixin(AdapterMixin):
         return filled_with or SoftRows.of(names or (self.active_adapter,), self.adapters)
 
     def _context(self, soft: SoftRows, state: CacheState | None, *, heads: bool, beside: bool = False) -> SoftContext:
-        """The prefixes of a forward pass: learned, or the K/V of soft tokens that stand before the input (unless these
-        are put into the rows as `heads`).
+        """The prefixes of a forward pass: learned, or the K/V of soft tokens before the input (unless these are part of
+        the rows as `heads`).
 
         Args:
-            state: of the cache that is filled or continued. It keeps what was computed for its rows, which calls that
-                continue them without gradients use again.
-            beside: whether soft tokens before the input run in one pass with it.
+            state: of the cache that is filled or continued. It stores what was computed for its rows, for reuse by
+                later calls without gradients.
+            beside: whether soft tokens before the input run in the same pass.
         """
         remembered = {} if state is None or torch.is_grad_enabled() else state.prefixes
         prefixes, leading = {}, {}
@@ -64,7 +64,7 @@ class PromptMixin(AdapterMixin):
                     prefix = prefix if prefix is None else prefix.to(dtype=self.base.dtype)
                 if prefix is not None:
                     prefixes[name] = prefix
-                    if not isinstance(prefix.k, nn.Parameter):  # learned matrices cost nothing to read again
+                    if not isinstance(prefix.k, nn.Parameter):  # learned matrices need no recomputation
                         remembered[name] = prefix
             context = soft.context(prefixes, len(self._hooks.order), self.device, leading)
         return replace(context, backend=self.backend)
@@ -74,12 +74,12 @@ class PromptMixin(AdapterMixin):
         return prefix if prefix is None or parallel is None else parallel.own(prefix)
 
     def _head_prefix(self, soft: SoftPrompt) -> Prefix:
-        """K/V of the soft tokens that stand before every row, run once, at batch 1: caches are filled behind them."""
+        """K/V of the soft tokens before every row, computed once at batch 1; caches are filled after them."""
         soft_tokens = soft.soft_tokens()
         assert soft_tokens is not None
         dtype = self.base.dtype
         with named("head once"):
-            # A copy: some models scale what they are given in place.
+            # A copy, because some models scale their input in place.
             blocks = self._hooks.capture(inputs_embeds=soft_tokens[None].to(dtype, copy=True))
         like = {"device": soft_tokens.device, "dtype": dtype}
         return Prefix.from_layers(
@@ -87,7 +87,7 @@ class PromptMixin(AdapterMixin):
         )
 
     def _run_bare(self, adapter_names: Any, *, function: Any, **given: Any) -> Any:
-        """The base as outside of any call."""
+        """Run the base as outside a call."""
         checks.check_bare(given.get("input_ids", given.get("inputs")), adapter_names)
         given = {name: value for name, value in given.items() if value is not None}
         return call_scope.run(None, function, **given)
@@ -100,13 +100,13 @@ class PromptMixin(AdapterMixin):
         if kwargs.get("output_attentions") or getattr(self.base.config, "output_attentions", False):
             raise ValueError(
                 "output_attentions=True needs attention weights, which softkv never forms: detach the soft prompt or "
-                "leave it off"
+                "leave it out"
             )
         if self.training and checkpointing.is_on(self.base):
             if self._hooks.order.repeats:
                 raise ValueError(
-                    f"{type(self.base).__name__} runs an attention module several times a pass, which a recomputed "
-                    "pass can't tell apart: gradient_checkpointing_disable() it"
+                    f"{type(self.base).__name__} runs an attention module several times per pass, which a recomputed "
+                    "pass can't distinguish: call gradient_checkpointing_disable()"
                 )
             for module in self._hooks.decoder.modules():
                 checks.check_reentrant(getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {}))

@@ -1,5 +1,5 @@
 """The fast path of attention: blocks of one forward pass make the same call, so the checks and dispatch of the first
-one hold for the others."""
+are reused by the others."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ def signature(
     options: tuple[Any, ...],
     others: dict[str, Any],
 ) -> Signature | None:
-    """What the way of a block through attention depends on, but for the prefix and for values of tensors that no check
-    reads. None where each block is looked at.
+    """A key of everything that a block's path through attention depends on, except the prefix and tensor values that no
+    check reads. None if every block must be checked.
 
     Args:
-        options: numbers and flags that the module gives.
+        options: numbers and flags passed by the module.
         others: further keywords.
     """
     if others.get("s_aux") is not None or others.get("position_bias") is not None or others.get("output_attentions"):
         return None
     device = query.device
     shape, of_keys, of_values = query.shape, key.shape, value.shape
-    if shape[2] == 1:  # decoding: one more key each time
+    if shape[2] == 1:  # decoding: one more key per step
         of_keys, of_values = (of_keys[0], of_keys[1], of_keys[3]), of_values[3]  # type: ignore[assignment]
     return (
         type(module), id(getattr(module, "config", None)), getattr(module, "is_causal", True), shape, of_keys,
@@ -52,13 +52,13 @@ def signature(
 
 
 def _autocasts(device: str) -> torch.dtype | None:
-    if device == "meta" or not torch.is_autocast_enabled(device):  # torch knows no autocast there, and raises
+    if device == "meta" or not torch.is_autocast_enabled(device):  # where torch has no autocast, and raises
         return None
     return torch.get_autocast_dtype(device)
 
 
 def checked_call(context: SoftContext, alike: Signature, mask: Tensor | None) -> CheckedCall | None:
-    """A call like this one that was checked: in this forward pass, or in an earlier step."""
+    """An equal call that was already checked, in this forward pass or in an earlier step."""
     assert context.memo is not None
     lasting = _lasting(context, mask)
     found = None if lasting is None else lasting.get(alike)
@@ -66,22 +66,22 @@ def checked_call(context: SoftContext, alike: Signature, mask: Tensor | None) ->
 
 
 def _lasting(context: SoftContext, mask: Tensor | None) -> dict[Any, Any] | None:
-    """Where calls are kept for later steps, or None where more than the number of keys sets the steps apart."""
+    """The store of calls for later steps, or None if steps differ in more than the number of keys."""
     return context.lasting if is_constant(mask) else None
 
 
 @dataclass(frozen=True)
 class CheckedCall:
-    """A block's call of the attention op that the public function has accepted.
+    """A block's call of the attention op that the public function has validated.
 
     Attributes:
-        call: its arguments, but for q, k, v and the prefix, which each block has of its own.
-        dtype: of these.
+        call: its arguments, except q, k, v and the prefix, which differ between blocks.
+        dtype: of q, k, v and the prefix.
         prefix: the shapes and the device of the prefix's K and V, or None without one.
-        engine: that runs it.
-        rows: the packed rows of a batch of one line, or None.
-        mask: kept, so that no other one gets its `id`.
-        step: the engine's own shorter way, of a call of one query a row without gradients, or None.
+        engine: the engine that runs it.
+        rows: the packed rows, or None.
+        mask: kept alive, so that its `id` is not reused.
+        step: the engine's faster path for one query per row without gradients, or None.
     """
 
     call: dict[str, Any]
@@ -93,7 +93,7 @@ class CheckedCall:
     step: Callable[..., Tensor] | None
 
     def serves(self, context: SoftContext, layer: int) -> bool:
-        """Whether the prefix of a block is like that of the first one."""
+        """Whether the prefix of a block has the same form as that of the first."""
         return self.prefix == _form(context, layer)
 
     def __call__(self, context: SoftContext, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ class CheckedCall:
         if context.layers is not None:
             k, v = context.layers[layer]
             call["prefix_k"], call["prefix_v"] = _ready(k, dtype), _ready(v, dtype)
-        if plain:  # the operator has nothing to add
+        if plain:  # the operator is not needed
             out, _ = load_engine(self.engine).forward(**call)
         else:
             out, _ = attention(cast(Call, call), self.engine, out_alone=True)
@@ -144,15 +144,15 @@ def remember(
     softcap: float | None,
     **others: Any,
 ) -> None:
-    """Keeps a call that the public function has accepted for the blocks that are called alike.
+    """Store a call that the public function has validated, for blocks with equal calls.
 
     Args:
-        operands: query, key and value `[B, ., T, D]` of the block that made it.
+        operands: query, key and value `[B, ., T, D]` of the calling block.
         others: a backend, and sinks, of which there are none.
     """
     covers, kv = context.window_covers, None if context.layers is None else context.layers[layer]
     query, key, value = operands
-    # The operator keeps what is empty, or has no values, from engines.
+    # The operator handles empty tensors and tensors without values.
     if query.numel() == 0 or query.is_meta or (kv is not None and (kv[0].numel() == 0 or kv[0].device != query.device)):
         return
     if context.memo is None or context.backend == "reference" or (window is not None and isinstance(covers, Tensor)):

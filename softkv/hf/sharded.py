@@ -13,18 +13,18 @@ from softkv.methods.base import SoftPrompt
 
 
 def is_sharded_tensor(tensor: Any) -> bool:
-    """Whether a tensor is a `DTensor`, without the second that importing its class takes."""
+    """Whether a tensor is a `DTensor`, without importing its class, which takes a second."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def whole(tensor: Any) -> Tensor:
-    """All of a tensor, gathered where it is sharded."""
+    """The full tensor, gathered if it is sharded."""
     return tensor.full_tensor() if is_sharded_tensor(tensor) else tensor
 
 
 def as_held(tensor: Tensor, like: Any) -> Tensor:
-    """A whole tensor, sharded as another one is; the first process's where they differ."""
+    """A full tensor, sharded like another one; the first process's values are used if they differ."""
     if not is_sharded_tensor(like):
         return tensor
     from torch.distributed.tensor import distribute_tensor
@@ -33,16 +33,16 @@ def as_held(tensor: Tensor, like: Any) -> Tensor:
 
 
 def load_whole(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """`load_state_dict` of whole tensors into a module whose parameters may be sharded."""
+    """`load_state_dict` of full tensors into a module whose parameters may be sharded."""
     held = module.state_dict()
     module.load_state_dict({name: as_held(tensor, held.get(name)) for name, tensor in tensors.items()})
 
 
 def gathered(soft: SoftPrompt) -> SoftPrompt:
-    """A soft prompt whose parameters may be sharded, with whole ones.
+    """A soft prompt with full parameters, from one whose parameters may be sharded.
 
     Raises:
-        ValueError: when FSDP1 holds them, whose shards don't know what they are of.
+        ValueError: if FSDP1 shards them, because its shards can't be assigned to parameters.
     """
     if any(getattr(each, "_fsdp_flattened", False) for each in soft.parameters()):
         raise ValueError("FSDP1 shards this soft prompt, which softkv can't gather: use FSDP2 (fully_shard)")

@@ -38,26 +38,25 @@ class ModelInterfaceMixin(nn.Module):
         self.base.generation_config = config
 
     def get_decoder(self, *args: Any, **kwargs: Any) -> Any:
-        """The base's decoder, which gives hidden states with the soft prompt in place when it is called."""
+        """The base's decoder; calling it returns hidden states with the soft prompt."""
         return inside(self, self.base.get_decoder(*args, **kwargs))
 
     def get_encoder(self, *args: Any, **kwargs: Any) -> Any:
-        """The base's encoder, where it has one."""
+        """The base's encoder, if it has one."""
         return inside(self, self.base.get_encoder(*args, **kwargs))
 
     def get_base_model(self) -> Self:
-        """This model: what others would patch or call around a wrapper carries the soft prompt here. The frozen model
-        is `base`."""
+        """This model itself, because callers of this method must get the soft prompt. The frozen model is `base`."""
         return self
 
     @property
     def device(self) -> torch.device:
-        """The device that the base takes its inputs on."""
+        """The device of the base's inputs."""
         return device_of(self.base)
 
     def to_empty(self, *, device: Any, recurse: bool = True) -> Self:
-        """Gives what has no values yet (on "meta") a place on a device, and moves the rest there with its values: what
-        is learned, and tables that the base computed."""
+        """Allocate tensors on "meta" on a device without values, and move the others there with their values: learned
+        parameters, and tables computed by the base."""
         return self._apply(
             lambda each: torch.empty_like(each, device=device) if each.is_meta else each.to(device), recurse
         )
@@ -67,18 +66,18 @@ class ModelInterfaceMixin(nn.Module):
         return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
-        """The numbers of trainable and of all parameters, the base's included, as of PEFT's models."""
+        """The numbers of trainable and of all parameters, including the base's, as in PEFT."""
         return self.num_trainable(), self.num_parameters()
 
     def print_trainable_parameters(self) -> None:
-        """Prints both, and the part that is trained, as PEFT's models do."""
+        """Print both numbers and the trainable share, as in PEFT."""
         trainable, total = self.get_nb_trainable_parameters()
         print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused: a soft prompt is no change of the base's weights."""
+        """Refused, because a soft prompt does not change the base's weights."""
         raise NotImplementedError(
-            "a soft prompt can't be merged into the weights of its base: expected LoRA or the like. softkv.bake makes "
+            "a soft prompt can't be merged into the weights of its base, as LoRA can. softkv.bake makes "
             "soft tokens or a text a prefix, save_pretrained(format='peft') writes PEFT's files, detach() gives the "
             "base back"
         )
@@ -86,7 +85,7 @@ class ModelInterfaceMixin(nn.Module):
     merge_adapter = unmerge_adapter = merge_and_unload
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """As transformers' `num_parameters`, what is learned included."""
+        """Like transformers' `num_parameters`, including learned parameters."""
         from transformers import PreTrainedModel
 
         return PreTrainedModel.num_parameters(self, only_trainable, exclude_embeddings)
@@ -94,7 +93,7 @@ class ModelInterfaceMixin(nn.Module):
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
     ) -> None:
-        """Recomputes activations in backward. A prefix needs the non-reentrant kind, transformers' default.
+        """Recompute activations in backward. A prefix needs the non-reentrant variant, transformers' default.
 
         Raises:
             ValueError: for `use_reentrant=True`.
@@ -109,12 +108,12 @@ class ModelInterfaceMixin(nn.Module):
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
     ) -> None:
-        """`activation_checkpointing_enable` by its older name."""
+        """The older name of `activation_checkpointing_enable`."""
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
 
     def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
-        """Refused: another attention would read no prefix."""
+        """Refused, because another attention implementation would ignore the prefix."""
         raise ValueError(
             "a soft prompt needs softkv's attention: detach it before set_attn_implementation (backend=... of "
-            "softkv.attach chooses what computes it)"
+            "softkv.attach selects the engine)"
         )

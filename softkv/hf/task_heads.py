@@ -1,7 +1,7 @@
 """Task heads: newly initialised modules that a task class adds to its base, trained with the soft prompt.
 
-Every adapter has copies of its own (`modules_to_save`, by PEFT's name), in fp32. The base keeps its modules: while a
-call of a `SoftModel` is under way, their `forward` runs the copies of the call's adapters.
+Every adapter has its own copies in fp32 (`modules_to_save`, PEFT's term). The base keeps its modules: during a call of
+a `SoftModel`, their `forward` runs the copies of the call's adapters.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from softkv.hf.sharded import load_whole
 
 
 def head_of(model: Any) -> tuple[str, ...]:
-    """The paths of the modules that a task class adds to its base model; none in language models, whose head is
+    """The paths of the modules that a task class adds to its base model; empty for language models, whose head is
     pretrained."""
     if model.base_model is model or model.get_output_embeddings() is not None:
         return ()
@@ -32,11 +32,11 @@ def head_of(model: Any) -> tuple[str, ...]:
 
 
 def paths_of(model: Any, names: Iterable[str] | None, blocks: Sequence[nn.Module]) -> tuple[str, ...]:
-    """The paths of the modules that are to be learned and saved: whole, or their last parts; None: the head.
+    """The paths of the modules to train and save, from full paths or their last parts; None: the head.
 
     Raises:
-        ValueError: when there is no such module, or it can't be learned apart: it holds attention blocks, or shares
-            parameters with others.
+        ValueError: if there is no such module, or it can't be trained separately because it contains attention blocks
+            or shares parameters with others.
     """
     if names is None:
         return head_of(model)
@@ -48,13 +48,15 @@ def paths_of(model: Any, names: Iterable[str] | None, blocks: Sequence[nn.Module
         if not paths:
             known = ", ".join(path for path, _ in model.named_children())
             raise ValueError(
-                f"modules_to_save: {type(model).__name__} has no module {name!r:.300} (at its top: {known})"
+                f"modules_to_save: {type(model).__name__} has no module {name!r:.300} (its top-level modules: {known})"
             )
         found += paths
     for path in found:
         module = model.get_submodule(path)
         if any(inner is block for inner in module.modules() for block in blocks):
-            raise ValueError(f"modules_to_save: {path!r} holds attention blocks, which stay frozen: name less")
+            raise ValueError(
+                f"modules_to_save: {path!r} contains attention blocks, which stay frozen: name parts of it"
+            )
         mine = {id(parameter) for parameter in module.parameters()}
         for other, parameter in model.named_parameters(remove_duplicate=False):
             if id(parameter) in mine and not other.startswith(f"{path}."):
@@ -63,15 +65,15 @@ def paths_of(model: Any, names: Iterable[str] | None, blocks: Sequence[nn.Module
 
 
 class SavedModules(nn.ModuleDict):
-    """The modules that one adapter learns beside its soft prompt: trainable copies of those of the base, in fp32.
+    """The modules that an adapter trains with its soft prompt: trainable fp32 copies of the base's.
 
     Args:
         model: the base.
-        paths: of the modules in it.
-        tensors: saved values by path and name; None keeps those of the base.
+        paths: of the modules in the base.
+        tensors: saved values by path and name; None: those of the base.
 
     Raises:
-        ValueError: when the base has no such module, or values don't fit.
+        ValueError: if the base has no such module, or values don't match.
     """
 
     def __init__(self, model: Any, paths: Iterable[str], tensors: Mapping[str, Tensor] | None = None) -> None:
@@ -82,11 +84,11 @@ class SavedModules(nn.ModuleDict):
                 module = model.get_submodule(path)
             except AttributeError:
                 raise ValueError(
-                    f"the adapter holds a head {path!r} that {type(model).__name__} doesn't have: load the base with "
+                    f"the adapter has a head {path!r} that {type(model).__name__} doesn't have: load the base with "
                     "the task's class"
                 ) from None
             self[_key(path)] = _copy(module).float().requires_grad_(True)
-        # The modules of a whole head run one after the other: what they hand on may stay in fp32.
+        # The modules of a complete head run in sequence, so that values between them may stay in fp32.
         self.wide = set(head_of(model)) if set(head_of(model)) <= set(self.paths) else set()
         if tensors is not None:
             self.put(tensors)
@@ -96,10 +98,10 @@ class SavedModules(nn.ModuleDict):
         return {name.replace("/", "."): value for name, value in self.state_dict().items()}
 
     def check(self, tensors: Mapping[str, Tensor]) -> None:
-        """Raise unless names and shapes of saved values are those of the modules."""
+        """Raise unless names and shapes of saved values match the modules."""
         mine = self.tensors()
         if odd := sorted(mine.keys() ^ tensors.keys()):
-            raise ValueError(f"the adapter's heads are others than this model's: {', '.join(odd)}")
+            raise ValueError(f"the adapter's heads differ from this model's: {', '.join(odd)}")
         for name, value in tensors.items():
             if value.shape != mine[name].shape:
                 raise ValueError(
@@ -108,12 +110,12 @@ class SavedModules(nn.ModuleDict):
                 )
 
     def put(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copies saved values into the modules, all or none."""
+        """Copy saved values into the modules, all or none."""
         self.check(tensors)
         load_whole(self, {name: tensors[name.replace("/", ".")] for name in self.state_dict()})
 
     def run(self, path: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """The output of the module for the base's states, which may be of another dtype."""
+        """Run a module on the base's states, which may have another dtype."""
         module = self[_key(path)]
         own = next(module.parameters()).dtype
         given = next((x.dtype for x in args if isinstance(x, Tensor) and x.is_floating_point()), own)
@@ -124,17 +126,17 @@ class SavedModules(nn.ModuleDict):
 
 
 def modules_of(model: Any, adapter: str) -> SavedModules | None:
-    """What an adapter of a `PromptedModel` has learned beside its soft prompt."""
+    """The modules that an adapter of a `PromptedModel` trains with its soft prompt."""
     return cast(SavedModules, model.modules_to_save[adapter]) if adapter in model.modules_to_save else None
 
 
 class ModuleRedirects:
-    """ModuleRedirects modules of the base to the copies of the running call's adapters.
+    """Redirects modules of the base to the copies of the running call's adapters.
 
     Args:
         base: the frozen model.
-        saved: the modules of each adapter, by its name; of adapters that have some.
-        hooks: of the soft model, whose calls are led.
+        saved: the modules of each adapter that has some, by name.
+        hooks: of the soft model whose calls are redirected.
     """
 
     def __init__(self, base: Any, saved: nn.ModuleDict, hooks: DecoderHooks) -> None:
@@ -159,7 +161,7 @@ class ModuleRedirects:
         self._forwards = {}
 
     def run(self, soft: SoftRows, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The output of each row's module."""
+        """Run each row's module."""
         names = [self._saver(name, path) for name in soft.names]
         if len(set(names)) == 1:
             return self._run(names[0], path, args, kwargs)
@@ -179,7 +181,7 @@ class ModuleRedirects:
         return torch.cat([part.to(widest) for part in parts])[torch.cat(places).argsort()]
 
     def _saver(self, name: str | None, path: str) -> str | None:
-        """The adapter whose module a row of this adapter runs; None: the base's own."""
+        """The adapter whose module rows of this adapter run; None: the base's own."""
         if name is None:
             return None
         return name if name in self.saved and path in self._of(name).paths else None
@@ -194,12 +196,12 @@ class ModuleRedirects:
 
 
 class _Forward:
-    """What stands for the `forward` of a module of the base while soft models have copies of it."""
+    """Replaces the `forward` of a module of the base while soft models have copies of it."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.original = module.forward
-        self.own = "forward" in vars(module)  # accelerate's, say
+        self.own = "forward" in vars(module)  # set by accelerate, for example
         self.users: list[tuple[ModuleRedirects, str]] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -13,14 +13,14 @@ from softkv.evaluation import in_evaluation
 from softkv.hf import call_scope
 from softkv.hf.layout import IGNORED
 
-# What logits answer: each token, by predicting the next one or by its own label; a label of what an encoder-decoder
-# writes; a span of tokens; a whole row; which of several choices is right, a row each.
+# What logits predict: the next token, the token's own label, a target token of an encoder-decoder, a span of tokens, a
+# label of the row, or the right one of several choices (one row each).
 Answers = Literal["next token", "target", "token", "span", "row", "choice", "other"]
 
 
 @torch.no_grad()
 def answers_of(model: Any) -> Answers:
-    """What the logits of a model answer; other: it has none, or they are of another shape."""
+    """What the logits of a model predict; "other" if it has none, or they have another shape."""
     if model.can_generate():
         return "target" if model.config.is_encoder_decoder else "next token"
     output = _probed(model, 1, 2)
@@ -36,7 +36,7 @@ def answers_of(model: Any) -> Answers:
 
 
 def _probed(model: Any, *shape: int) -> Any:
-    """The output for ids of a shape, None from a head that takes other inputs."""
+    """The output for ids of a shape, None for a head that takes other inputs."""
     ids = torch.zeros(shape, dtype=torch.long, device=model.device)
     try:
         return call_scope.run(None, in_evaluation(model), input_ids=ids, return_dict=True)
@@ -44,7 +44,7 @@ def _probed(model: Any, *shape: int) -> Any:
         return None
 
 
-TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")  # of each token: its segment, or whether it is an image's
+TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")  # per token: its segment, or whether it belongs to an image
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ class MovedTokens:
     """Tokens `[B, T]` that became columns of a batch `[B, T']`.
 
     Attributes:
-        columns: `[B, T]`, where each token has gone.
+        columns: `[B, T]`, the new column of each token.
         width: T'.
-        answers: what the logits answer.
+        answers: what the logits predict.
     """
 
     columns: Tensor
@@ -62,10 +62,10 @@ class MovedTokens:
     answers: Answers
 
     def inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The batch with labels and token types where their tokens are.
+        """The batch with labels and token types moved with their tokens.
 
         Raises:
-            ValueError: when it is not known where labels belong.
+            ValueError: if the position of labels is not known.
         """
         moved = dict(batch)
         moved |= self.types(batch)
@@ -80,11 +80,11 @@ class MovedTokens:
         return moved
 
     def types(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """What the batch says of the kinds of tokens, where the tokens are. Soft tokens and padding are of kind 0."""
+        """The batch's token types, moved with the tokens. Soft tokens and padding have type 0."""
         return {name: self._scattered(batch[name], 0) for name in TOKEN_TYPES if batch.get(name) is not None}
 
     def output(self, output: Any) -> Any:
-        """The output with what it gives for each token in the order of the tokens given."""
+        """The output with per-token values in the original order of tokens."""
         names = {"token": ("logits",), "span": ("start_logits", "end_logits")}.get(self.answers, ())
         for name in ("last_hidden_state", *names):
             if output.get(name) is not None:
@@ -101,20 +101,20 @@ class MovedTokens:
         return new.scatter(1, self.columns, values.expand(self.columns.shape))
 
     def _position(self, positions: Tensor) -> Tensor:
-        """A position past the row, which losses ignore, stays past it."""
+        """Move a position; one past the row, which losses ignore, stays past it."""
         T = self.columns.shape[1]
         new = self.columns.gather(1, positions.view(-1, 1).clamp(0, T - 1)).view_as(positions)
         return new.masked_fill(positions >= T, self.width)
 
 
 def row_ids(ids: Tensor, source: Tensor | None, attention_mask: Tensor | None, pad: int | None) -> Tensor:
-    """Ids `[B, T']` that tell a head which column of a row is its last: padding where padding is, nowhere else.
+    """Ids `[B, T']` from which a head finds the last column of a row: the padding id at padding only.
 
     Args:
-        ids: `[B, T]`; negative where no token is known.
+        ids: `[B, T]`; negative if the token is unknown.
         source: of the new columns in the old ones (`Insertion.source`), or None where they are the same.
         attention_mask: `[B, T']` or None.
-        pad: the id of padding, None where the model has none.
+        pad: the padding id, None if the model has none.
     """
     other = int(pad == 0)
     found = ids.masked_fill(ids < 0, other)

@@ -1,5 +1,4 @@
-"""Tensor parallelism of a base: processes that run it together, each a part of the heads, which has that part of a
-prefix."""
+"""Tensor parallelism of a base: each process runs a part of the heads, with the same part of a prefix's heads."""
 
 from __future__ import annotations
 
@@ -22,11 +21,11 @@ _HEADS = -3  # the axis G of `[..., G, P, D]`
 
 @dataclass(frozen=True)
 class TensorParallel:
-    """The processes that a base is split over.
+    """The processes over which a base is split.
 
     Attributes:
-        mesh: their `DeviceMesh`, of one axis.
-        splits: whether each runs a part of the key/value heads, or all of them (where a plan gathers projections).
+        mesh: their one-dimensional `DeviceMesh`.
+        splits: whether each process runs a part of the key/value heads, or all of them (if a plan gathers projections).
     """
 
     mesh: Any
@@ -34,10 +33,10 @@ class TensorParallel:
 
     @classmethod
     def of(cls, base: Any, blocks: Sequence[BlockInputs]) -> TensorParallel | None:
-        """Those of a base with these attention blocks; None for one process, which a base sharded by FSDP counts as.
+        """The processes of a base with these attention blocks; None for a single process or a base sharded by FSDP.
 
         Raises:
-            ValueError: where the heads of a block are split unevenly, or of some blocks and not of others.
+            ValueError: if heads are split unevenly, or in some blocks only.
         """
         mesh = next((each.device_mesh for each in base.parameters() if hasattr(each, "device_mesh")), None)
         if mesh is not None and mesh.ndim > 1:
@@ -57,16 +56,16 @@ class TensorParallel:
         return cls(mesh, splits=True)
 
     def whole_widths(self, widths: tuple[int, int, int]) -> tuple[int, int, int]:
-        """(G, D, Dv) of a block in all processes together."""
+        """(G, D, Dv) of a block over all processes."""
         return (widths[0] * (self.mesh.size() if self.splits else 1), *widths[1:])
 
     def own(self, prefix: Prefix) -> Prefix:
-        """This process's heads of a prefix. The gradient of what all processes hold is whole in each."""
+        """This process's heads of a prefix. Replicated parameters get their full gradient in every process."""
         k, v = self.own_of_layer((prefix.k, prefix.v))
         return replace(prefix, k=k, v=v)
 
     def own_of_layer(self, kv: LayerKV) -> LayerKV:
-        """As `own`, of K and V of one layer."""
+        """Like `own`, for K and V of one layer."""
         return (self._own(kv[0]), self._own(kv[1])) if self.splits else kv
 
     def whole(self, tensor: Tensor) -> Tensor:
@@ -79,8 +78,8 @@ class TensorParallel:
 
     @contextmanager
     def drawing_alike(self) -> Iterator[None]:
-        """Has all processes draw the first one's random numbers within this context: what they start from is run
-        through the base, by all of them together."""
+        """Make all processes draw the first one's random numbers in this context, because initial values may be run
+        through the base by all of them together."""
         mine = torch.get_rng_state()
         drawn = mine.to(self.mesh.device_type)
         dist.broadcast(drawn, group=self.mesh.get_group(), group_src=0)
@@ -92,8 +91,8 @@ class TensorParallel:
                 torch.set_rng_state(mine)
 
     def share(self, learned: nn.Module) -> None:
-        """Has all processes learn the same: what the first one has. Plain matrices are split by heads, as the base is;
-        what is computed, or is no K and V, is whole in every process."""
+        """Give all processes the first one's values. Plain K and V matrices are split by heads, as the base is; other
+        parameters are replicated."""
         from torch.distributed.tensor import Shard, distribute_tensor
 
         if isinstance(learned, SoftMatrices) and self.splits:
@@ -114,7 +113,7 @@ class TensorParallel:
 
 
 def check_even(base: Any) -> None:
-    """Raise where the heads of a base can't be split evenly over its processes."""
+    """Raise if the heads of a base can't be split evenly over its processes."""
     size, heads = getattr(base, "_tp_size", None) or 1, _heads_of(base.config.get_text_config())
     if heads is not None and heads % size:
         raise ValueError(
@@ -124,6 +123,6 @@ def check_even(base: Any) -> None:
 
 
 def _heads_of(config: Any) -> int | None:
-    """How many key/value heads a config speaks of."""
+    """The number of key/value heads in a config."""
     heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
     return heads if isinstance(heads, int) else None

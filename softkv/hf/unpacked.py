@@ -15,10 +15,10 @@ from softkv.hf.layout import IGNORED
 
 @dataclass(frozen=True)
 class Unpacked:
-    """Packed rows of a line of N tokens as a batch `[R, L]`.
+    """N packed tokens as a padded batch `[R, L]`.
 
     Attributes:
-        source: `[R, L]`, the token of the line in each column; 0 in padding.
+        source: `[R, L]`, the packed index of the token in each column; 0 in padding.
         real: `[R, L]`
     """
 
@@ -33,11 +33,11 @@ class Unpacked:
         return cls(torch.where(real, starts[:, None] + at, 0), real)
 
     def run(self, forward: Callable[..., Any], batch: dict[str, Any], logits_to_keep: int | Tensor) -> Any:
-        """The output of a forward of the rows, in one line again.
+        """The output of a forward of the rows, packed again.
 
         Args:
-            batch: keywords; tensors `[1, N, ...]` among them are those of tokens.
-            logits_to_keep: as in transformers, in columns of the line.
+            batch: keywords, of which tensors `[1, N, ...]` are per token.
+            logits_to_keep: as in transformers, in packed columns.
         """
         tokens = int(self.real.sum())
         batch = {name: self._padded(name, value, tokens) for name, value in batch.items()}

@@ -1,4 +1,4 @@
-"""What ids of a vocabulary stand for: words, or something of their own."""
+"""The ids of a vocabulary that are words, and those with a special meaning."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 
 _NAMES_IDS = re.compile(r"(_token_ids?|_token_index|suppress_tokens|_to_id|forced_decoder_ids)$")
-_UNUSED = re.compile(r"[\[<].*(unused|reserved).*[\]>]", re.IGNORECASE)  # rows that a tokenizer keeps for later
+_UNUSED = re.compile(r"[\[<].*(unused|reserved).*[\]>]", re.IGNORECASE)  # rows reserved by a tokenizer
 
 
 def named_ids(config: Any) -> set[int]:
-    """The ids that a config, its parts or a generation config give a meaning of their own: ends, padding, places of
-    images or sounds."""
+    """The ids with a special meaning in a config, its parts or a generation config: end tokens, padding, placeholders
+    of images or audio."""
     found: set[int] = set()
     for name, value in vars(config).items():
         if isinstance(value, PreTrainedConfig):
@@ -35,12 +35,12 @@ def _integers(value: Any) -> set[int]:
 
 
 def word_ids(model: Any, tokenizer: Any) -> Tensor:
-    """The ids of a model's vocabulary that stand for words, in order: without special and added ones, those that its
-    configs name and, where there is a tokenizer, rows that it does not use.
+    """The ids of a model's vocabulary that are words, in order: without special and added ones, those named in its
+    configs and, given a tokenizer, rows that it does not use.
 
     Args:
         model: a transformers model.
-        tokenizer: of it, or None.
+        tokenizer: the model's, or None.
     """
     rows = model.get_input_embeddings().weight.shape[0]
     named = named_ids(model.config)

@@ -263,7 +263,7 @@ UNREADABLE: dict[str, tuple[Any, str]] = {
     "two stacks of one": (edited(num_transformer_submodules=2), "the task 'CAUSAL_LM' .with 2 transformer submodules"),
     "a classifier": (
         edited(task_type="SEQ_CLS"),
-        "answers for each row, and LlamaForCausalLM answers for each next token",
+        "one answer per row, and LlamaForCausalLM gives one per next token",
     ),
     "a tagger": (edited(task_type="TOKEN_CLS"), "answers for each token, and LlamaForCausalLM answers for each next"),
     "a pickle": (pickled, "adapter_model.bin is a pickle, which softkv never reads. If you trust it, convert it"),

@@ -49,7 +49,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a negative length": ({"prompt_lengths": torch.tensor([-1, 2])}, "no more than each row's tokens"),
     "a length past a row": ({"prompt_lengths": torch.tensor([2, 6])}, "no more than each row's tokens"),
     "a table of lengths": ({"prompt_lengths": torch.ones(2, 1, dtype=torch.long)}, "prompt_lengths expects"),
-    "packed rows of two lines": ({"cu_seq_lens_q": CU, "max_length_q": 3}, "a batch of one line"),
+    "packed rows of two lines": ({"cu_seq_lens_q": CU, "max_length_q": 3}, "into one sequence"),
     "packed and padded": ({"input_ids": IDS, "attention_mask": ONES[:1], "cu_seq_lens_q": CU}, "have no padding"),
     "lengths that fall": ({"input_ids": IDS, "cu_seq_lens_q": torch.tensor([0, 4, 3, 5])}, "to rise from 0 to 5"),
     "lengths that end early": ({"input_ids": IDS, "cu_seq_lens_q": torch.tensor([0, 4])}, "to rise from 0 to 5"),
