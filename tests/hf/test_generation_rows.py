@@ -109,7 +109,7 @@ def test_refusals() -> None:
         model(torch.tensor([[13, 14], [0, 15]]), attention_mask=mask, past_key_values=cache)
     first = model.generate(**batch_of([[5, 6], [9, 10, 11]]), max_new_tokens=2, return_dict_in_generate=True)
     longer = batch_of([[5, 6, *FED, 13], [9, 10, 11, *FED]])
-    with pytest.raises(ValueError, match="holds these rows in other columns"):
+    with pytest.raises(ValueError, match="has these rows in other columns"):
         model.generate(**longer, past_key_values=first.past_key_values, max_new_tokens=2)
     with pytest.raises(ValueError, match='does not support cache_implementation="paged"'):
         model.generate(**batch, cache_implementation="paged")

@@ -1,4 +1,4 @@
-"""An encoder-decoder as the methods see it."""
+"""An encoder-decoder as methods see it."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from softkv.prefix import Prefix
 
 
 class FrozenEncoderDecoder(FrozenBase):
-    """What a method may ask of an encoder-decoder.
+    """The `FrozenModel` of an encoder-decoder.
 
     Args:
         hooks: on it.
         blocks: the attention blocks at each site that softkv reaches.
-        tokenizer: for text inits, or None.
+        tokenizer: to initialise from a text, or None.
     """
 
     def __init__(

@@ -30,9 +30,9 @@ class EncoderDecoderHooks:
         base: the frozen model.
         encoder, decoder: its stacks.
         orders: the attention blocks at each site that softkv's attention reaches; known after `probe`.
-        reads_tokens: whether the encoder reads tokens, and not sound or images.
-        embed_scale: what the encoder multiplies the embeddings of ids by, outside of its table.
-        behaviour: what the encoder does with tokens; known after `probe`.
+        reads_tokens: whether the encoder reads tokens rather than audio or images.
+        embed_scale: the factor that the encoder applies to embeddings of ids, outside the embedding layer.
+        behaviour: of the encoder; known after `probe`.
         own: of a base that keeps its own attention.
     """
 
@@ -67,12 +67,12 @@ class EncoderDecoderHooks:
                 table.register_forward_hook(hook, with_kwargs=True)
 
     def hook_cross(self, blocks: list[nn.Module]) -> None:
-        """Has cross-attention take a context of its own."""
+        """Register the hooks that give cross-attention its own context."""
         for block in blocks:
             block.register_forward_pre_hook(self._enter_cross, with_kwargs=True)
 
     def remove(self) -> None:
-        """Takes every hook off, whatever came between hooking and this."""
+        """Remove every hook, also after an interrupted registration."""
         for module in (*self.encoder.modules(), *self.decoder.modules()):
             for hooks in (module._forward_pre_hooks, module._forward_hooks):
                 for number in [number for number, hook in hooks.items() if getattr(hook, "__self__", None) is self]:
@@ -90,7 +90,7 @@ class EncoderDecoderHooks:
         soft = soft_tokens.to(embeds.dtype)[(-ids - 1).clamp(min=0)]
         return torch.where((ids < 0)[:, :, None], soft, embeds)
 
-    def _under_way(self, kwargs: dict[str, Any] | None) -> EncoderDecoderCall | None:
+    def _current_call(self, kwargs: dict[str, Any] | None) -> EncoderDecoderCall | None:
         """The running call, if it is of this model. (While a thread registers a hook, others may call it before torch
         knows that it takes keywords: they are missing then.)"""
         call = call_scope.current()
@@ -98,7 +98,7 @@ class EncoderDecoderHooks:
 
     def _enter_encoder(self, encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
         """Keyword pre-hook of the encoder: soft tokens, padding behind, positions behind the prefix, and the prefix."""
-        call = self._under_way(kwargs)
+        call = self._current_call(kwargs)
         if call is None:
             return None
         kwargs = _named(encoder, args, kwargs)
@@ -113,7 +113,7 @@ class EncoderDecoderHooks:
     def _enter_decoder(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
         """Keyword pre-hook of the decoder: positions behind the prefix, the prefixes of both kinds of attention, and
         the mask of what the encoder has read."""
-        call = self._under_way(kwargs)
+        call = self._current_call(kwargs)
         if call is None:
             return None
         kwargs = _named(decoder, args, kwargs)
@@ -203,7 +203,7 @@ class EncoderDecoderHooks:
 
     def _moved(self, table: nn.Module, args: Any, kwargs: Any, output: Any, stack: Site) -> Any:
         """Forward hook of a table of positions: those behind the prefix."""
-        call = self._under_way(None if output is None else kwargs)
+        call = self._current_call(None if output is None else kwargs)
         if call is None or stack not in call.rows:
             return None
         return shifted(table, args, kwargs, call.context(stack).slots_of(call.rows[stack]))

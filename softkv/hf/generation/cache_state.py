@@ -1,7 +1,7 @@
 """Per-cache state recorded at prefill and reused by later calls.
 
-It is an attribute of the cache, so that copies of the cache carry copies of it, and it follows the cache's own
-operations on rows: beams, reordering, selection. Cropping only takes tokens that were read later.
+It is an attribute of the cache, so that it is copied with the cache, and it follows the cache's operations on rows:
+beams, reordering, selection. Cropping only removes tokens that were read later.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ class CacheState:
     """The state recorded when a cache was filled.
 
     Attributes:
-        columns: T of the batch that filled the cache, in which masks of later forwards count.
-        rows: B of it.
-        adapters: the adapter of each of these rows, or the one of all of them.
-        mask: `[B, T + k]`, the real tokens among the columns that the cache holds, soft tokens included.
+        columns: T of the batch that filled the cache, to which masks of later forwards refer.
+        rows: B of that batch.
+        adapters: the adapter of each of these rows, or a single one for all.
+        mask: `[B, T + k]`, the real tokens among the cache's columns, including soft tokens.
         kv: encoder mode, the K/V `[A, G, P, D or Dv]` of each block.
-        order: which row of that batch each row of the cache is, or None while they are the same.
-        unread: columns of its prompts that a `generate` has still to read.
-        steps: calls of attention in decoding steps that were checked (`softkv.hf.repeat`).
-        prefixes: computed prefixes of its adapters, made without gradients for these rows.
+        order: the row of that batch for each row of the cache, or None while they are the same.
+        unread: columns of the prompts that a `generate` has not read yet.
+        steps: validated attention calls of decoding steps (`softkv.hf.repeat`).
+        prefixes: prefixes of the adapters, computed without gradients for these rows.
     """
 
     columns: int
@@ -50,7 +50,7 @@ class CacheState:
     steps: dict[Any, Any] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CacheState:
-        """Copies of a cache share what none of them changes."""
+        """Copies of a cache share what is never changed."""
         return replace(self, mask=copy.deepcopy(self.mask, memo), kv=copy.deepcopy(self.kv, memo))
 
     @staticmethod
@@ -59,41 +59,41 @@ class CacheState:
         return getattr(cache, _ATTRIBUTE, None)
 
     def store_on(self, cache: Any) -> None:
-        """Makes this the state of a cache."""
+        """Store this as the state of a cache."""
         setattr(cache, _ATTRIBUTE, self)
         for name in _FOLLOWED:
             setattr(cache, name, partial(_following(name), cache))
 
     @classmethod
     def required(cls, soft: SoftRows, cache: Any) -> CacheState:
-        """The state of a filled cache that rows with soft prompts continue from.
+        """The state of a filled cache from which rows with soft prompts continue.
 
         Raises:
-            ValueError: when there is none and a method can't do without.
+            ValueError: if there is none and a method needs it.
         """
         state = cls.of(cache)
         if state is None and soft.reading_prompts:
             raise ValueError(
                 f"{soft.reading_prompts} needs a cache that this SoftModel has filled: got one with "
-                f"{past_length(cache)} tokens in it that were read without the soft prompt"
+                f"{past_length(cache)} tokens that were read without the soft prompt"
             )
         return state or cls(0, 0)
 
     @staticmethod
     def clear(cache: Any) -> None:
-        """Takes the state off an emptied cache."""
+        """Remove the state from an emptied cache."""
         for name in (_ATTRIBUTE, *_FOLLOWED):
             cache.__dict__.pop(name, None)
 
     @property
     def order_of_adapters(self) -> list[int] | None:
-        """Which of `adapters` each row of the cache has, or None while they are in their order."""
+        """The index in `adapters` of each row of the cache, or None while they are in order."""
         if self.order is None:
             return None
         return (self.order // (self.rows // len(self.adapters))).tolist()
 
     def check_same_rows(self, mask: Tensor) -> None:
-        """Refuses a mask `[B, T]` of whole rows that puts what the cache holds into other columns."""
+        """Refuse a mask `[B, T]` of whole rows in which the cache's tokens are in other columns."""
         front = mask[:, : self.columns].bool()
         rows = self.rows if self.order is None else len(self.order)
         if len(mask) != rows or front.shape[1] < self.columns:
@@ -101,15 +101,15 @@ class CacheState:
         same = front.all() if self.mask is None else (front == self._front(rows)[:, : self.columns].bool()).all()
         if not bool(same):
             raise ValueError(
-                "generate goes on from a cache that holds these rows in other columns: expected ids padded as those "
-                "that filled it (on the left), and nothing put between them"
+                "generate continues a cache that has these rows in other columns: expected ids padded like those "
+                "that filled it (on the left), with nothing inserted between them"
             )
 
     def mask_of(self, mask: Tensor | None, k: int, shape: tuple[int, int]) -> Tensor | None:
-        """The padding mask `[B, S]` of the cache and what is put behind it.
+        """The padding mask `[B, S]` of the cache and the tokens after it.
 
         Args:
-            mask: `[B, S - k]` in the columns that were given, `[B, S]` where soft tokens are counted, or None.
+            mask: `[B, S - k]` without columns for soft tokens, `[B, S]` with them, or None.
             k: soft tokens in each row of the cache.
             shape: (B, S).
         """
@@ -133,7 +133,8 @@ class CacheState:
 
 
 def check_contiguous(mask: Tensor, T: int) -> None:
-    """Refuses real tokens among the last T columns of a mask `[B, S]` that follow padding behind real tokens."""
+    """Refuse real tokens in the last T columns of a mask `[B, S]` if padding separates them from earlier real
+    tokens."""
     if torch.compiler.is_compiling():
         return
     real = mask.bool()
@@ -142,17 +143,17 @@ def check_contiguous(mask: Tensor, T: int) -> None:
     if bool((gap & real)[:, -T:].any()):
         raise ValueError(
             "padding lies between a row's tokens in the cache, and this model's attention would count it (by sliding "
-            "windows, or in its own way): go on with rows that are padded on the left, or with tokens for every row"
+            "windows, or in its own way): continue with left-padded rows, or with tokens for every row"
         )
 
 
 def past_length(cache: Any) -> int:
-    """The number of tokens that a cache holds."""
+    """The number of tokens in a cache."""
     return 0 if cache is None else int(cache.get_seq_length())
 
 
 def buffer_length(cache: Any, tokens: int) -> tuple[int, ...]:
-    """The columns of a static cache's buffers; () where a cache has none that would hold so many tokens."""
+    """The columns of a static cache's buffers; () if a cache has none large enough."""
     lengths = [getattr(layer, "max_cache_len", None) for layer in getattr(cache, "layers", ())]
     known = [length for length in lengths if length is not None]
     return (max(known),) if known and max(known) >= tokens else ()
@@ -174,7 +175,7 @@ _FOLLOWED: dict[str, Callable[[Tensor, Any], Tensor]] = {
 
 
 def _following(name: str) -> Callable[[Any, Any], None]:
-    """The operation `name` of a cache, done to its state too."""
+    """The operation `name` of a cache, applied to its state too."""
 
     def operation(cache: Any, argument: Any) -> None:
         getattr(type(cache), name)(cache, argument)

@@ -1,4 +1,4 @@
-"""`generate`: the base's own, entered with soft prompts in place."""
+"""`generate`: the base's own, with soft prompts."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ class GenerateMixin(PromptMixin):
         adapter_names: Sequence[str | None] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The base's `generate` with the soft prompt in place; every row is a whole prompt.
+        """The base's `generate` with the soft prompt; every row is a complete prompt.
 
         Args:
             inputs / input_ids: int64 `[B, T]`; negative ids are a template's soft tokens. Or `inputs_embeds`.
             generation_config: transformers' `GenerationConfig`; the base's own by default.
             attention_mask: `[B, T]`, padding on either side.
             adapter_names: the adapter of each row, as in `forward`.
-            **kwargs: whatever the base's `generate` takes.
+            **kwargs: other arguments of the base's `generate`.
 
         Returns:
-            What the base returns. Sequences begin with the ids given; soft tokens come back as padding.
+            The base's output. Sequences start with the given ids, with padding in place of soft tokens.
 
         Example:
             >>> model = softkv.attach(base, softkv.PromptTuning(length=2))
@@ -73,7 +73,7 @@ class GenerateMixin(PromptMixin):
         k = soft_tokens.longest if soft_tokens is not None else 0
         if k and past:
             raise ValueError(
-                "PromptTuning puts its block into every prompt: generate expects an empty cache, got a filled one"
+                "PromptTuning inserts its block into every prompt: generate expects an empty cache, got a filled one"
             )
         if ids is not None:
             checks.check_soft_ids(ids, soft, RowLayout.of((len(ids), ids.shape[1]), None, None, ids.device))
@@ -119,7 +119,7 @@ class GenerateMixin(PromptMixin):
         return tokens
 
     def _continue_from(self, state: CacheState, prompts: Prompts, past: int) -> None:
-        """Checks that prompts continue the rows of a cache."""
+        """Check that prompts continue the rows of a cache."""
         mask = prompts.mask
         tokens = prompts.ids if prompts.ids is not None else prompts.embeds
         assert tokens is not None

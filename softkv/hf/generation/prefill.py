@@ -1,7 +1,7 @@
-"""Padded prompts run packed, without padding, and the base's layout is restored afterwards.
+"""Packed prefill: padded prompts run without padding, and the base's layout is restored afterwards.
 
-A batch of prompts of different lengths is mostly padding. The decoder runs on the real tokens only, as in training;
-afterwards its cache and output get their padding back (zeros that no query sees).
+Batches of prompts of different lengths contain much padding. The decoder runs on the real tokens only, as in training;
+afterwards padding is restored in its cache and output (zeros that no query sees).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from transformers.cache_utils import DynamicLayer
 
 from softkv.hf.context import PackedRows
 
-# What a forward may be given: anything else might have a column for each token, or ask for outputs of each layer.
+# Supported arguments of a forward: others might have a column per token, or request outputs of each layer.
 _UNDERSTOOD = {
     "input_ids", "inputs_embeds", "attention_mask", "position_ids", "past_key_values", "use_cache", "return_dict",
     "softkv_prefix",
@@ -24,13 +24,13 @@ _UNDERSTOOD = {
 
 @dataclass(frozen=True)
 class PackedPrefill:
-    """The columns `[B, T]` of a padded batch that hold real tokens."""
+    """The columns `[B, T]` of real tokens in a padded batch."""
 
     real: Tensor
 
     @classmethod
     def of(cls, kwargs: dict[str, Any]) -> PackedPrefill | None:
-        """The padding of a forward of the decoder that can be left out, or None."""
+        """From a forward of the decoder, if its padding can be removed; else None."""
         mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
         given = {name for name, value in kwargs.items() if value is not None and value is not False}
         if torch.compiler.is_compiling() or not isinstance(mask, Tensor) or mask.dim() != 2 or given - _UNDERSTOOD:
@@ -50,14 +50,14 @@ class PackedPrefill:
         return PackedRows.from_lengths(self.real.sum(1))
 
     def pack(self, kwargs: dict[str, Any]) -> None:
-        """The arguments of the decoder, for one line of the real tokens; positions `[B, T]` are among them."""
+        """The arguments of the decoder for the packed real tokens; positions `[B, T]` are among them."""
         for name in ("input_ids", "inputs_embeds", "position_ids"):
             if kwargs.get(name) is not None:
                 kwargs[name] = kwargs[name].expand(*self.real.shape, *kwargs[name].shape[2:])[self.real][None]
         kwargs["attention_mask"] = None
 
     def unpack(self, output: Any, cache: Any) -> Any:
-        """Padding in what the decoder gives, and in what it left in the cache."""
+        """Restore padding in the decoder's output and in the cache."""
         for layer in cache.layers if cache is not None else ():
             layer.keys, layer.values = (
                 self._padded(x.transpose(1, 2)).transpose(1, 2) for x in (layer.keys, layer.values)
@@ -73,6 +73,7 @@ class PackedPrefill:
 
 
 def _grows_by_token(cache: Any) -> bool:
-    """Whether every layer keeps the keys of all tokens and nothing else: no windows, buffers or states."""
+    """Whether every layer of the cache stores the keys of all tokens and nothing else: no windows, buffers or
+    states."""
     kinds: list[Any] = [type(layer) for layer in cache.layers] or [getattr(cache, "layer_class_to_replicate", None)]
     return all(kind is DynamicLayer for kind in kinds)

@@ -1,9 +1,9 @@
-"""Logits processors, stopping criteria and streamers of a `generate`: they see real tokens only, without the
-columns of soft tokens, and run outside of the call, so that a model they call behaves as usual.
+"""Logits processors, stopping criteria and streamers of a `generate`. They see real tokens only, without the columns of
+soft tokens, and run outside the call's scope, so that models called by them behave as usual.
 
-transformers makes its own processors and criteria inside `generate`, from options that count columns. Two methods of
-the base make them; a base that a SoftModel generates with has its own versions of the two, which look up the `generate`
-under way.
+transformers creates its own processors and criteria inside `generate`, from options that count columns, in two methods
+of the base. While a SoftModel generates, the base has its own versions of the two, which look up the running
+`generate`.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class ProcessorView:
 
     Attributes:
         prompts: `[B, T]`, the real tokens of each prompt, left-padded.
-        mask: `[B, T]`, the padding mask of them.
-        hidden: by how many columns the base's prompts are wider.
+        mask: `[B, T]`, their padding mask.
+        hidden: the number of additional columns in the base's prompts.
     """
 
     prompts: Tensor
@@ -39,7 +39,7 @@ class ProcessorView:
 
     @classmethod
     def of(cls, ids: Tensor, mask: Tensor | None, soft_at: Tensor, pad: int) -> ProcessorView:
-        """Those of prompts `[B, T + hidden]` with soft tokens where `soft_at` is not -1."""
+        """From prompts `[B, T + hidden]` with soft tokens where `soft_at` is not -1."""
         real = soft_at < 0
         if mask is not None:
             real &= mask.bool()
@@ -48,12 +48,12 @@ class ProcessorView:
         return cls(prompts, left_padded(real.long(), real)[:, hidden:], hidden)
 
     def __call__(self, ids: Tensor) -> Tensor:
-        """`[R, S]` of the base's ids `[R, S + hidden]`; the rows of one prompt follow each other."""
+        """`[R, S]` from the base's ids `[R, S + hidden]`; the rows of one prompt are adjacent."""
         prompts = self.prompts.repeat_interleave(len(ids) // len(self.prompts), 0)
         return torch.cat([prompts, ids[:, prompts.shape[1] + self.hidden :]], 1)
 
     def lengths(self, config: Any) -> Any:
-        """A generation config with total lengths that count the columns seen."""
+        """A generation config with total lengths in visible columns."""
         config = copy.copy(config)
         for name in ("max_length", "min_length"):
             length = getattr(config, name)
@@ -83,7 +83,7 @@ class _Criteria(StoppingCriteriaList):
 
     @property
     def max_length(self) -> int | None:
-        """In columns of the base."""
+        """The maximum length in columns of the base."""
         longest = super().max_length
         return longest if longest is None or self.view is None else longest + self.view.hidden
 
@@ -93,7 +93,7 @@ class Streamer:
 
     Args:
         streamer: the user's.
-        prompts: `[B, T]`, what it is given as the prompts in place of the base's; None for these.
+        prompts: `[B, T]`, passed to it instead of the base's prompts; None: the base's.
     """
 
     def __init__(self, streamer: Any, prompts: Tensor | None) -> None:
@@ -109,14 +109,14 @@ class Streamer:
 
 
 def install(base: Any) -> None:
-    """Gives a base that a SoftModel generates with its own versions of the two methods, until `uninstall`."""
+    """Install the two methods on a base, until `uninstall`."""
     for name, method in _METHODS.items():
         if name not in base.__dict__:
             setattr(base, name, MethodType(method, base))
 
 
 def uninstall(base: Any) -> None:
-    """Leaves the base with its class's methods."""
+    """Restore the methods of the base's class."""
     for name in _METHODS:
         base.__dict__.pop(name, None)
 
@@ -164,8 +164,8 @@ def _get_stopping_criteria(base: Any, **options: Any) -> StoppingCriteriaList:
 
 
 def _of_prompts(model: Any) -> Callable[..., Any]:
-    """Forwards of the unconditional prompts of classifier-free guidance, under the soft prompt: the first tokens given
-    are the prompts."""
+    """Runs the unconditional prompts of classifier-free guidance with the soft prompt: the first tokens are the
+    prompts."""
     lengths: Tensor | None = None
 
     def forward(ids: Tensor, attention_mask: Tensor, **options: Any) -> Any:
@@ -177,5 +177,5 @@ def _of_prompts(model: Any) -> Callable[..., Any]:
     return forward
 
 
-# Under the names that they take the place of, so that models can be pickled.
+# Under the names that they replace, so that models can be pickled.
 _METHODS = {method.__name__: method for method in (_get_logits_processor, _get_stopping_criteria)}

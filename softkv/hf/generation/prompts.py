@@ -1,7 +1,7 @@
-"""What `generate` gives the base in place of the prompts that it was given, and the way back.
+"""The prompts that `generate` passes to the base, and their mapping to the given prompts.
 
-The base generates from left-padded rows. Soft tokens of the prompt are columns of it like any other: the pre-hook of
-the decoder puts their embeddings in. Logits processors and stopping criteria see the real tokens alone.
+The base generates from left-padded rows. Soft tokens of the prompt are ordinary columns, whose embeddings the pre-hook
+of the decoder inserts. Logits processors and stopping criteria see the real tokens only.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ class Prompts:
     """The prompts of one `generate`.
 
     Attributes:
-        given: the ids `[B, T]` as they came (soft tokens as padding), or None.
+        given: the given ids `[B, T]` (soft tokens as padding), or None.
         columns: T.
         ids, embeds, mask: what the base generates from, `[B, T + k]`, left-padded.
-        soft_at: `[B, T + k]`, which soft token stands in each column (-1: none), or None when none does.
-        view: what processors and criteria see in place of `ids`, or None for `ids` themselves.
+        soft_at: `[B, T + k]`, the soft token in each column (-1: none), or None if there are none.
+        view: what processors and criteria see instead of `ids`, or None for `ids` themselves.
         moved: whether `ids` differ from `given`.
-        types: the token types given, for the columns of `ids`.
+        types: the given token types, for the columns of `ids`.
     """
 
     given: Tensor | None
@@ -59,12 +59,12 @@ class Prompts:
         """The prompts of the base.
 
         Args:
-            ids, embeds, mask: `[B, T]`, `[B, T, C]` and `[B, T]` as they were given, padding on either side.
-            soft: the soft tokens at negative ids, and those to put before or after every prompt.
-            pad: the id that stands for soft tokens in what is returned.
-            past: tokens that a cache holds already; they stay in their columns.
-            options: of `generate`, token types among them.
-            placeholders: ids that the base replaces by images or sounds.
+            ids, embeds, mask: as given, `[B, T]`, `[B, T, C]` and `[B, T]`, with padding on either side.
+            soft: the soft tokens at negative ids, and those to insert before or after every prompt.
+            pad: the id in place of soft tokens in returned sequences.
+            past: the number of tokens already in a cache; they stay in their columns.
+            options: of `generate`, including token types.
+            placeholders: ids that the base replaces by images or audio.
         """
         tokens = ids if ids is not None else embeds
         assert tokens is not None
@@ -84,7 +84,7 @@ class Prompts:
             }
             if ids is not None:
                 soft_at = torch.cat([front, (-soft.in_table(ids) - 1).clamp(min=-1), behind], 1)
-                # To an assistant model a soft token looks like a token that the row holds anyway.
+                # For an assistant model, soft tokens are replaced by a token that the row already contains.
                 words = ids.masked_fill(torch.isin(ids, ids.new_tensor(sorted(placeholders))), -1)
                 stand_in = words.amax(1, keepdim=True).clamp(min=0)
                 inside = torch.where(ids < 0, stand_in, ids)
@@ -103,17 +103,17 @@ class Prompts:
 
     @property
     def inserted(self) -> int:
-        """Columns that `ids` or `embeds` have more than were given."""
+        """The number of columns added to `ids` or `embeds`."""
         prompt = self.ids if self.embeds is None else self.embeds
         assert prompt is not None
         return prompt.shape[1] - self.columns
 
     def mask_for(self, rows: int) -> Tensor | None:
-        """`mask` for as many rows as the base makes of the prompts."""
+        """`mask`, repeated for the rows that the base makes from the prompts."""
         return self.mask if self.mask is None else self.mask.repeat_interleave(rows // len(self.mask), 0)
 
     def with_given(self, output: Any) -> Any:
-        """The output's sequences with the ids given in front."""
+        """The output with the given ids at the start of its sequences."""
         if self.given is None or self.ids is None or not self.moved:
             return output
         sequences = output if isinstance(output, Tensor) else output.sequences
@@ -125,12 +125,12 @@ class Prompts:
         return output
 
     def streamer(self, streamer: Any) -> Streamer:
-        """The user's streamer, which sees the ids given as the prompt."""
+        """The user's streamer, which sees the given ids as the prompt."""
         return Streamer(streamer, self.given if self.moved else None)
 
 
 def lengthened(options: dict[str, Any], config: Any, k: int) -> dict[str, Any]:
-    """The options of `generate` with total lengths that count k more columns of prompt."""
+    """The options of `generate` with total lengths increased by k columns."""
     longer = dict(options)
     for total, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
         length = options.get(total, getattr(config, total))
@@ -140,7 +140,7 @@ def lengthened(options: dict[str, Any], config: Any, k: int) -> dict[str, Any]:
 
 
 def pad_id(options: dict[str, Any], config: Any) -> int:
-    """The id of padding: the pad token, else the (first) end token, else 0."""
+    """The padding id: the pad token, else the (first) end token, else 0."""
     for name in ("pad_token_id", "eos_token_id"):
         found = options.get(name, getattr(config, name))
         if found is not None:
@@ -149,7 +149,7 @@ def pad_id(options: dict[str, Any], config: Any) -> int:
 
 
 def mask_of(ids: Tensor, options: dict[str, Any], config: Any) -> Tensor:
-    """The padding mask that transformers infers from ids: pad tokens are padding unless they may end a text too."""
+    """The padding mask that transformers infers from ids: pad tokens are padding unless they are also end tokens."""
     pad = options.get("pad_token_id", config.pad_token_id)
     eos = options.get("eos_token_id", config.eos_token_id)
     ends = eos if isinstance(eos, list) else [eos]
