@@ -1,1 +1,1 @@
-"""What softkv costs, measured against what it replaces; figures in the README come from `benchmarks/results`."""
+"""Benchmarks of softkv against what it replaces; figures in the README come from `benchmarks/results`."""

@@ -1,13 +1,10 @@
-"""One batch of 16 rows that name 1 to 16 different adapters.
+"""One batch of 16 rows with 1 to 16 different adapters.  P-tuning v2 prefixes of 64 slots, movie snippets as prompts,
+  SmolLM2-135M-Instruct. Providers:  softkv             all rows in one batch, with one of `adapter_names` per row one
+  by one         softkv's `set_adapter` for each adapter, then its rows PEFT one by one    the same in PEFT: prefix
+  tuning with the same values
 
-P-tuning v2 prefixes of 64 slots, movie snippets as prompts, SmolLM2-135M-Instruct. Providers:
-
-  softkv             all rows in one batch, `adapter_names` a row
-  one by one         softkv's `set_adapter` for each adapter, and its rows
-  PEFT one by one    the same in PEFT: prefix tuning with the same values
-
-Where an adapter's rows come alone, their padding is cut to their own longest. What gives other tokens than softkv is
-listed and not timed; the others run in turn, and ratios are taken round by round.
+If an adapter's rows run alone, they are padded only to the longest of them. Providers that give other tokens than
+softkv are listed but not timed; the others are interleaved, and ratios are computed per round.
 """
 
 from __future__ import annotations

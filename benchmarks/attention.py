@@ -1,8 +1,8 @@
-"""The op beside what it replaces, at the shapes of `shapes.py`, by the ways of `providers.py`.
+"""The op compared with what it replaces, for the shapes of `shapes.py` and the providers of `providers.py`.
 
-Every provider's results are compared with the oracle's before it is timed; of a provider's variants the one that is
-fastest in a short trial is timed. Decoding is timed cold (single calls, the others' in between) and hot (calls in a
-row); longer calls cold.
+Every provider's results are compared with the reference before timing; the variant of a provider that is fastest in a
+short trial is timed. Decoding is timed cold (single calls, with the others' in between) and hot (consecutive calls);
+longer calls cold.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Micro-benchmarks of the op, comparable between commits: `pytest benchmarks/benchmark_op.py --benchmark-autosave`,
 then on another commit `pytest benchmarks/benchmark_op.py --benchmark-compare`.
 
-On a GPU machine the tensors lie on the GPU; each call waits for it.
+With a GPU, the tensors are on it, and each call is synchronised.
 """
 
 from typing import Any

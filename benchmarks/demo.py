@@ -1,6 +1,6 @@
-"""`make demo`: the four methods on a real model and real data, in one table, beside PEFT.
+"""`make demo`: the four methods on a real model and real data, in one table, compared with PEFT.
 
-Each run is a process of its own, so that its peak memory is its own. Everything is written to runs/demo/.
+Each run is a separate process, so that peak memory is measured separately. All output is written to runs/demo/.
 """
 
 from __future__ import annotations
@@ -85,9 +85,9 @@ RUNS = {
 
 @app.command()
 def main(
-    steps: int = typer.Option(40, help="Training steps a method."),
-    peft: bool = typer.Option(True, help="Time PEFT beside each method that it has."),
-    results_file: Path = typer.Option(OUTPUT / "results.json", help="Where the figures go, as JSON."),
+    steps: int = typer.Option(40, help="Training steps per method."),
+    peft: bool = typer.Option(True, help="Also time PEFT, for the methods that it has."),
+    results_file: Path = typer.Option(OUTPUT / "results.json", help="JSON file for the figures."),
 ) -> None:
     """Train all four methods, time PEFT beside them, print the table, draw the curves and generate."""
     console = Console(width=max(Console().width, 118))

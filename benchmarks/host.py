@@ -1,8 +1,8 @@
-"""Host time of the wrapper: what a `SoftModel` adds to the bare model where the arithmetic is next to nothing.
+"""Host time of the wrapper: what a `SoftModel` adds to the bare model if arithmetic takes almost no time.
 
-A Llama of 8 layers, hidden size 32, two rows, one thread, process time: decoding steps beside the bare model's,
-training steps (padded and packed) beside the floor, the same tokens backward to the input embeddings without a prompt.
-Rounds are interleaved; the lower quartile of the steps of all rounds is printed.
+A Llama of 8 layers, hidden size 32, two rows, one thread, process time: decoding steps compared with the bare model's,
+training steps (padded and packed) compared with the floor, the same tokens with backward to the input embeddings and
+without a prompt. Rounds are interleaved; the lower quartile of the steps of all rounds is printed.
 
     python -m benchmarks.host
 """

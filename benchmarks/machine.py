@@ -1,4 +1,4 @@
-"""Where a benchmark ran: the machine, the versions, the commit, and the most that the machine was seen to do."""
+"""The environment of a benchmark: the machine, the versions, the commit, and the machine's measured peak rates."""
 
 from __future__ import annotations
 

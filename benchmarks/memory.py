@@ -1,6 +1,6 @@
-"""Working memory of one call: its peak above what stood before it, results and gradients included.
+"""Working memory of one call: its peak above the level before it, including results and gradients.
 
-On CPU the call is made in a process of its own and the kernel's high-water mark is read (Linux); on GPU the allocator
+On CPUs the call runs in a separate process, whose peak is read from the operating system (Linux); on GPUs the allocator
 keeps count.
 """
 

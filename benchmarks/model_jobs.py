@@ -1,4 +1,4 @@
-"""What the benchmarks on a whole model share: where the model comes from and where it runs."""
+"""Shared by the benchmarks on a whole model: the model's source and device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plots to be read at a glance: log axes, each line named where it ends, the floor dashed."""
+"""Plots with log axes, each line labelled at its end, and the floor dashed."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Providers that are processes of their own, so that their peak memory is their own, and that step in turn, so that a
-slow moment of the machine hits all of them."""
+"""Providers in separate processes, so that peak memory is measured separately. They take steps in turn, so that a slow
+phase of the machine affects all of them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Ways to compute attention with a prefix, as data: `PROVIDERS`.
 
 A variant takes an `AttentionProblem`, prepares what outlives a call (masks, caches, compiled code) and returns the
-function to time: out [B, H, T, D]. It raises `Unavailable` where it can't run. The fastest variant is measured.
+function to time, which returns out [B, H, T, D]. It raises `Unavailable` if it can't run. The fastest variant is
+measured.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One HTML file of a folder of results: plots, tables, and where they were made."""
+"""One HTML file for a folder of results: plots, tables, and environments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Results on disk: one JSON file a benchmark, one record a case, each with the machine and the command that made it."""
+"""Results on disk: one JSON file per benchmark with one record per case, which includes the machine and the command."""
 
 from __future__ import annotations
 

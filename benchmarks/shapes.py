@@ -1,4 +1,4 @@
-"""The shapes that attention is measured at, as data. Axes as in docs/design.md."""
+"""The shapes for measuring attention, as data. Axes as in docs/design.md."""
 
 from __future__ import annotations
 

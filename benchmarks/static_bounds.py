@@ -1,8 +1,8 @@
-"""Static bounds as the docs show them: softkv's kernels, and beside its peers'. They are no times.
+"""The tables of static bounds in the docs, for softkv's kernels and those of peers. They are not measured times.
 
-`results/static.json` is what `softkv profile static --json` printed with the peers installed;
-`results/static_published.json` what it printed, of the peers whose speed others have published, under a compiler that
-still takes them (docs/profiling.md has the command); `results/compile_matrix.json` what `make compile-matrix` wrote.
+`results/static.json` is the output of `softkv profile static --json` with the peers installed;
+`results/static_published.json` is its output for the peers with published speeds, under a compiler that still supports
+them (docs/profiling.md has the command); `results/compile_matrix.json` is written by `make compile-matrix`.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""`python -m benchmarks.step_profile`: where the time of a training step goes. P-tuning v2, P=64, as the case v2-64 of
-`softkv bench train`: 16 movie snippets a step, packed, SmolLM2-135M-Instruct, fp32."""
+"""`python -m benchmarks.step_profile`: where the time of a training step goes. P-tuning v2, P=64, like the case v2-64
+of `softkv bench train`: 16 movie snippets per step, packed, SmolLM2-135M-Instruct, fp32."""
 
 from __future__ import annotations
 

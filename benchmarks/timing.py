@@ -1,8 +1,8 @@
-"""The measuring instrument: every provider runs once a round, so that a slow moment of the machine hits all of them.
-The order is drawn anew each round: who runs before leaves its caches and its heap behind.
+"""Interleaved timing: every provider runs once per round, so that a slow phase of the machine affects all of them. The
+order is random in each round, because each provider leaves its caches and heap to the next.
 
-A sample is `cold`, a single call with the other providers' calls before it, or `hot`, the mean of several calls in a
-row. Ratios are taken round by round.
+A sample is `cold`, a single call after the other providers' calls, or `hot`, the mean of several consecutive calls.
+Ratios are computed per round.
 """
 
 from __future__ import annotations

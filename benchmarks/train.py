@@ -1,11 +1,8 @@
-"""A training step beside PEFT and beside the floor.
-
-Movie snippets on SmolLM2-135M-Instruct, AdamW. Providers:
-
-  softkv        packed rows, head computed once, logits only where a label is
-  - packing     the same with padded rows; and so on for each idea alone
-  PEFT          the same job: same rows, same initial values where the method is the same, padded as PEFT needs
-  floor         the same packed tokens without a prefix, backward to the input embeddings
+"""A training step compared with PEFT and with the floor.  Movie snippets on SmolLM2-135M-Instruct, AdamW. Providers:
+softkv        packed rows, head computed once, logits only at labelled positions
+- packing     the same with padded rows; and so on for each idea alone
+PEFT          the same job: same rows, same initial values where the method is the same, padded as PEFT needs
+floor         the same packed tokens without a prefix, backward to the input embeddings
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""`python -m benchmarks.trainers`: which trainers, bases and strategies train softkv's prompts and PEFT's, and rightly.
+"""`python -m benchmarks.trainers`: which trainers, bases and strategies train soft prompts of softkv and PEFT
+correctly.
 
-Each case takes three steps and is held against plain steps of the same library on the same base in one process: "right"
-has their losses, "wrong" has others without an error, "refused" is a ValueError, "fails" any other error. Two-process
-cases run under torchrun.
+Each case takes three steps and is compared with plain steps of the same library on the same base in one process:
+"right" has equal losses, "wrong" has different ones without an error, "refused" is a ValueError, "fails" any other
+error. Two-process cases run under torchrun.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Classification with P-tuning v2: a key and a value for each layer, learned from film reviews.
+"""Classification with P-tuning v2: keys and values for each layer, learned from film reviews.
 
 python examples/classification.py [--model FOLDER] [--steps 40]
 """

@@ -1,4 +1,4 @@
-"""P-tuning v2 on an encoder-decoder: film reviews are read, their sentiment is written.
+"""P-tuning v2 on an encoder-decoder: it reads film reviews and writes their sentiment.
 
 python examples/encoder_decoder.py [--model google-t5/t5-small] [--steps 100]
 """

@@ -1,4 +1,4 @@
-"""A base sharded by FSDP2: attached without values, sharded, filled, trained and saved.
+"""A base sharded with FSDP2: attached to on the meta device, sharded, loaded, trained and saved.
 
 torchrun --nproc_per_node 2 examples/fsdp2.py MODEL_FOLDER OUTPUT_FOLDER [STEPS]
 """

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness on a task of one's own, with a soft prompt and without it.
+"""lm-evaluation-harness on a custom task, with and without a soft prompt.
 
 pip install "softkv[eval]"; python examples/lm_eval.py [--model FOLDER] [--adapter FOLDER]
 """

@@ -1,4 +1,4 @@
-"""A base of 4-bit weights (bitsandbytes) under P-tuning v2.
+"""P-tuning v2 on a base with 4-bit weights (bitsandbytes).
 
 python examples/quantised.py [--model FOLDER] [--steps 40]
 """

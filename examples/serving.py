@@ -1,4 +1,4 @@
-"""Serving: a PEFT adapter and three others answer one batch; a baked document; five ways to generate.
+"""Serving: a PEFT adapter and three others in one batch; a baked document; five ways to generate.
 
 python examples/serving.py [--model FOLDER] [--adapter PEFT_FOLDER]
 """

@@ -1,4 +1,4 @@
-"""TRL's DPOTrainer on prompt-tuning. The reference is the same model without its prompt: `soft_model.base`.
+"""TRL's DPOTrainer with prompt-tuning. The reference is the same model without its prompt: `soft_model.base`.
 
 python examples/trl_dpo.py [--model FOLDER] [--steps 40]
 """

@@ -1,4 +1,4 @@
-"""TRL's GRPOTrainer on prefix-tuning: the soft model generates, a reward judges.
+"""TRL's GRPOTrainer with prefix-tuning: the soft model generates, a reward function scores.
 
 python examples/trl_grpo.py [--model FOLDER] [--steps 40]
 """

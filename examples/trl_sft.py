@@ -1,4 +1,4 @@
-"""TRL's SFTTrainer on P-tuning v2: packed rows, the loss of completions alone.
+"""TRL's SFTTrainer with P-tuning v2: packed rows, loss on completions only.
 
 python examples/trl_sft.py [--model FOLDER] [--steps 40]
 """

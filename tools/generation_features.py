@@ -1,9 +1,9 @@
-"""`python -m tools.generation_features --write`: PEFT through every way to generate that softkv is tested in, and
-the table of both in docs/generation.md.
+"""`python -m tools.generation_features --write`: runs PEFT through every generation feature that softkv is tested with,
+and writes the table in docs/generation.md.
 
-The rows are those of tests/hf/generation_rows.py: the same calls, and the same truth, everything recomputed without a
-cache in eager attention. PEFT gets the same soft prompt as files, on the same tiny random models, and rows of one
-length wherever a row of the table is not about padding.
+The rows are those of tests/hf/generation_rows.py, with the same calls and the same reference, which recomputes
+everything without a cache in eager attention. PEFT gets the same soft prompt as files, on the same tiny random models,
+and rows of equal length unless the feature concerns padding.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What Triton's JIT would compile for every launch, beside what is compiled offline: `python -m tools.jit`.
+"""Compares what Triton's JIT would compile for every launch with what is compiled offline: `python -m tools.jit`.
 
-A stand-in driver names the target; the JIT binds and specialises the arguments of each launch as on a GPU, and is
-stopped before it compiles. Prints each difference, then how many launches there were.
+A stand-in driver provides the target; the JIT binds and specialises the arguments of each launch as on a GPU, and is
+stopped before it compiles. Prints each difference, then the number of launches.
 """
 
 import sys

@@ -1,8 +1,8 @@
 # ruff: noqa: E501
-"""Break the kernels on purpose, one place at a time; the tests must notice: `python -m tools.mutate`.
+"""Mutation testing of the kernels: break one place at a time, and check that the tests fail: `python -m tools.mutate`.
 
-Each mutant is one replacement in a copy of the package, run in a process of its own on a handful of awkward calls against
-the fp64 oracle. Prints (and with --write keeps) a table: what was broken, and which output or gradient showed it first.
+Each mutant is one replacement in a copy of the package, run in a separate process on a few edge cases against the fp64
+reference. Prints (and with --write stores) a table of what was broken and which output or gradient showed it first.
 """
 
 from __future__ import annotations

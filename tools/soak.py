@@ -1,5 +1,5 @@
-"""Hours of service in minutes: threads generate and answer with mixed adapters and lengths while others save, load,
-add, delete and make text prefixes. Every answer must be that of a single thread, and memory must stay flat.
+"""Soak test: threads generate and run forward passes with mixed adapters and lengths while others save, load, add and
+delete adapters and compute text prefixes. Every result must equal that of a single thread, and memory must stay flat.
 
     python -m tools.soak --minutes 30
 """

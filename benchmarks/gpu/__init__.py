@@ -1,16 +1,15 @@
-"""`softkv bench gpu`: everything a GPU can tell, in ten minutes and in order of value.
+"""`softkv bench gpu`: all measurements that need a GPU, in ten minutes and in order of importance.
 
 A part is a module of this package with
 
-    jobs(settings) -> names, in order of value
-    run(job, settings, seconds) -> a record: numbers, text, lists and dicts of them
-    lines(results) -> what the part's records say, for the table
-    warm(settings) -> optional: calls that compile what the jobs need, made by many processes at once
+    jobs(settings) -> names, in order of importance run(job, settings, seconds) -> a record: numbers, text, lists and
+    dicts of them lines(results) -> the part's section of the table warm(settings) -> optional: calls that compile what
+    the jobs need, run by several processes
 
-Each part runs in a process of its own, under its own time limit; a record is on disk before the next job begins, and
-records made by the same code on the same device are not made again (`conductor`). Needs torch, triton, transformers,
-peft and softkv: `python -m softkv.benchmarks.gpu` in a source tree needs no installation, and no typer, rich, psutil or
-matplotlib. `correctness` also runs the kernels' tests where pytest is installed.
+Each part runs in a separate process with its own time limit; a record is on disk before the next job begins, and
+records made by the same code on the same device are reused (`conductor`). Needs torch, triton, transformers, peft and
+softkv: `python -m softkv.benchmarks.gpu` in a source tree needs no installation, and no typer, rich, psutil or
+matplotlib. `correctness` also runs the kernels' tests if pytest is installed.
 """
 
 from __future__ import annotations

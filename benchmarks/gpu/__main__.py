@@ -1,4 +1,4 @@
-"""`python -m softkv.benchmarks.gpu`: `softkv bench gpu` without the command line's own libraries."""
+"""`python -m softkv.benchmarks.gpu`: `softkv bench gpu` without the command line's dependencies."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from .conductor import FULL_MINUTES, conduct
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m softkv.benchmarks.gpu", description="Measure softkv on a GPU.")
-    parser.add_argument("--minutes", type=float, default=FULL_MINUTES, help="time for everything (%(default)s)")
-    parser.add_argument("--output", type=Path, default=Path("runs/gpu"), help="folder of the results (%(default)s)")
+    parser.add_argument("--minutes", type=float, default=FULL_MINUTES, help="total time (%(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("runs/gpu"), help="folder for the results (%(default)s)")
     parser.add_argument("--part", action="append", default=[], choices=[part.name for part in PARTS])
-    parser.add_argument("--processes", type=int, default=min(os.cpu_count() or 1, 16), help="that compile and test")
-    parser.add_argument("--again", action="store_true", help="measure anew what an earlier run measured")
+    parser.add_argument("--processes", type=int, default=min(os.cpu_count() or 1, 16), help="processes")
+    parser.add_argument("--again", action="store_true", help="repeat the measurements of earlier runs")
     parser.add_argument("--quick", action="store_true", help="tiny jobs on the CPU, kernels in Triton's interpreter")
     chosen = parser.parse_args()
     try:

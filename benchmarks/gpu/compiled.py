@@ -1,5 +1,5 @@
 """`torch.compile` of a training step: P-tuning v2, packed rows, four layers of the 1B shape; and of the op alone with
-CUDA graphs. Same numbers as eager, or it is told."""
+CUDA graphs. Differences from eager results are reported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Runs the parts one after the other: time limits, processes that may die, records on disk, the table at the end."""
+"""Runs the parts one after another, with time limits, in processes that may fail; stores records on disk and writes the
+table at the end."""
 
 from __future__ import annotations
 

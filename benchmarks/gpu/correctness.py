@@ -1,4 +1,5 @@
-"""The op of each engine against the float64 oracle: outputs, lse and every gradient; then the project's own tests."""
+"""The op of each engine against the float64 reference: outputs, lse and every gradient; then the project's own
+tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which engines give the same bits in every run: outputs and each gradient, ten times."""
+"""Which engines are bitwise deterministic: outputs and each gradient, ten times."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the other parts ran on: the device, the versions, the code."""
+"""The environment of the other parts: device, versions, code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Host time of a call by stage, beside SDPA: `softkv profile host` on the device."""
+"""Host time of a call by stage, compared with SDPA: `softkv profile host` on the device."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Training steps and generation on random Llamas in the shapes of 1B and 8B models, softkv beside PEFT and beside the
-bare model (padded rows, backward to the input embeddings; for generation the model alone)."""
+"""Training steps and generation on random Llamas in the shapes of 1B and 8B models, softkv compared with PEFT and with
+the bare model (padded rows, backward to the input embeddings; for generation the model alone)."""
 
 from __future__ import annotations
 

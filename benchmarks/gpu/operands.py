@@ -1,4 +1,5 @@
-"""Shapes of the op's jobs, and the ways to compute them: softkv's engines, the peers, the floors without a prefix."""
+"""Shapes of the op's jobs, and the providers that compute them: softkv's engines, the peers, the floors without a
+prefix."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The op at the shapes of models: device time by CUDA graph, eager time, work a second, working memory; beside
-concatenation with torch's flash and cuDNN attention and with FlexAttention, and beside the floors that have no prefix.
-The backward's passes alone: the engine asked for one gradient."""
+"""The op at the shapes of models: device time under a CUDA graph, eager time, work per second, working memory; compared
+with concatenation with torch's flash and cuDNN attention and with FlexAttention, and with the floors without a prefix.
+Passes of the backward are timed separately, by asking the engine for one gradient."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All parts' records as one page, short enough to be read and copied whole."""
+"""The records of all parts as one page, short enough to be read and copied as a whole."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""A search for tiles: each pass with each candidate, compiled by many processes, timed by CUDA graph; the best of each
-pass is written as rows ready for `kernels/tiles.py`."""
+"""A search for tiles: each pass with each candidate, compiled by several processes and timed under a CUDA graph; the
+best ones are written as rows for `kernels/tiles.py`."""
 
 from __future__ import annotations
 

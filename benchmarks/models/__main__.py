@@ -1,6 +1,6 @@
 """Every model of transformers' mappings, tiny and random, with every method: `python -m benchmarks.models`.
 
-Writes benchmarks/results/models.json, an entry at a time, and docs/models.md. Goes on where it stopped.
+Writes benchmarks/results/models.json, one entry at a time, and docs/models.md. Resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--task", action="append", choices=list(TASKS), help="of these mappings alone")
-    parser.add_argument("--only", action="append", help="model types to run again, by name; * stands for anything")
-    parser.add_argument("--limit", type=int, help="run at most so many")
-    parser.add_argument("--again", action="store_true", help="run those too that have been run")
-    parser.add_argument("--page", action="store_true", help="only write docs/models.md from what is there")
+    parser.add_argument("--task", action="append", choices=list(TASKS), help="only these mappings")
+    parser.add_argument("--only", action="append", help="model types to run again, by name; * matches anything")
+    parser.add_argument("--limit", type=int, help="maximum number of entries to run")
+    parser.add_argument("--again", action="store_true", help="also run entries that have results")
+    parser.add_argument("--page", action="store_true", help="only write docs/models.md from existing results")
     wish = parser.parse_args()
     known = read_json(RESULTS)["results"] if RESULTS.exists() else {}
     chosen = [

@@ -1,4 +1,4 @@
-"""Configs of transformers shrunk to tiny random models: two layers, 32 channels, whatever else the architecture has."""
+"""Configs of transformers shrunk to tiny random models: two layers, 32 channels, and the rest of the architecture."""
 
 from __future__ import annotations
 

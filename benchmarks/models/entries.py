@@ -1,4 +1,4 @@
-"""Which models there are: transformers' mappings of model types to classes, a task each."""
+"""The models: transformers' mappings of model types to classes, one per task."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Models of images and sounds: text with an image or a sound in each row.
+"""Models of images and audio: text with an image or an audio clip in each row.
 
-The truth is a run of the bare wrapper in which a hook on its text decoder puts soft embeddings at the places of words
-that stand in for them, or in which the decoder's keys really stand behind the prefix's.
+The reference is a run of the bare wrapper in which a hook on its text decoder replaces placeholder words by soft
+embeddings, or in which the prefix is concatenated to the decoder's keys.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is tried with one method on one model, whatever the model answers."""
+"""The checks of one method on one model, for any kind of output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""docs/models.md: a table for each task, a row for each entry, and notes."""
+"""docs/models.md: one table per task, one row per entry, and notes."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Encoder-decoders: a row that the encoder reads and one that the decoder writes, a prefix in every kind of attention.
+"""Encoder-decoders: an encoder row and a decoder row, with a prefix in every kind of attention.
 
-The truth is the bare model with transformers' eager attention, a pair alone and without padding: soft tokens as
+The reference is the bare model with transformers' eager attention, one pair at a time without padding: soft tokens as
 embeddings that the encoder reads, the decoder's prefix in its cache, the others concatenated to keys and values.
 """
 

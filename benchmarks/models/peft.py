@@ -1,4 +1,4 @@
-"""PEFT's methods on the same models, beside the same runs of the bare model: "ok", "wrong: …" or "error: …"."""
+"""PEFT's methods on the same models, compared with the same runs of the bare model: "ok", "wrong: …" or "error: …"."""
 
 from __future__ import annotations
 

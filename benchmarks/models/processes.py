@@ -1,4 +1,4 @@
-"""Runs entries, each in a process of its own: one that crashes or grows ends alone."""
+"""Runs each entry in a separate process, so that a crash or growing memory affects only that entry."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rows that every model is given, and the batches that hold them."""
+"""The rows for every model, and the batches made of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Answers in which nothing is ours: the bare model in fp32 with transformers' eager attention, each row alone and
+"""Reference results without softkv: the bare model in fp32 with transformers' eager attention, one row at a time
 without padding, soft tokens as embeddings in the row, a prefix in the cache or concatenated to the keys."""
 
 from __future__ import annotations

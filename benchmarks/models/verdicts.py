@@ -1,4 +1,4 @@
-"""What is said of an answer: "ok", "wrong: …", "refused: …" (a sentence of softkv's) or "crash: …"."""
+"""The verdict on a result: "ok", "wrong: …", "refused: …" (softkv's message) or "crash: …"."""
 
 from __future__ import annotations
 

@@ -254,7 +254,7 @@ UNREADABLE: dict[str, tuple[Any, str]] = {
     "a kind that is a list": (edited(peft_type=[]), r"of a \[\] adapter"),
     "an encoder-decoder": (
         edited(task_type="SEQ_2_SEQ_LM", num_transformer_submodules=2),
-        "answers for each target, and LlamaForCausalLM answers for each next token",
+        "one answer per target, and LlamaForCausalLM gives one per next token",
     ),
     "one stack of two": (
         edited(task_type="SEQ_2_SEQ_LM", num_transformer_submodules=1),
@@ -265,7 +265,7 @@ UNREADABLE: dict[str, tuple[Any, str]] = {
         edited(task_type="SEQ_CLS"),
         "one answer per row, and LlamaForCausalLM gives one per next token",
     ),
-    "a tagger": (edited(task_type="TOKEN_CLS"), "answers for each token, and LlamaForCausalLM answers for each next"),
+    "a tagger": (edited(task_type="TOKEN_CLS"), "one answer per token, and LlamaForCausalLM gives one per next"),
     "a pickle": (pickled, "adapter_model.bin is a pickle, which softkv never reads. If you trust it, convert it"),
     "no weights": (lambda d: (d / "adapter_model.safetensors").unlink(), "found no adapter_model.safetensors"),
     "no tensors": (with_tensors(lambda tensors: {}), "expects a tensor 'prompt_embeddings', got none"),
