@@ -97,9 +97,12 @@ CACHE = {f"{part}_{kind}.{l}": torch.ones(1, 2, 2, 8) for part in ("frozen", "tr
          for l in range(2)}  # fmt: skip
 WRONG: dict[str, tuple[dict[str, Tensor | None], str]] = {
     "half an encoder": (ENCODER | {"prefix_encoder.trans.0.bias": None}, "expects embedding.weight, trans.0.bias"),
-    "an encoder that does not fit": (ENCODER | {"prefix_encoder.trans.2.weight": torch.ones(128, 5)}, "don't fit toge"),
+    "an encoder that does not fit": (
+        ENCODER | {"prefix_encoder.trans.2.weight": torch.ones(128, 5)},
+        "inconsistent shapes",
+    ),
     "an encoder that explodes": (ENCODER | {"prefix_encoder.embedding.weight": torch.ones(400, 32)}, "only 6 hidden"),
-    "a layer that is missing": (CACHE | {"trainable_values.1": None}, r"not so: \['trainable_values.1'\]"),
+    "a layer that is missing": (CACHE | {"trainable_values.1": None}, r"got \['trainable_values.1'\]"),
     "layers that differ": (CACHE | {"trainable_keys.1": torch.ones(1, 2, 3, 8)}, "keys that don't fit together"),
     "keys and values that differ": (
         {name: x if "keys" in name else torch.ones(1, 2, 3, 8) for name, x in CACHE.items()},
@@ -115,8 +118,8 @@ WRONG: dict[str, tuple[dict[str, Tensor | None], str]] = {
         {name: torch.ones(2, 2, 2, 8) for name in CACHE},
         r"keys \[1, G, P, D\] and values \[1, G, P, Dv\]",
     ),
-    "something else": ({"lm_head.weight": torch.ones(2)}, "neither a prefix encoder .* it holds lm_head.weight"),
-    "nothing": ({}, "it holds nothing"),
+    "something else": ({"lm_head.weight": torch.ones(2)}, "neither a prefix encoder .* it contains lm_head.weight"),
+    "nothing": ({}, "it contains nothing"),
     "NaN": (CACHE | {"trainable_keys.0": torch.ones(1, 2, 2, 8) * torch.nan}, "NaN or infinite"),
     "another base": ({name: torch.ones(1, 3, 2, 8) for name in CACHE}, "it does not fit its config or this base"),
 }

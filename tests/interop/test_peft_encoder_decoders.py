@@ -87,7 +87,7 @@ def test_layers_of_pairs(layers: int, tmp_path: Path) -> None:
     want = answers_of(theirs)
     theirs.save_pretrained(tmp_path)
     compare(softkv.load(bare("Bart", layers), tmp_path), want)
-    with pytest.raises(ValueError, match="holds 3 layers, this model's decoder has 4"):
+    with pytest.raises(ValueError, match="has 3 layers, this model's decoder has 4"):
         softkv.load(bare("Bart", 4), tmp_path)
 
 

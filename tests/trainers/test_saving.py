@@ -147,7 +147,7 @@ def damaged(change: Callable[[dict[str, Any]], None]) -> Callable[[Path], None]:
         (damaged(lambda tensors: tensors["_extra_state"].fill_(7)), "has no softkv config"),
         (damaged(lambda tensors: tensors.pop("adapters.default.k")), "missing"),
         (damaged(lambda tensors: tensors["adapters.default.k"].fill_(torch.nan)), "NaN"),
-        (damaged(lambda tensors: tensors.update({"base.lm_head.weight": torch.zeros(2)})), "also holds lm_head.weight"),
+        (damaged(lambda tensors: tensors.update({"base.lm_head.weight": torch.zeros(2)})), "also has lm_head.weight"),
         (lambda path: path.write_bytes(path.read_bytes()[:-9]), "is damaged"),
     ],
 )
