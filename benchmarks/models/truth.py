@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from inspect import signature
 from itertools import count
 from typing import Any
@@ -41,12 +42,13 @@ def behind(bare: Any, soft: SoftPrompt, ids: Tensor) -> Tensor:
     assert prefix is not None
     with torch.no_grad():
         filled = bare(input_ids=ids, use_cache=True).get("past_key_values")
+    filled = getattr(filled, "self_attention_cache", filled)
     cache = DynamicCache(config=bare.config)
     held = getattr(filled, "layers", [])
     layers = [number for number, layer in enumerate(held) if isinstance(getattr(layer, "keys", None), Tensor)]
     layers = [number for number in layers if filled.layers[number].keys.dim() == 4]
     P, T = prefix.length, ids.shape[1]
-    usual = type(filled) is DynamicCache and runs(bare, ids) == len(layers)
+    usual = type(filled) is DynamicCache and runs(bare, ids) in (0, len(layers))  # 0: not through the interface
     if not usual or filled.layers[layers[0]].keys.shape[1::2] != prefix.k.shape[2::2]:
         return concatenated(bare, prefix, ids).logits[0]
     for number, (k, v) in zip(layers, prefix.layers(len(layers)), strict=True):
@@ -75,7 +77,8 @@ def runs(bare: Any, ids: Tensor) -> int:
         turns.append(len(turns))
         return eager(module, *args, **options)
 
-    with_attention(bare, attend, input_ids=ids)
+    if "ALL_ATTENTION_FUNCTIONS" in vars(import_module(type(bare).__module__)):
+        with_attention(bare, attend, input_ids=ids)
     return len(turns)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -42,7 +43,7 @@ class FrozenBase:
         tokenizer: for text inits, or None.
     """
 
-    def __init__(self, model: Any, widths: list[tuple[int, int, int]], tokenizer: Any = None) -> None:
+    def __init__(self, model: Any, widths: Sequence[tuple[int, int, int]], tokenizer: Any = None) -> None:
         self.model, self.tokenizer = model, tokenizer
         kv_heads, head_dim, value_dim = widths[0] if len(set(widths)) == 1 else (0, 0, 0)
         rows, width = model.get_input_embeddings().weight.shape
@@ -124,13 +125,19 @@ class BaseState:
         return state
 
     @staticmethod
+    def of(model: Any) -> BaseState:
+        """That of a model that is held."""
+        state: BaseState = model.__dict__[_ATTRIBUTE]
+        return state
+
+    @staticmethod
     def keep_own_attention(model: Any, reason: OutOfReach) -> None:
         """Gives a frozen model its own attention back, until it is released.
 
         Raises:
             OutOfReach: the reason, when others hold the model who need softkv's.
         """
-        state: BaseState = model.__dict__[_ATTRIBUTE]
+        state = BaseState.of(model)
         if state.out_of_reach is None and len(state.holders) > 1:
             raise reason
         state.out_of_reach = str(reason)
@@ -147,7 +154,7 @@ class BaseState:
             state._restore(model)
             delattr(model, _ATTRIBUTE)
 
-    def silence_dropout(self, blocks: list[nn.Module]) -> None:
+    def silence_dropout(self, blocks: Iterable[nn.Module]) -> None:
         """Sets the attention dropout of the given attention modules to 0, with one warning."""
         found = [
             (holder, name, probability)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from softkv.hf import attention_mass, calls, kept_logits
 from softkv.hf.context import LayerKV, RowEncoder, RowPrompts, SoftContext
+from softkv.hf.frozen import BaseState, OutOfReach
 from softkv.hf.generation.cache_state import CacheState, past_length
 from softkv.hf.generation.prefill import Unpadded
 from softkv.hf.generation.prompts import Prompts
@@ -21,8 +22,10 @@ from softkv.hf.key_state import AllReal
 from softkv.hf.layout import RowLayout
 from softkv.hf.model_call import ModelCall
 from softkv.hf.own_attention import OwnAttention
+from softkv.hf.past import PrefixedPast
 from softkv.hf.prefixes import SoftRows, behind
 from softkv.hf.probe import Probed
+from softkv.hf.unhooking import unhook
 from softkv.ranges import named
 
 
@@ -43,6 +46,17 @@ class DecoderHooks(Probed):
         if head is not None and not kept_logits.by_model(self.base):
             self._head = head.register_forward_pre_hook(self._enter_head)
 
+    def fall_back(self, reason: OutOfReach) -> OwnAttention:
+        """Lets the base keep its own attention.
+
+        Raises:
+            OutOfReach: when others hold the base who need softkv's, or soft tokens can't be put into its rows either.
+        """
+        self.remove()
+        BaseState.keep_own_attention(self.base, reason)
+        self.register()
+        return self.keep_own_attention(reason)
+
     def hook_blocks(self) -> None:
         """Has encoders read what enters the attention modules."""
         if self._reads_blocks:
@@ -60,12 +74,9 @@ class DecoderHooks(Probed):
         """Takes every hook off, whatever came between hooking and this."""
         if self._head is not None:
             self._head.remove()
-        for module in self.decoder.modules():
-            for hooks in (module._forward_pre_hooks, module._forward_hooks):
-                for number in [number for number, hook in hooks.items() if getattr(hook, "__self__", None) is self]:
-                    del hooks[number]
-                    module._forward_pre_hooks_with_kwargs.pop(number, None)
-                    module._forward_hooks_with_kwargs.pop(number, None)
+        unhook(self, self.decoder.modules())
+        if self.own is not None and self.own.carrier is not None:
+            self.own.carrier.remove(self)
 
     def embed(self, ids: Tensor, soft_tokens: Tensor) -> Tensor:
         """Embeddings `[B, T, C]` of ids, with soft token -i-1 where an id i is negative."""
@@ -97,7 +108,7 @@ class DecoderHooks(Probed):
         if call.prompts is not None:
             context = self._enter_generation(call, call.prompts, kwargs)
         if self.own is not None:
-            self._enter_own(self.own, call, kwargs)
+            self._enter_own(self.own, call, decoder, kwargs)
             return (), kwargs
         if context.capture is None:
             kwargs["position_ids"] = self.positions.of(call, context, kwargs)
@@ -115,13 +126,15 @@ class DecoderHooks(Probed):
         kwargs["softkv_prefix"] = context
         return (), kwargs
 
-    def _enter_own(self, own: OwnAttention, call: ModelCall, kwargs: dict[str, Any]) -> None:
-        """The positions of a decoder that keeps its own attention, where it takes any."""
+    def _enter_own(self, own: OwnAttention, call: ModelCall, decoder: nn.Module, kwargs: dict[str, Any]) -> None:
+        """Positions and prefixes of a decoder that keeps its own attention, where it takes any."""
         if own.takes_positions:
             kwargs["position_ids"] = self.positions.of(call, call.context, kwargs)
         elif self.positions.table is not None:
             tokens = kwargs["inputs_embeds"] if kwargs.get("inputs_embeds") is not None else kwargs["input_ids"]
             self.positions.check(past_length(kwargs.get("past_key_values")) + tokens.shape[1] - 1)
+        if own.carrier is not None and (call.context.layers is not None or call.context.capture is not None):
+            own.carrier.enter(decoder, call.context, kwargs)
 
     def _tell_real(self, kwargs: dict[str, Any]) -> None:
         """Says that no token is padding: transformers would look for packed rows in the values of position ids."""
@@ -161,8 +174,11 @@ class DecoderHooks(Probed):
     def _leave_decoder(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any = None) -> Any:
         """Forward hook of the decoder: restores the padding of rows that were packed on entry."""
         call = calls.under_way()
-        if output is None or call is None or call.hooks is not self or self.own is not None:
+        if output is None or call is None or call.hooks is not self:
             return None
+        if self.own is not None:
+            past = kwargs.get("past_key_values")
+            return past.leave(output, self.layers) if isinstance(past, PrefixedPast) else None
         context = kwargs["softkv_prefix"]
         if context.line is not None:
             return context.line.leave(output)

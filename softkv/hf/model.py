@@ -27,6 +27,7 @@ from softkv.hf.learned import leave_frozen, miss_nothing_frozen
 from softkv.hf.model_call import ModelCall
 from softkv.hf.placement import is_sharded
 from softkv.hf.prefixes import SoftRows
+from softkv.hf.relative_attention import InScores
 from softkv.hf.task_heads import Redirects
 from softkv.hf.task_rows import answers_of
 from softkv.hf.unpacked import Unpacked
@@ -96,11 +97,11 @@ class PromptedModel(Generating):
             self._hooks.register()
             blocks = self._hooks.probe()
         except OutOfReach as reason:
-            self._hooks.remove()
-            BaseState.keep_own_attention(self.base, reason)
-            self.is_causal, self._windowed = self._hooks.keep_own_attention(reason).causal, True
-            self._hooks.register()
-            return FrozenBase(self.base, [], tokenizer)
+            own = self._hooks.fall_back(reason)
+            self.is_causal, self._windowed = own.causal, True
+            if isinstance(own.carrier, InScores):
+                BaseState.of(self.base).silence_dropout(own.carrier.modules)
+            return FrozenBase(self.base, own.widths, tokenizer)
         self._windowed = any(captured.window is not None for captured in blocks)
         self.is_causal = all(captured.causal for captured in blocks)
         state.silence_dropout([captured.block for captured in blocks])

@@ -1,5 +1,5 @@
-"""Bases whose attention softkv can't take the place of. They keep it, and soft tokens inside rows steer them; a few
-tokens run through the decoder tell what it does with them."""
+"""Bases whose attention softkv can't take the place of. They keep it; soft tokens inside rows steer them, and prefixes
+where these can be carried to it. A few tokens run through the decoder tell what it does with them."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from softkv.hf import calls
 from softkv.hf.behaviour import TOKENS, nearly_embedded, same
 from softkv.hf.frozen import OutOfReach
 from softkv.hf.layout import token_positions
+from softkv.hf.past import InPast
+from softkv.hf.relative_attention import InScores
 
 
 @dataclass(frozen=True)
@@ -26,12 +28,16 @@ class OwnAttention:
         takes_positions: whether the decoder takes position ids.
         causal: whether tokens see none that follow.
         embeds: whether embeddings say all about tokens.
+        carrier: what takes prefixes to its attention, or None.
+        widths: (G, D, Dv) of each of its attention blocks, where there is a carrier.
     """
 
     reason: str
     takes_positions: bool
     causal: bool = True
     embeds: bool = True
+    carrier: InPast | InScores | None = None
+    widths: tuple[tuple[int, int, int], ...] = ()
 
     @classmethod
     def of(cls, decoder: nn.Module, base: Any, ids: Tensor, reason: str) -> OwnAttention | None:
