@@ -91,6 +91,8 @@ _OWN: dict[str, dict[str, Any]] = {
     "encoder-decoder": {"decoder": _BERT | {"is_decoder": True, "add_cross_attention": True}},
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
     "dots1": {"num_key_value_heads": 4},
+    "deberta-v2": {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8,
+                   "share_att_key": True, "norm_rel_ebd": "layer_norm", "position_biased_input": False},
     "codegen": {"rotary_dim": 4}, "gptj": {"rotary_dim": 4},
     "gpt_bigcode": {},
     "dbrx": {"d_model": 32, "attn_config": {"kv_n_heads": 2, "clip_qkv": None}, "ffn_config": {

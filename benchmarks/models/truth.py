@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from inspect import signature
-from itertools import count
+from itertools import count, repeat
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from softkv.methods.base import SoftPrompt
 from softkv.prefix import Prefix
@@ -77,9 +78,14 @@ def runs(bare: Any, ids: Tensor) -> int:
         turns.append(len(turns))
         return eager(module, *args, **options)
 
-    if "ALL_ATTENTION_FUNCTIONS" in vars(import_module(type(bare).__module__)):
+    if through_interface(bare):
         with_attention(bare, attend, input_ids=ids)
     return len(turns)
+
+
+def through_interface(bare: Any) -> bool:
+    """Whether a model knows transformers' attention interface."""
+    return "ALL_ATTENTION_FUNCTIONS" in vars(import_module(type(bare).__module__))
 
 
 def concatenated(bare: Any, prefix: Prefix, ids: Tensor) -> Any:
@@ -95,6 +101,47 @@ def concatenated(bare: Any, prefix: Prefix, ids: Tensor) -> Any:
 
     positions = first(bare) + prefix.length + torch.arange(ids.shape[1])[None]
     return with_attention(bare, attend, input_ids=ids, position_ids=positions)
+
+
+class WrittenOut(TorchFunctionMode):
+    """Attention that models write out themselves, with a prefix in front of the keys and values of each block: products
+    with queries, a softmax, products with values. Slots have no position."""
+
+    def __init__(self, prefix: Prefix, scale: float) -> None:
+        super().__init__()
+        self.layers = iter(prefix.layers(prefix.k.shape[0]) if prefix.k.shape[0] > 1 else repeat(prefix.layers(1)[0]))
+        self.scale = scale
+        self.query: Tensor | None = None
+        self.slots: Tensor | None = None  # what they add to the next product
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        done = func(*args, **(kwargs or {}))
+        if func.__name__ in ("matmul", "bmm", "__matmul__"):
+            if self.slots is not None:
+                done, self.slots, self.query = done + self.slots.reshape(done.shape), None, None
+            elif self.query is None:
+                self.query = args[0]
+        elif func.__name__ == "softmax":
+            assert self.query is not None
+            (k, v), T = next(self.layers), args[0].shape[-1]
+            scores = self.query.reshape(*args[0].shape[:-1], -1) @ k.mT * self.scale
+            weights = func(torch.cat([scores, args[0]], -1), *args[1:], **(kwargs or {}))
+            done, self.slots = weights[..., -T:], weights[..., :-T] @ v
+        return done
+
+
+def written_out(bare: Any, prefix: Prefix, ids: Tensor) -> Any:
+    """The output of an encoder that does not take its attention from transformers' interface."""
+    terms = 1 + len(getattr(bare.config, "pos_att_type", None) or [])  # of DeBERTa's scores
+    with WrittenOut(prefix, (prefix.k.shape[-1] * terms) ** -0.5):
+        return bare(input_ids=ids, **positions_behind(bare, prefix, ids))
+
+
+def positions_behind(bare: Any, prefix: Prefix, ids: Tensor) -> dict[str, Tensor]:
+    """Positions of tokens behind a prefix, where the model takes any."""
+    if "position_ids" not in signature(bare.forward).parameters:
+        return {}
+    return {"position_ids": first(bare) + prefix.length + torch.arange(ids.shape[1])[None]}
 
 
 def with_attention(bare: Any, attend: Callable[..., Any], **inputs: Tensor) -> Any:
