@@ -147,7 +147,7 @@ class Adapters(Surface):
             raise ValueError(
                 f"{name} keeps its own attention, of which softkv does not see what enters it: leave the encoder out"
             )
-        if isinstance(method, Method) and getattr(method, "window_covers", None) is False and own.causal:
+        if isinstance(adapter, Method) and getattr(adapter, "window_covers", None) is False and own.causal:
             raise ValueError(
                 f"{name} keeps its own attention, to which slots are tokens in front of the row: leave "
                 "window_covers=False out"

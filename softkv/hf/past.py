@@ -35,7 +35,12 @@ class PrefixedPast(Cache):
     """
 
     def __init__(
-        self, decoder: nn.Module, tokens: Cache | None, context: SoftContext, mask: Tensor | None, shape: tuple[int, int]
+        self,
+        decoder: nn.Module,
+        tokens: Cache | None,
+        context: SoftContext,
+        mask: Tensor | None,
+        shape: tuple[int, int],
     ) -> None:
         super().__init__(layers=[])
         self._decoder, self.tokens, self._context = decoder, tokens, context
@@ -88,7 +93,9 @@ class PrefixedPast(Cache):
         return self._slots + (0 if self.tokens is None else self.tokens.get_seq_length(layer_idx))
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        length, offset = (query_length, 0) if self.tokens is None else self.tokens.get_mask_sizes(query_length, layer_idx)
+        length, offset = (
+            (query_length, 0) if self.tokens is None else self.tokens.get_mask_sizes(query_length, layer_idx)
+        )
         return self._slots + length, offset
 
     @property

@@ -20,7 +20,7 @@ from softkv.hf.dense import masked_attention
 
 
 @dataclass(frozen=True)
-class Operands:
+class BlockOperands:
     """Attention of one block.
 
     Attributes:
@@ -48,7 +48,7 @@ def _of_deberta(
     query_states: Tensor | None = None,
     relative_pos: Tensor | None = None,
     rel_embeddings: Tensor | None = None,
-) -> Operands:
+) -> BlockOperands:
     """Disentangled attention: products of contents, of contents and positions, and of positions and contents, which
     share one scale."""
     asking, H = hidden_states if query_states is None else query_states, module.num_attention_heads
@@ -66,7 +66,7 @@ def _of_deberta(
         bias = module.disentangled_attention_bias(*contents, relative_pos, module.pos_dropout(rel_embeddings), terms)
         bias = bias.unflatten(0, (-1, H)) if isinstance(bias, Tensor) else None
     scale = (query.shape[-1] * terms) ** -0.5
-    return Operands(query, key, value, attention_mask.bool(), bias, scale, lambda out: (out, None))
+    return BlockOperands(query, key, value, attention_mask.bool(), bias, scale, lambda out: (out, None))
 
 
 def _of_mpnet(
@@ -76,7 +76,7 @@ def _of_mpnet(
     position_bias: Tensor | None = None,
     output_attentions: bool = False,
     **others: Any,
-) -> Operands:
+) -> BlockOperands:
     """Biases by relative position, which all blocks share."""
     query, key, value = (
         projection(hidden_states).unflatten(2, (module.num_attention_heads, -1)).transpose(1, 2)
@@ -85,11 +85,11 @@ def _of_mpnet(
     if attention_mask is None:
         attention_mask = torch.ones(1, 1, 1, key.shape[2], dtype=torch.bool, device=key.device)
     scale = query.shape[-1] ** -0.5
-    return Operands(query, key, value, attention_mask, position_bias, scale, lambda out: (module.o(out),))
+    return BlockOperands(query, key, value, attention_mask, position_bias, scale, lambda out: (module.o(out),))
 
 
 # By the names of their attention modules.
-_READERS: dict[str, Callable[..., Operands]] = {
+_READERS: dict[str, Callable[..., BlockOperands]] = {
     "DisentangledSelfAttention": _of_deberta,
     "MPNetSelfAttention": _of_mpnet,
 }
@@ -117,7 +117,7 @@ class InScores:
         for number, module in enumerate(self.modules):
             forward = vars(module).get("forward")
             if forward is None:
-                forward = module.forward = partial(_attend, module, number, [])  # type: ignore[assignment]
+                forward = module.forward = partial(_attend, module, number, [])
             forward.args[2].append(hooks)
 
     def remove(self, hooks: Any) -> None:

