@@ -22,7 +22,7 @@ from softkv.hf.key_state import AllReal
 from softkv.hf.layout import RowLayout
 from softkv.hf.model_call import ModelCall
 from softkv.hf.own_attention import OwnAttention
-from softkv.hf.past import PrefixedPast
+from softkv.hf.past import InPast, PrefixedPast, columns_seen
 from softkv.hf.prefixes import SoftRows, behind
 from softkv.hf.probe import Probed
 from softkv.hf.unhooking import unhook
@@ -128,6 +128,8 @@ class DecoderHooks(Probed):
 
     def _enter_own(self, own: OwnAttention, call: ModelCall, decoder: nn.Module, kwargs: dict[str, Any]) -> None:
         """Positions and prefixes of a decoder that keeps its own attention, where it takes any."""
+        if own.causal and isinstance(own.carrier, InPast):  # whose layers have no windows that a mask would hold
+            kwargs["attention_mask"] = columns_seen(kwargs.get("attention_mask"))
         if own.takes_positions:
             kwargs["position_ids"] = self.positions.of(call, call.context, kwargs)
         elif self.positions.table is not None:

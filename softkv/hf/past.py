@@ -130,6 +130,15 @@ def slots_of(context: SoftContext, rows: int) -> Tensor:
     return real.expand(rows, -1)
 
 
+def columns_seen(mask: Any) -> Any:
+    """The padding mask `[B, S]` of a causal mask `[B, 1, T, S]`, as transformers makes it for static caches: the last
+    query sees every real column. Others are given back."""
+    if not isinstance(mask, Tensor) or mask.dim() != 4:
+        return mask
+    last = mask[:, 0, -1]
+    return (last if last.dtype == torch.bool else last >= 0).long()
+
+
 @dataclass(frozen=True)
 class InPast:
     """Gives a decoder prefixes in its past.
@@ -164,11 +173,6 @@ class InPast:
         """Puts a prefix into the arguments of a forward of the decoder, or of a view of it."""
         embeds, mask, cache = (kwargs.get(name) for name in ("inputs_embeds", "attention_mask", "past_key_values"))
         tokens = kwargs["input_ids"] if embeds is None else embeds
-        if mask is not None and mask.dim() != 2:
-            raise ValueError(
-                f"{type(decoder).__name__} keeps its own attention, and behind a prefix it takes a padding mask "
-                f"[B, S], got one of {mask.dim()} axes (static caches bring such): use the dynamic cache"
-            )
         recomputes = decoder.training and checkpointing.is_on(decoder)
         if recomputes and cache is not None:
             raise ValueError("gradient checkpointing runs blocks twice, which would fill a cache twice: leave it out")

@@ -31,8 +31,8 @@ def attach(
 
     Args:
         model: a causal LM, an encoder, an encoder-decoder, or a model with a task head. A model whose attention does
-            not go through transformers' attention interface (BLOOM, Falcon, MPT, GPT-J...) keeps its own and takes
-            `PromptTuning` and `PTuning` only.
+            not go through transformers' attention interface (BLOOM, Falcon, MPT, GPT-J...) keeps its own: a prefix
+            then stands in its past, where it can; `docs/models.md` lists who takes what.
         method: `PromptTuning`, `PTuning`, `PrefixTuning` or `PTuningV2`.
         tokenizer: the model's tokenizer, needed for inits from a text.
         backend: of `softkv.prefix_attention`; None chooses by device.

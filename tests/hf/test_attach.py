@@ -239,8 +239,6 @@ SIZES = {
 
 # What softkv attention can't do for these models, said when a soft prompt is attached.
 OTHERS = {
-    "Bloom": (transformers.BloomConfig, {}, "attention interface"),
-    "StableLm": (transformers.StableLmConfig, {}, "does not pass keywords through"),
     "Llama4Text": (transformers.Llama4TextConfig, {"attention_chunk_size": 4, "num_local_experts": 2}, "chunked"),
 }
 
