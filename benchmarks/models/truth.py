@@ -49,10 +49,12 @@ def behind(bare: Any, soft: SoftPrompt, ids: Tensor) -> Tensor:
     layers = [number for number, layer in enumerate(held) if isinstance(getattr(layer, "keys", None), Tensor)]
     layers = [number for number in layers if filled.layers[number].keys.dim() == 4]
     P, T = prefix.length, ids.shape[1]
-    usual = type(filled) is DynamicCache and runs(bare, ids) in (0, len(layers))  # 0: not through the interface
-    if not usual or filled.layers[layers[0]].keys.shape[1::2] != prefix.k.shape[2::2]:
+    if type(filled) is not DynamicCache or runs(bare, ids) not in (0, len(layers)):  # 0: not through the interface
         return concatenated(bare, prefix, ids).logits[0]
-    for number, (k, v) in zip(layers, prefix.layers(len(layers)), strict=True):
+    pairs = prefix.layers(len(layers))
+    if any(held[number].keys.shape[1::2] != k.shape[1::2] for number, (k, _) in zip(layers, pairs, strict=True)):
+        return concatenated(bare, prefix, ids).logits[0]
+    for number, (k, v) in zip(layers, pairs, strict=True):
         cache.update(k, v[..., : filled.layers[number].values.shape[-1]], number)
     inputs = {
         "attention_mask": torch.ones(1, P + T, dtype=torch.long),
@@ -94,7 +96,7 @@ def concatenated(bare: Any, prefix: Prefix, ids: Tensor) -> Any:
     turn = count(0)
 
     def attend(eager: Any, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
-        at = next(turn) if prefix.k.shape[0] > 1 else 0
+        at = next(turn) if len(prefix.k) > 1 else 0
         k, v = prefix.k[at], prefix.v[at][..., : value.shape[-1]]
         mask = mask if mask is None else F.pad(mask, (k.shape[2], 0))
         return eager(module, query, torch.cat([k, key], 2), torch.cat([v, value], 2), mask, **options)

@@ -163,10 +163,9 @@ class Adapters(Surface):
 
     @property
     def _carries(self) -> bool:
-        """Whether a prefix can replace soft tokens in front: their K/V have one shape, carry all their state, and are
-        those of a head that runs alone."""
-        alone = not self._hooks.positions.follow_length
-        return alone and self._hooks.behaviour.carries and self.base_shape.kv_heads > 0
+        """Whether a prefix can replace soft tokens in front: their K/V carry all their state, and are those of a head
+        that runs alone."""
+        return self._hooks.behaviour.carries and not self._hooks.positions.follow_length
 
     def _check_new_name(self, name: Any) -> None:
         if name in self.adapters:

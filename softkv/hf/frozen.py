@@ -16,7 +16,7 @@ from softkv.hf.attention import NAME
 from softkv.hf.generation import processors
 from softkv.hf.placement import device_of, free_to_pack, keep_differentiable
 from softkv.hf.vocabulary import word_ids
-from softkv.methods.base import BaseShape
+from softkv.methods.base import BaseShape, layers_like
 from softkv.prefix import Prefix
 
 _ATTRIBUTE = "_softkv_base_state"
@@ -45,10 +45,11 @@ class FrozenBase:
 
     def __init__(self, model: Any, widths: Sequence[tuple[int, int, int]], tokenizer: Any = None) -> None:
         self.model, self.tokenizer = model, tokenizer
-        kv_heads, head_dim, value_dim = widths[0] if len(set(widths)) == 1 else (0, 0, 0)
         rows, width = model.get_input_embeddings().weight.shape
         config = model.config.get_text_config()
-        self.shape = BaseShape(len(widths), kv_heads, head_dim, value_dim, config.hidden_size, width, rows)
+        self.shape = BaseShape(
+            hidden_size=config.hidden_size, embedding_size=width, vocab_size=rows, **layers_like(widths)
+        )
 
     def with_tokenizer(self, tokenizer: Any) -> FrozenBase:
         """The same model with another tokenizer."""

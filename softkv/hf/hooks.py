@@ -95,6 +95,8 @@ class DecoderHooks(Probed):
         if args:
             kwargs = dict(zip(inspect.signature(decoder.forward).parameters, args, strict=False)) | kwargs
         context = call.context
+        if isinstance(kwargs.get("logits_to_keep"), int):  # some leave out tokens early: rows would not be whole
+            kwargs["logits_to_keep"] = 0
         if call.embeds is not None:
             given, embeds = kwargs.get("inputs_embeds"), call.embeds
             if call.soft_at is not None and given is not None:

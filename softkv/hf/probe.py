@@ -116,8 +116,6 @@ class Probed:
             OutOfReach: when softkv can't take the place of its attention.
         """
         name, device, view = type(self.base).__name__, device_of(self.base), in_evaluation(self.decoder)
-        if getattr(self.base.config.get_text_config(), "attention_chunk_size", None) is not None:
-            raise OutOfReach(f"{name} uses chunked attention, which softkv attention does not offer")
         self._first_of_wrapper = self._position_in_wrapper()
         ids = self._few_tokens()
         context = SoftContext(backend=self.backend, capture=[])
@@ -158,6 +156,8 @@ class Probed:
             self.order = in_view
             try:
                 self.behaviour = behaviour_of(run, row, blocks)
+                if self.positions.columns is not None:
+                    self.behaviour = replace(self.behaviour, packs=False)
                 if not self.behaviour.packs:
                     self.behaviour = replace(self.behaviour, pads=self._pads(view, ids, row))
             except _OBSCURE as error:

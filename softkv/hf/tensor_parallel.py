@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -62,8 +62,7 @@ class TensorParallel:
 
     def own(self, prefix: Prefix) -> Prefix:
         """This process's heads of a prefix. The gradient of what all processes hold is whole in each."""
-        k, v = self.own_of_layer((prefix.k, prefix.v))
-        return replace(prefix, k=k, v=v)
+        return prefix.map(self._own) if self.splits else prefix
 
     def own_of_layer(self, kv: LayerKV) -> LayerKV:
         """As `own`, of K and V of one layer."""
@@ -97,8 +96,7 @@ class TensorParallel:
         from torch.distributed.tensor import Shard, distribute_tensor
 
         if isinstance(learned, SoftMatrices) and self.splits:
-            for name in ("k", "v"):
-                value = getattr(learned, name)
+            for name, value in list(learned.named_parameters()):
                 split = distribute_tensor(value.detach(), self.mesh, [Shard(value.dim() + _HEADS)])
                 setattr(learned, name, nn.Parameter(split, requires_grad=value.requires_grad))
             return

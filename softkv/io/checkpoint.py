@@ -15,7 +15,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +30,7 @@ from softkv.hf.task_heads import modules_of
 from softkv.hf.task_rows import answers_of
 from softkv.io import foreign, peft, state
 from softkv.io.config import CONFIG, MODULES, SHAPE, WEIGHTS, check_size, check_sum, of_header, parse
-from softkv.io.description import configuration
+from softkv.io.description import configuration, sizes
 from softkv.io.flat import FLAT, unflatten
 from softkv.io.older import with_narrow_values
 from softkv.io.peft_pairs import of_decoder
@@ -39,7 +39,9 @@ from softkv.methods import METHODS, PTuningV2
 from softkv.methods.base import BaseShape, FrozenModel, Method, SoftPrompt
 from softkv.methods.placeholder import Placeholder
 
-_FIXED = tuple(name for name in SHAPE if name != "vocab_size")  # tokens may be added: no learned shape depends on it
+# Tokens may be added: no learned shape depends on their number.
+_FIXED = (*(name for name in SHAPE if name != "vocab_size"), "widths")
+_BY_LAYER = "of each layer's own"
 _SIZES = ("encoder_size", "reparametrize_size")
 _MOST_SLOTS = 1 << 16  # of an encoder, whose tensors don't tell how many it makes
 _ABANDONED = 3600.0  # seconds after which no save is still writing a temporary file
@@ -251,10 +253,11 @@ class Saved(Method):
         _check_base(self.config["base"], base.shape)
         if FLAT in self.tensors:
             shape = base.shape
-            if shape.value_dim != shape.head_dim:
+            if shape.widths or shape.value_dim != shape.head_dim:
+                wide = "differ by layer" if shape.widths else f"are {shape.head_dim} and {shape.value_dim} wide"
                 raise ValueError(
-                    f"a flat prefix holds keys and values of one width, this model's are {shape.head_dim} and "
-                    f"{shape.value_dim} wide: it was trained on another base model"
+                    f"a flat prefix holds keys and values of one width, this model's {wide}: it was trained on another "
+                    "base model"
                 )
             k, v = unflatten(self.tensors[FLAT], shape.layers, shape.kv_heads, shape.head_dim)
             self.tensors = {"k": k, "v": v}
@@ -297,11 +300,11 @@ def _check_type(saved: dict[str, Any], model: Any) -> None:
 
 def _check_base(saved: dict[str, Any], shape: BaseShape) -> None:
     """Raise where the base is another one than what is known of the one it was trained on."""
-    here = asdict(shape)
+    here = sizes(shape)
     differing = [
-        f"{name} {saved[name]} (this model: {here[name]})"
+        f"{name} {saved[name] or _BY_LAYER} (this model: {here.get(name) or _BY_LAYER})"
         for name in _FIXED
-        if name in saved and saved[name] != here[name]
+        if name in saved and saved[name] != here.get(name)
     ]
     if differing:
         raise ValueError(f"this soft prompt was trained on another base model: {', '.join(differing)}")

@@ -180,6 +180,11 @@ def describe(model: PromptedModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
         prefix = soft.prefix()
         assert prefix is not None
         config = model.config.get_text_config()
+        if shape.widths:
+            raise ValueError(
+                "PEFT can't express this adapter: its prefix has the same heads and widths in every layer, and this "
+                "model's layers differ"
+            )
         if shape.value_dim != shape.head_dim or getattr(config, "kv_lora_rank", None):
             raise ValueError(
                 "PEFT can't express this adapter: it puts keys and values of one width into the cache, this model's "

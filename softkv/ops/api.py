@@ -53,7 +53,8 @@ def prefix_attention(
         chunk: a query at key position i sees only keys from position ⌊i / chunk⌋·chunk on, of its own chunk, and the
             prefix; needs `is_causal`, not together with `window`.
         window: a query sees the last `window` key positions, its own included; needs `is_causal`. Counts tokens only.
-        window_covers_prefix: the window counts prefix slots too, as the positions just before the row's first seen key.
+        window_covers_prefix: the window counts prefix slots too, as the positions just before the row's first seen key;
+            chunks are counted from slot 0 then, and a query sees the slots of its own chunk.
         softcap: c > 0 turns a scaled score s into c·tanh(s/c).
         sinks: [H], of any of q's dtypes, one more logit of each head in the denominator, neither scaled nor capped.
         return_lse: also return the log-sum-exp.

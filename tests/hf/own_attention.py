@@ -39,12 +39,6 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "CodeGen": ("CodeGen", _LIKE_GPTJ),
     "StableLM": ("StableLm", _LIKE_LLAMA | {"partial_rotary_factor": 0.5}),
     "Nemotron": ("Nemotron", _LIKE_LLAMA),
-    "Llama 4: chunks": (
-        "Llama4Text",
-        _LIKE_LLAMA
-        | {"attention_chunk_size": 4, "num_local_experts": 2, "head_dim": 8, "intermediate_size_mlp": 48,
-           "interleave_moe_layer_step": 2, "no_rope_layers": [1, 0]},
-    ),
     "XGLM: positions from a table": (
         "XGLM",
         _SIZES

@@ -87,6 +87,7 @@ class RowGroup:
     lo: int
     hi: int
     holes: Tensor | None = None  # [S] bool, keys that are seen
+    slots: int = 0  # of the prefix, where chunks count them
 
 
 class Geometry:
@@ -99,6 +100,7 @@ class Geometry:
         self.wide = torch.promote_types(q.dtype, torch.float32)
         self.dense = q.dim() == 4
         self.window, self.chunk = options["window"], options["chunk"]
+        self.covers = options["window_covers_prefix"]
         self.A, self.P = (0, 0) if prefix_k is None else (prefix_k.shape[0], prefix_k.shape[2])
         self.key_mask: Tensor | None = None
         self.n: list[int] | None = None  # each row's keys, where that is not S
@@ -137,25 +139,37 @@ class Geometry:
         return n, seen.int().argmax(1), end.masked_fill(number == 0, 0), number
 
     @cached_property
+    def slots(self) -> list[int]:
+        """Of each row's own prefix, where chunks count them; 0 elsewhere."""
+        if self.P == 0 or self.chunk is None or not self.covers:
+            return [0] * self.B
+        index, lengths = self.options["prefix_index"], self.options["prefix_lengths"]
+        of_prefix = [self.P] * self.A if lengths is None else lengths.tolist()
+        of_rows = (b % self.A for b in range(self.B)) if index is None else index.tolist()
+        return [of_prefix[a] if 0 <= a < self.A else 0 for a in of_rows]
+
+    @cached_property
     def row_groups(self) -> list[RowGroup]:
         if not self.dense:
             return [
-                RowGroup(b, 1, q0, q1 - q0, 0, k0, k1 - k0, 0, k1 - k0)
+                RowGroup(b, 1, q0, q1 - q0, 0, k0, k1 - k0, 0, k1 - k0, slots=self.slots[b])
                 for b, ((q0, q1), (k0, k1)) in enumerate(
                     zip(pairwise(self.starts), pairwise(self.key_starts), strict=True)
                 )
                 if q1 > q0
             ]
-        if self.key_mask is None and self.n is None:
-            return [RowGroup(0, self.B, 0, self.T, 0, 0, self.S, 0, self.S)]
+        if self.key_mask is None and self.n is None and min(self.slots) == max(self.slots):
+            return [RowGroup(0, self.B, 0, self.T, 0, 0, self.S, 0, self.S, slots=self.slots[0])]
         row_groups: list[RowGroup] = []
-        for b, (n, lo, hi, number) in enumerate(zip(*(x.tolist() for x in self.extent), strict=True)):
+        extents = zip(*(x.tolist() for x in self.extent), self.slots, strict=True)
+        for b, (n, lo, hi, number, slots) in enumerate(extents):
             last = row_groups[-1] if row_groups else None
             holes = self.key_mask[b] if self.key_mask is not None and number < hi - lo else None
-            if last and holes is None and last.holes is None and (last.n, last.lo, last.hi) == (n, lo, hi):
+            alike = last and (last.n, last.lo, last.hi, last.slots) == (n, lo, hi, slots)
+            if last and alike and holes is None and last.holes is None:
                 last.rows += 1
             else:
-                row_groups.append(RowGroup(b, 1, b * self.T, self.T, b, 0, n, lo, hi, holes))
+                row_groups.append(RowGroup(b, 1, b * self.T, self.T, b, 0, n, lo, hi, holes, slots))
         return row_groups
 
     def tokens_of(self, rows: list[int]) -> Tensor:
@@ -204,7 +218,7 @@ def plan_tokens(call: Geometry) -> list[Piece]:
         if call.chunk is None:
             tiles = _band(call, run.T, n, offset, causal, window)
         else:
-            tiles = _chunks(call, run.T, n, offset, run.lo, call.chunk)
+            tiles = _chunks(call, run.T, n, offset, run.slots if call.covers else run.lo, call.chunk)
         for t0, t1, s0, s1, mask, flag in tiles:
             blind = None
             if run.holes is not None:
@@ -231,10 +245,9 @@ def plan_prefix(call: Geometry) -> list[Piece]:
     if max(lengths) == 0:
         return []
     index = call.options["prefix_index"]
-    if call.window is not None and call.options["window_covers_prefix"]:
-        farthest = max(lengths) - 1 - call.window
-        if any(run.n - run.lo + farthest >= 0 for run in call.row_groups):
-            return _windowed_prefix(call, call.window, lengths, None if index is None else index.tolist())
+    reach = call.window if call.chunk is None else call.chunk
+    if reach is not None and call.covers and any(run.n - run.lo + max(lengths) > reach for run in call.row_groups):
+        return _covered_prefix(call, reach, lengths, None if index is None else index.tolist())
     if index is None and call.A == 1:
         return _shared(call, 0, lengths[0], 0, call.N)
     if index is None and call.dense:
@@ -301,13 +314,14 @@ def _bank(call: Geometry, readers: dict[int, list[int]], lengths: list[int]) -> 
     return Piece(queries, slice(used[0], used[-1] + 1), 0, longest, mask)
 
 
-def _windowed_prefix(call: Geometry, window: int, lengths: list[int], index: list[int] | None) -> list[Piece]:
+def _covered_prefix(call: Geometry, reach: int, lengths: list[int], index: list[int] | None) -> list[Piece]:
+    """The slots that windows, or chunks, leave to queries."""
     shared = index is None and call.A == 1
     if shared and call.masked and not call.backward:  # its gradient would be one for each row
         n, lo, _, _ = (x[:, None, None] for x in call.extent)
-        query = n - call.T + torch.arange(call.T, device=call.device)[:, None]
-        slot = lo - lengths[0] + torch.arange(lengths[0], device=call.device)
-        return [_masked(call, slot > query - window, slice(0, 1))]
+        query = n - call.T + torch.arange(call.T, device=call.device)[:, None] - lo + lengths[0]  # slot 0 stands at 0
+        begin = query - reach + 1 if call.chunk is None else query.div(reach, rounding_mode="floor") * reach
+        return [_masked(call, torch.arange(lengths[0], device=call.device) >= begin, slice(0, 1))]
     pieces = []
     for run in call.row_groups:
         step = _ROWS_AT_ONCE if shared else 1
@@ -318,13 +332,16 @@ def _windowed_prefix(call: Geometry, window: int, lengths: list[int], index: lis
                 continue
             offset = run.n - run.T - run.lo + lengths[a]
             start = run.start + (first - run.first) * run.T
-            for t0, t1, s0, s1, mask, _ in _band(call, run.T, lengths[a], offset, False, window):
+            tiles = _band(call, run.T, lengths[a], offset, False, reach)
+            if call.chunk is not None:
+                tiles = _slots_of_chunks(run.T, lengths[a], offset, reach)
+            for t0, t1, s0, s1, mask, _ in tiles:
                 pieces.append(Piece(Queries(start, rows, run.T, t0, t1), slice(a, a + 1), s0, s1, mask))
     return pieces
 
 
 def _masked_tokens(call: Geometry) -> Piece:
-    n, _, end, _ = (x[:, None, None] for x in call.extent)
+    n, lo, end, _ = (x[:, None, None] for x in call.extent)
     S = int(end.max())
     position = torch.arange(S, device=call.device)
     query = n - call.T + torch.arange(call.T, device=call.device)[:, None]
@@ -336,7 +353,9 @@ def _masked_tokens(call: Geometry) -> Piece:
     if call.window is not None:
         seen = seen & (position > query - call.window)
     if call.chunk is not None:
-        seen = seen & (position >= query.div(call.chunk, rounding_mode="floor") * call.chunk)
+        front = lo - torch.tensor(call.slots, device=call.device)[:, None, None] if call.covers else 0
+        begin = (query - front).div(call.chunk, rounding_mode="floor") * call.chunk
+        seen = seen & (position - front >= begin)
     return _masked(call, seen.expand(-1, call.T, -1), slice(0, call.B))
 
 
@@ -390,6 +409,18 @@ def _chunks(call: Geometry, T: int, n: int, offset: int, origin: int, chunk: int
         key = torch.arange(s0, s1, device=call.device) + origin
         query = torch.arange(t0, first, device=call.device)[:, None] + offset + origin
         yield t0, first, s0, s1, _additive((key <= query) & (key >= query // chunk * chunk), call.dtype), False
+
+
+def _slots_of_chunks(T: int, slots: int, offset: int, chunk: int) -> Iterator[Tile]:
+    """Tiles of T queries and the slots of their chunks; query t stands at t + offset, behind slot 0 at 0."""
+    t0 = 0
+    while t0 < T:
+        begin = max(0, (t0 + offset) // chunk * chunk)
+        if begin >= slots:
+            return
+        t1 = min(T, begin + chunk - offset)
+        yield t0, t1, begin, slots, None, False
+        t0 = t1
 
 
 def _band_mask(call: Geometry, t: int, s: int, diagonal: int, causal: bool, window: int) -> Tensor:
