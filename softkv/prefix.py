@@ -97,6 +97,11 @@ class Prefix:
         lengths = self.lengths if self.lengths is None else self.lengths.to(device)
         return replace(self.map(lambda of_layers: of_layers.to(device, dtype)), lengths=lengths)
 
+    def of_layers(self, numbers: Sequence[int]) -> Prefix:
+        """The prefix of those layers, in this order."""
+        k, v = (tuple(_of_each(of)[number] for number in numbers) for of in (self.k, self.v))
+        return replace(self, k=stacked(k), v=stacked(v))
+
     def map(self, change: Callable[[Tensor], Tensor]) -> Prefix:
         """The prefix with K and V changed alike: `change` takes those of all layers or of one, `[..., A, G, P, D]`."""
         k, v = (change(of) if isinstance(of, Tensor) else tuple(map(change, of)) for of in (self.k, self.v))
@@ -114,6 +119,7 @@ class Prefix:
             ValueError: when a sliding-window layer has dropped tokens, or layers hold no K/V.
 
         Models with multi-head latent attention keep compressed K/V in their caches: use `from_text` or `from_ids`.
+        Layers that read keys and values of an earlier one have none in the cache: on their model they get that one's.
         """
         if not all(isinstance(getattr(layer, "keys", None), Tensor) for layer in cache.layers):
             raise ValueError("a prefix needs K/V in every layer: this cache has layers without any (empty, or states)")

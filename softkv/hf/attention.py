@@ -163,7 +163,7 @@ def _checked(
                 'attention, which softkv tells them by: give padded rows, or use attn_implementation="eager"'
             )
     if chunk is not None and allowed is not None:
-        raise ValueError("compiled packed rows expect no chunked attention: give padded rows")
+        raise ValueError("compiled calls expect no packed rows longer than the chunks of attention: give padded rows")
     counted = (window or chunk) is not None and context.layers is not None and context.window_covers is not False
     if chunk is not None and rows is None and not (keys.mask is None and keys.lengths is None):
         slots = _slots(context, layer)

@@ -41,14 +41,17 @@ class FrozenBase:
         model: the transformers model.
         widths: (G, D, Dv) of each attention block.
         tokenizer: for text inits, or None.
+        reads: the block whose keys and values each block reads; empty where each has its own.
     """
 
-    def __init__(self, model: Any, widths: Sequence[tuple[int, int, int]], tokenizer: Any = None) -> None:
+    def __init__(
+        self, model: Any, widths: Sequence[tuple[int, int, int]], tokenizer: Any = None, reads: tuple[int, ...] = ()
+    ) -> None:
         self.model, self.tokenizer = model, tokenizer
         rows, width = model.get_input_embeddings().weight.shape
         config = model.config.get_text_config()
         self.shape = BaseShape(
-            hidden_size=config.hidden_size, embedding_size=width, vocab_size=rows, **layers_like(widths)
+            hidden_size=config.hidden_size, embedding_size=width, vocab_size=rows, reads=reads, **layers_like(widths)
         )
 
     def with_tokenizer(self, tokenizer: Any) -> FrozenBase:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from softkv.hf import calls, checkpointing, checks
 from softkv.hf.choices import Choices
+from softkv.hf.context import layers_read
 from softkv.hf.frozen import BaseState, FrozenBase, OutOfReach
 from softkv.hf.generation.cache_state import CacheState
 from softkv.hf.generation.generating import Generating
@@ -107,7 +108,7 @@ class PromptedModel(Generating):
         state.silence_dropout([captured.block for captured in blocks])
         parallel = self._hooks.parallel
         widths = [each.widths if parallel is None else parallel.whole_widths(each.widths) for each in blocks]
-        return FrozenBase(self.base, widths, tokenizer)
+        return FrozenBase(self.base, widths, tokenizer, layers_read(blocks))
 
     def forward(
         self,

@@ -261,7 +261,10 @@ class Saved(Method):
                 )
             k, v = unflatten(self.tensors[FLAT], shape.layers, shape.kv_heads, shape.head_dim)
             self.tensors = {"k": k, "v": v}
-        self.tensors = of_decoder(self.method, self.tensors, base.shape.layers) if self.is_peft else self.tensors
+        if self.is_peft:
+            self.tensors = of_decoder(self.method, self.tensors, base.shape.layers)
+            if base.shape.reads and "k" in self.tensors:  # in PEFT's cache, layers read the slots too of others
+                self.tensors = {name: of[list(base.shape.reads)] for name, of in self.tensors.items()}
         self.tensors = with_narrow_values(self.config, self.tensors, base.shape)
         placeholder, folded = Placeholder(base.shape), self.config["folded"]
         encodes_rows = getattr(self.method, "encoder", None) and isinstance(self.method, PTuningV2)

@@ -39,7 +39,7 @@ def configuration(model: PromptedModel, adapter: str, *, folded: bool) -> dict[s
 
 def sizes(shape: BaseShape) -> dict[str, Any]:
     """Those of a base, as JSON gives them back. `widths` are told where layers differ."""
-    told = {name: value for name, value in asdict(shape).items() if name != "widths"}
+    told = {name: value for name, value in asdict(shape).items() if name not in ("widths", "reads")}
     return told | ({"widths": [list(each) for each in shape.widths]} if shape.widths else {})
 
 

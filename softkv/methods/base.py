@@ -59,6 +59,7 @@ class BaseShape:
     embedding_size: int  # width of the input embeddings (C, but for a few OPT models)
     vocab_size: int
     widths: tuple[Widths, ...] = ()  # of each layer, where they differ
+    reads: tuple[int, ...] = ()  # the layer whose keys and values each layer reads, where some read an earlier one's
 
     @property
     def by_layer(self) -> tuple[Widths, ...]:

@@ -180,6 +180,9 @@ def matrices_of(prefix: Prefix, shape: BaseShape) -> SoftMatrices:
     Raises:
         ValueError: when it does not fit a model of this shape, or is not one prefix.
     """
+    own = sorted(set(shape.reads))
+    if own and len(prefix.k) == len(own):  # of a cache, which holds those of layers that have their own
+        prefix = prefix.of_layers([own.index(layer) for layer in shape.reads])
     if not _fits(prefix, shape):
         slots = f"[{shape.layers} or 1, 1, {shape.kv_heads}, P, "
         expected = f"k {slots}{shape.head_dim}] and v {slots}{shape.value_dim}]"

@@ -5,6 +5,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
@@ -180,6 +181,17 @@ def test_a_text_as_a_prefix_is_the_text_in_context(tmp_path: Path) -> None:
     ids = torch.tensor([row])
     for logits in (model(ids).logits, model(ids, adapter_names=["prefix"]).logits, loaded(ids).logits):
         close(logits[0], want)
+
+
+@torch.no_grad()
+def test_chunks_count_the_slots_of_peft(tmp_path: Path) -> None:
+    ids = torch.arange(20, 31)[None]
+    theirs = peft.get_peft_model(fresh(), peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=N)).eval()
+    theirs.prompt_encoder["default"].embedding.weight.normal_()
+    theirs.save_pretrained(tmp_path)
+    close(softkv.load(fresh(), tmp_path)(ids).logits, theirs(input_ids=ids).logits)
+    with pytest.raises(ValueError, match=r"PEFT can't express .* leave the sliding windows or chunks"):
+        attached(KINDS["matrices"]).save_pretrained(tmp_path / "none", format="peft")
 
 
 @torch.no_grad()

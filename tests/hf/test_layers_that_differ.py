@@ -161,6 +161,13 @@ def test_saved_and_loaded(name: str, folded: bool, kind: str, tmp_path: Path) ->
         softkv.load(fresh(other), tmp_path)
 
 
+def _filled(model: softkv.SoftModel, layers: int = 2) -> DynamicCache:
+    cache = DynamicCache()
+    for layer in range(layers):
+        cache.update(getattr(model.soft, f"k_{layer}"), getattr(model.soft, f"v_{layer}"), layer)
+    return cache
+
+
 @torch.no_grad()
 def test_layers_that_read_earlier_keys_read_their_slots_from_the_cache() -> None:
     """Where slots are those of the layer that owns the keys and values, a cache that holds them answers alike."""
@@ -168,15 +175,15 @@ def test_layers_that_read_earlier_keys_read_their_slots_from_the_cache() -> None
     for layer in (0, 1):
         for name in ("k", "v"):
             getattr(model.soft, f"{name}_{layer + 2}").copy_(getattr(model.soft, f"{name}_{layer}"))
-    cache, ids = DynamicCache(), torch.tensor([[20, 21, 22, 23, 24, 25, 26]])
-    for layer in (0, 1):
-        cache.update(getattr(model.soft, f"k_{layer}"), getattr(model.soft, f"v_{layer}"), layer)
+    ids = torch.tensor([[20, 21, 22, 23, 24, 25, 26]])
     inputs: dict[str, Any] = {
         "attention_mask": torch.ones(1, N + ids.shape[1]),
         "position_ids": N + torch.arange(ids.shape[1])[None],
     }
-    want = fresh(SHARING)(ids, past_key_values=cache, **inputs).logits
+    want = fresh(SHARING)(ids, past_key_values=_filled(model), **inputs).logits
     close(model(ids).logits, want)
+    model.add_adapter("of the cache", Prefix.from_cache(_filled(model)))
+    close(model(ids, adapter_names=["of the cache"]).logits, want)
     model.soft.k_2.add_(1.0)  # slots of a layer's own
     assert (model(ids).logits - want).abs().max() > 0.01
 
