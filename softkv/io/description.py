@@ -8,7 +8,7 @@ from typing import Any, cast
 from softkv.hf.learned import peft_configs
 from softkv.hf.model import PromptedModel
 from softkv.hf.task_heads import modules_of
-from softkv.io.config import FORMAT, MODULES
+from softkv.io.config import FORMAT, MODULES, SHAPE
 from softkv.methods import METHODS
 from softkv.methods.base import BaseShape, SoftPrompt
 
@@ -39,7 +39,7 @@ def configuration(model: PromptedModel, adapter: str, *, folded: bool) -> dict[s
 
 def sizes(shape: BaseShape) -> dict[str, Any]:
     """Those of a base, as JSON gives them back. `widths` are told where layers differ."""
-    told = {name: value for name, value in asdict(shape).items() if name not in ("widths", "reads")}
+    told = {name: getattr(shape, name) for name in SHAPE}
     return told | ({"widths": [list(each) for each in shape.widths]} if shape.widths else {})
 
 
