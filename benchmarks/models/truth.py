@@ -111,7 +111,7 @@ class WrittenOut(TorchFunctionMode):
 
     def __init__(self, prefix: Prefix, scale: float) -> None:
         super().__init__()
-        self.layers = iter(prefix.layers(prefix.k.shape[0]) if prefix.k.shape[0] > 1 else repeat(prefix.layers(1)[0]))
+        self.layers = iter(prefix.layers(len(prefix.k)) if len(prefix.k) > 1 else repeat(prefix.layers(1)[0]))
         self.scale = scale
         self.query: Tensor | None = None
         self.slots: Tensor | None = None  # what they add to the next product
@@ -135,7 +135,7 @@ class WrittenOut(TorchFunctionMode):
 def written_out(bare: Any, prefix: Prefix, ids: Tensor) -> Any:
     """The output of an encoder that does not take its attention from transformers' interface."""
     terms = 1 + len(getattr(bare.config, "pos_att_type", None) or [])  # of DeBERTa's scores
-    with WrittenOut(prefix, (prefix.k.shape[-1] * terms) ** -0.5):
+    with WrittenOut(prefix, (prefix.layers(len(prefix.k))[0][0].shape[-1] * terms) ** -0.5):
         return bare(input_ids=ids, **positions_behind(bare, prefix, ids))
 
 
