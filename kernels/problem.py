@@ -113,6 +113,10 @@ class Problem:
                     f"backend 'triton': expected tokens of {name} less than {FARTHEST} elements apart, "
                     f"got {stride[name].item}"
                 )
+        if options.chunk is not None and options.window_covers_prefix:
+            raise NotImplementedError(
+                "backend 'triton': expected chunks counted from a row's first key, got window_covers_prefix=True"
+            )
         if cu_q is not None:
             B, T, S, T_max, S_max = cu_q.shape[0] - 1, 0, 0, options.max_seqlen_q or 0, options.max_seqlen_k or 0
             count, H, D = q.shape

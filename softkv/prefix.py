@@ -7,13 +7,15 @@ interchangeable.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+# K or V of all layers, `[L or 1, A, G, P, D]`; where layers differ in G or D, of each of L, `[A, G, P, D]`.
+Layers = Tensor | tuple[Tensor, ...]
 Reader = Callable[..., tuple[list[Tensor], list[Tensor]]]
 _reader: Reader | None = None
 
@@ -30,10 +32,11 @@ class Prefix:
     """Soft keys and values for attention.
 
     Args:
-        k, v: `[L or 1, A, G, P, D]` and `[L or 1, A, G, P, Dv]`, of one floating dtype. A leading 1 means one pair for
-            all layers; A is the number of prefixes (1: shared by all rows of a batch). Dv equals D except in multi-head
-            latent attention and similar.
-        lengths: `[A]` integers, the number of slots in use of each prefix; None: all P.
+        k, v: `[L or 1, A, G, P, D]` and `[L or 1, A, G, P, Dv]`, one floating dtype. A leading 1 means one pair for all
+            layers; A is the number of prefixes (1: shared by all rows of a batch). Dv is D but for multi-head latent
+            attention and its like, whose values have a width of their own. Where layers differ in G, D or Dv, each is a
+            tuple of L tensors, `[A, G, P, D]` and `[A, G, P, Dv]`.
+        lengths: `[A]` integers, the slots of each prefix that exist, or None when all P do.
         window_covers: whether sliding-window layers count the slots as the positions just before the first token.
             True for K/V of real tokens, False for learned ones, which stay visible to every query.
 
@@ -41,36 +44,47 @@ class Prefix:
         ValueError: if shapes or dtypes don't match.
     """
 
-    k: Tensor
-    v: Tensor
+    k: Layers
+    v: Layers
     lengths: Tensor | None = None
     window_covers: bool = False
 
     def __post_init__(self) -> None:
-        if self.k.dim() != 5 or self.v.dim() != 5 or self.k.shape[:4] != self.v.shape[:4]:
+        if not _fit(self.k, self.v):
             raise ValueError(
-                "Prefix expects k [L or 1, A, G, P, D] and v [L or 1, A, G, P, Dv], equal except in the last dim, "
-                f"got {tuple(self.k.shape)} and {tuple(self.v.shape)}"
+                "Prefix expects k [L or 1, A, G, P, D] and v [L or 1, A, G, P, Dv], alike but for their widths, or "
+                f"tuples of layers that differ in G too, got {self.shapes}"
             )
-        if self.k.dtype != self.v.dtype:
-            raise ValueError(f"Prefix expects k and v of one dtype, got {self.k.dtype} and {self.v.dtype}")
-        if self.lengths is not None and self.lengths.shape != self.k.shape[1:2]:
+        dtypes = {each.dtype for of in (self.k, self.v) for each in (of if isinstance(of, tuple) else (of,))}
+        if len(dtypes) > 1:
+            raise ValueError(f"Prefix expects k and v of one dtype, got {' and '.join(sorted(map(str, dtypes)))}")
+        if self.lengths is not None and self.lengths.shape != (self.count,):
             raise ValueError(f"Prefix expects lengths of shape [{self.count}], got {tuple(self.lengths.shape)}")
 
     @property
+    def _any_keys(self) -> Tensor:
+        """K `[..., A, G, P, D]` of some layers, which tell of all what they have in common."""
+        return self.k if isinstance(self.k, Tensor) else self.k[0]
+
+    @property
     def count(self) -> int:
-        """A, the number of prefixes."""
-        return self.k.shape[1]
+        """A, the number of prefixes held."""
+        return self._any_keys.shape[-4]
 
     @property
     def length(self) -> int:
         """P, the number of slots (of the longest prefix)."""
-        return self.k.shape[3]
+        return self._any_keys.shape[-2]
+
+    @property
+    def shapes(self) -> str:
+        """Those of k and v, for messages."""
+        return f"{_shapes(self.k)} and {_shapes(self.v)}"
 
     def layers(self, number: int) -> list[tuple[Tensor, Tensor]]:
-        """The (k, v) of each of `number` layers, views `[A, G, P, D]` and `[A, G, P, Dv]`. They are unbound once, so
-        that autograd writes a single gradient for all layers."""
-        keys, values = self.k.unbind(0), self.v.unbind(0)
+        """The (k, v) of each of `number` layers, `[A, G, P, D]` and `[A, G, P, Dv]`: views, unbound once so that
+        autograd writes one gradient of the whole."""
+        keys, values = _of_each(self.k), _of_each(self.v)
         if len(keys) == 1:
             keys, values = keys * number, values * number
         if len(keys) != number:
@@ -79,10 +93,20 @@ class Prefix:
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Prefix:
         """The same prefix on another device or in another floating dtype."""
-        if device is None and dtype in (None, self.k.dtype):
+        if device is None and dtype in (None, self._any_keys.dtype):
             return self
         lengths = self.lengths if self.lengths is None else self.lengths.to(device)
-        return replace(self, k=self.k.to(device, dtype), v=self.v.to(device, dtype), lengths=lengths)
+        return replace(self.map(lambda of_layers: of_layers.to(device, dtype)), lengths=lengths)
+
+    def of_layers(self, numbers: Sequence[int]) -> Prefix:
+        """The prefix of those layers, in this order."""
+        k, v = (tuple(_of_each(of)[number] for number in numbers) for of in (self.k, self.v))
+        return replace(self, k=stacked(k), v=stacked(v))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Prefix:
+        """The prefix with K and V changed alike: `change` takes those of all layers or of one, `[..., A, G, P, D]`."""
+        k, v = (change(of) if isinstance(of, Tensor) else tuple(map(change, of)) for of in (self.k, self.v))
+        return replace(self, k=k, v=v)
 
     @classmethod
     def from_cache(cls, cache: Any) -> Prefix:
@@ -96,6 +120,7 @@ class Prefix:
             ValueError: if a sliding-window layer has dropped tokens, or a layer has no K/V.
 
         Models with multi-head latent attention keep compressed K/V in their caches: use `from_text` or `from_ids`.
+        Layers that read keys and values of an earlier one have none in the cache: on their model they get that one's.
         """
         if not all(isinstance(getattr(layer, "keys", None), Tensor) for layer in cache.layers):
             raise ValueError("a prefix needs K/V in every layer: this cache has layers without any (empty, or states)")
@@ -113,12 +138,8 @@ class Prefix:
 
     @classmethod
     def from_layers(cls, keys: list[Tensor], values: list[Tensor]) -> Prefix:
-        """Stack the K/V of real tokens, keys `[A, G, P, D]` and values `[A, G, P, Dv]` per layer, into a prefix."""
-        for name, tensors in (("keys", keys), ("values", values)):
-            shapes = sorted({tuple(tensor.shape) for tensor in tensors})
-            if len(shapes) != 1:
-                raise ValueError(f"a prefix needs {name} of one shape in every layer, got {shapes}")
-        return cls(torch.stack(keys), torch.stack(values), window_covers=True)
+        """K/V of real tokens, keys `[A, G, P, D]` and values `[A, G, P, Dv]` a layer, as a prefix."""
+        return cls(stacked(keys), stacked(values), window_covers=True)
 
     @classmethod
     def from_text(cls, model: Any, tokenizer: Any, text: str) -> Prefix:
@@ -175,3 +196,26 @@ class Prefix:
                 raise ValueError(f"{name} expects {'ids of tokens' if ids else 'floats'} {axes}, not empty, got {got}")
         base = model.base if hasattr(model, "disabled") else model
         return cls.from_layers(*_reader(base, standing_in=standing_in, **inputs))
+
+
+def stacked(of_each: Sequence[Tensor]) -> Layers:
+    """K or V of layers, `[A, G, P, D]` each, in one tensor where they are alike."""
+    return torch.stack(list(of_each)) if len({each.shape for each in of_each}) == 1 else tuple(of_each)
+
+
+def _of_each(of: Layers) -> tuple[Tensor, ...]:
+    return of.unbind(0) if isinstance(of, Tensor) else of
+
+
+def _fit(k: Layers, v: Layers) -> bool:
+    if isinstance(k, Tensor) and isinstance(v, Tensor):
+        return k.dim() == v.dim() == 5 and k.shape[:4] == v.shape[:4]
+    keys, values = _of_each(k), _of_each(v)
+    if not keys or any(each.dim() != 4 for each in (*keys, *values)):
+        return False
+    slots = {(each.shape[0], each.shape[2]) for each in keys}
+    return len(slots) == 1 and [each.shape[:3] for each in keys] == [each.shape[:3] for each in values]
+
+
+def _shapes(of: Layers) -> list[Any]:
+    return list(of.shape) if isinstance(of, Tensor) else [list(each.shape) for each in of]

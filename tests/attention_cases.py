@@ -216,6 +216,22 @@ CASES: dict[str, Callable[[], Case]] = {
     "packed, no row": lambda: packed([0], P=7, A=1),
 }  # fmt: skip
 
+# The torch engine's alone.
+COUNTED_CHUNKS: dict[str, Callable[[], Case]] = {
+    "chunks that count slots": lambda: dense(T=11, P=6, A=1, chunk=4, window_covers_prefix=True),
+    "chunks that count slots, padded": lambda: dense(
+        B=3, T=6, P=5, chunk=4, window_covers_prefix=True, key_mask=mask("001111", "111110", "000000")
+    ),
+    "chunks that count slots, many queries, lengths, holes": lambda: dense(
+        B=4, T=40, S=50, A=2, P=7, chunk=9, window_covers_prefix=True, prefix_lengths=index(7, 3),
+        prefix_index=index(1, -1, 0, 1), key_lengths=index(50, 45, 50, 7),
+        key_mask=mask("011" * 16 + "00", *["1" * 50] * 3),
+    ),
+    "packed, chunks that count slots": lambda: packed(
+        [7, 0, 12, 3], P=5, chunk=4, window_covers_prefix=True, prefix_lengths=index(5, 1, 3, 0)
+    ),
+}  # fmt: skip
+
 # Options that not every engine serves.
 CHUNKS_AND_WIDTHS: dict[str, Callable[[], Case]] = {
     "chunks": lambda: dense(T=11, P=3, A=1, chunk=4),

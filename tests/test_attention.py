@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from softkv.ops.api import prefix_attention, prefix_attention_varlen
 from softkv.ops.torch import small
-from tests.attention_cases import CASES, CHUNKS_AND_WIDTHS, Case, dense, index, mask, packed
+from tests.attention_cases import CASES, CHUNKS_AND_WIDTHS, COUNTED_CHUNKS, Case, dense, index, mask, packed
 
-ALL_CASES = CASES | CHUNKS_AND_WIDTHS
+ALL_CASES = CASES | CHUNKS_AND_WIDTHS | COUNTED_CHUNKS
 
 
 def assert_matches(got: dict, want: dict, tolerance: float) -> None:

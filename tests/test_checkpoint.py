@@ -453,7 +453,7 @@ def test_file_modes_follow_the_umask(mask: int, tmp_path: Path) -> None:
 
 
 def test_config_names_the_sizes_of_a_base() -> None:
-    assert tuple(field.name for field in fields(BaseShape)) == SHAPE
+    assert tuple(field.name for field in fields(BaseShape)) == (*SHAPE, "widths", "reads")  # of each layer
 
 
 def test_only_softkvs_methods_are_saved(tmp_path: Path) -> None:

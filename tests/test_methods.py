@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from softkv.methods import METHODS, PrefixTuning, PromptTuning, PTuning, PTuningV2
-from softkv.methods.base import BaseShape, Method, SoftMatrices, SoftPrompt, SoftTokens
+from softkv.methods.base import BaseShape, Method, SoftMatrices, SoftPrompt, SoftTokens, layers_like
 from softkv.methods.encoders import EncodedRows, pool_rows
 from softkv.methods.initial import RANDOM_SIZE
 from softkv.methods.matrices import ReparametrizedMatrices
@@ -32,8 +32,8 @@ def seed() -> None:
 class Base:
     """A frozen model whose K/V of a token depend on the token, its position and the layer."""
 
-    def __init__(self, embedding_size: int = C, kv_heads: int = G) -> None:
-        self.shape = BaseShape(L, kv_heads, D, D, C, embedding_size, VOCAB)
+    def __init__(self, embedding_size: int = C) -> None:
+        self.shape = BaseShape(L, G, D, D, C, embedding_size, VOCAB)
         generator = torch.Generator().manual_seed(0)
         # bf16: what a base gives must reach the learned parameters as fp32.
         self.table = (0.05 * torch.randn(VOCAB, embedding_size, generator=generator)).bfloat16()
@@ -304,13 +304,18 @@ def test_nothing_said_starts_from_real_tokens_with_a_length_of_its_own() -> None
     assert PTuning().length == 8
 
 
-@pytest.mark.parametrize("kind", [PrefixTuning, PTuningV2])
-def test_layers_that_differ_in_shape(kind: type[PrefixTuning] | type[PTuningV2]) -> None:
+def test_one_pair_for_layers_that_differ_in_shape() -> None:
+    base = Base()
+    sizes = layers_like([(G, D, D), (1, 2 * D, D), (G, D, D)])
+    base.shape = dataclasses.replace(base.shape, **sizes)
+    assert sizes["layers"] == L
     for options in ({}, {"init": "vocabulary"}, {"reparametrize": True}):
         with pytest.raises(ValueError, match="layers differ"):
-            kind(length=2, **options).build(Base(kv_heads=0))
-    with pytest.raises(ValueError, match="layers differ"):
-        PTuningV2(length=2, encoder="lstm").build(Base(kv_heads=0))
+            PrefixTuning(length=2, **options).build(base)
+    of_each = PTuningV2(length=2, init_std=0.1).build(base)
+    assert [tuple(each.shape) for name, each in of_each.named_parameters() if name.startswith("k")] == [
+        (1, G, 2, D), (1, 1, 2, 2 * D), (1, G, 2, D)
+    ]  # fmt: skip
 
 
 # Configs --------------------------------------------------------------------------------------------------------------

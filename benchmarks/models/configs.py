@@ -37,7 +37,7 @@ _WIDTHS = {
     " context_length original_max_position_embeddings",
     VOCAB: "vocab_size vocab_size_per_layer_input unpadded_vocab_size pronunciation_vocab_size shape_vocab_size",
     WINDOW: "sliding_window sliding_window_size window_size local_attention attention_window_size"
-    " local_attention_window_len",
+    " local_attention_window_len attention_chunk_size",
 }
 _VALUES: dict[str, Any] = {name: size for size, names in _WIDTHS.items() for name in names.split()}
 _VALUES |= {
@@ -78,8 +78,9 @@ _OWN: dict[str, dict[str, Any]] = {
     "gemma3_text": {"layer_types": ["sliding_attention", "full_attention"]},
     "gemma3n_text": {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "activation_sparsity_pattern": [0.0] * 4,
                      "layer_types": ["sliding_attention", "full_attention"] * 2, "intermediate_size": [48] * 4},
-    "gemma4_text": {"num_hidden_layers": 4, "num_kv_shared_layers": 0,
+    "gemma4_text": {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "global_head_dim": 16,
                     "layer_types": ["sliding_attention", "full_attention"] * 2},
+    "llama4_text": {"no_rope_layers": [1, 0]},
     "gpt_neo": {"num_layers": 2, "attention_types": [[["global", "local"], 1]], "max_position_embeddings": 128},
     "dots3_note_text": {"num_key_value_heads": 4}, "dots3_note": {"num_key_value_heads": 4},
     "gemma4_assistant": {"hidden_size_per_layer_input": 0}, "zaya": {"num_experts_per_tok": 1},
@@ -91,6 +92,8 @@ _OWN: dict[str, dict[str, Any]] = {
     "encoder-decoder": {"decoder": _BERT | {"is_decoder": True, "add_cross_attention": True}},
     "xmod": {"languages": ["en_XX"], "default_language": "en_XX"},
     "dots1": {"num_key_value_heads": 4},
+    "deberta-v2": {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 8,
+                   "share_att_key": True, "norm_rel_ebd": "layer_norm", "position_biased_input": False},
     "codegen": {"rotary_dim": 4}, "gptj": {"rotary_dim": 4},
     "gpt_bigcode": {},
     "dbrx": {"d_model": 32, "attn_config": {"kv_n_heads": 2, "clip_qkv": None}, "ffn_config": {

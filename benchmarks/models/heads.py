@@ -28,7 +28,8 @@ class Heads(Subject):
         ids = torch.tensor(row.ids)
         prefix, tokens = soft.prefix(), soft.soft_tokens()
         if prefix is not None:
-            return self.answers(truth.concatenated(bare, prefix, ids[None]))[0]
+            behind = truth.concatenated if truth.through_interface(bare) else truth.written_out
+            return self.answers(behind(bare, prefix, ids[None]))[0]
         assert tokens is not None
         words = bare.get_input_embeddings()(ids.clamp(min=0))
         if soft.placement == "inline":

@@ -168,7 +168,7 @@ class Multimodal(Subject):
         ) -> Any:
             if id(module) not in inner:
                 return eager(module, query, key, value, *mask, **options)
-            at = next(turn) if prefix.k.shape[0] > 1 else 0
+            at = next(turn) if len(prefix.k) > 1 else 0
             seen = mask[0] if mask else options.pop("attention_mask")
             seen = seen if seen is None else F.pad(seen, (P, 0))
             key, value = torch.cat([prefix.k[at], key], 2), torch.cat([prefix.v[at], value], 2)

@@ -5,13 +5,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from inspect import signature
-from itertools import count
+from itertools import count, repeat
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from softkv.methods.base import SoftPrompt
 from softkv.prefix import Prefix
@@ -41,15 +43,18 @@ def behind(bare: Any, soft: SoftPrompt, ids: Tensor) -> Tensor:
     assert prefix is not None
     with torch.no_grad():
         filled = bare(input_ids=ids, use_cache=True).get("past_key_values")
+    filled = getattr(filled, "self_attention_cache", filled)
     cache = DynamicCache(config=bare.config)
     held = getattr(filled, "layers", [])
     layers = [number for number, layer in enumerate(held) if isinstance(getattr(layer, "keys", None), Tensor)]
     layers = [number for number in layers if filled.layers[number].keys.dim() == 4]
     P, T = prefix.length, ids.shape[1]
-    usual = type(filled) is DynamicCache and runs(bare, ids) == len(layers)
-    if not usual or filled.layers[layers[0]].keys.shape[1::2] != prefix.k.shape[2::2]:
+    if type(filled) is not DynamicCache or runs(bare, ids) not in (0, len(layers)):  # 0: not through the interface
         return concatenated(bare, prefix, ids).logits[0]
-    for number, (k, v) in zip(layers, prefix.layers(len(layers)), strict=True):
+    pairs = prefix.layers(len(layers))
+    if any(held[number].keys.shape[1::2] != k.shape[1::2] for number, (k, _) in zip(layers, pairs, strict=True)):
+        return concatenated(bare, prefix, ids).logits[0]
+    for number, (k, v) in zip(layers, pairs, strict=True):
         cache.update(k, v[..., : filled.layers[number].values.shape[-1]], number)
     inputs = {
         "attention_mask": torch.ones(1, P + T, dtype=torch.long),
@@ -75,8 +80,14 @@ def runs(bare: Any, ids: Tensor) -> int:
         turns.append(len(turns))
         return eager(module, *args, **options)
 
-    with_attention(bare, attend, input_ids=ids)
+    if through_interface(bare):
+        with_attention(bare, attend, input_ids=ids)
     return len(turns)
+
+
+def through_interface(bare: Any) -> bool:
+    """Whether a model knows transformers' attention interface."""
+    return "ALL_ATTENTION_FUNCTIONS" in vars(import_module(type(bare).__module__))
 
 
 def concatenated(bare: Any, prefix: Prefix, ids: Tensor) -> Any:
@@ -85,13 +96,54 @@ def concatenated(bare: Any, prefix: Prefix, ids: Tensor) -> Any:
     turn = count(0)
 
     def attend(eager: Any, module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
-        at = next(turn) if prefix.k.shape[0] > 1 else 0
+        at = next(turn) if len(prefix.k) > 1 else 0
         k, v = prefix.k[at], prefix.v[at][..., : value.shape[-1]]
         mask = mask if mask is None else F.pad(mask, (k.shape[2], 0))
         return eager(module, query, torch.cat([k, key], 2), torch.cat([v, value], 2), mask, **options)
 
     positions = first(bare) + prefix.length + torch.arange(ids.shape[1])[None]
     return with_attention(bare, attend, input_ids=ids, position_ids=positions)
+
+
+class WrittenOut(TorchFunctionMode):
+    """Attention that models write out themselves, with a prefix in front of the keys and values of each block: products
+    with queries, a softmax, products with values. Slots have no position."""
+
+    def __init__(self, prefix: Prefix, scale: float) -> None:
+        super().__init__()
+        self.layers = iter(prefix.layers(len(prefix.k)) if len(prefix.k) > 1 else repeat(prefix.layers(1)[0]))
+        self.scale = scale
+        self.query: Tensor | None = None
+        self.slots: Tensor | None = None  # what they add to the next product
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        done = func(*args, **(kwargs or {}))
+        if func.__name__ in ("matmul", "bmm", "__matmul__"):
+            if self.slots is not None:
+                done, self.slots, self.query = done + self.slots.reshape(done.shape), None, None
+            elif self.query is None:
+                self.query = args[0]
+        elif func.__name__ == "softmax":
+            assert self.query is not None
+            (k, v), T = next(self.layers), args[0].shape[-1]
+            scores = self.query.reshape(*args[0].shape[:-1], -1) @ k.mT * self.scale
+            weights = func(torch.cat([scores, args[0]], -1), *args[1:], **(kwargs or {}))
+            done, self.slots = weights[..., -T:], weights[..., :-T] @ v
+        return done
+
+
+def written_out(bare: Any, prefix: Prefix, ids: Tensor) -> Any:
+    """The output of an encoder that does not take its attention from transformers' interface."""
+    terms = 1 + len(getattr(bare.config, "pos_att_type", None) or [])  # of DeBERTa's scores
+    with WrittenOut(prefix, (prefix.layers(len(prefix.k))[0][0].shape[-1] * terms) ** -0.5):
+        return bare(input_ids=ids, **positions_behind(bare, prefix, ids))
+
+
+def positions_behind(bare: Any, prefix: Prefix, ids: Tensor) -> dict[str, Tensor]:
+    """Positions of tokens behind a prefix, where the model takes any."""
+    if "position_ids" not in signature(bare.forward).parameters:
+        return {}
+    return {"position_ids": first(bare) + prefix.length + torch.arange(ids.shape[1])[None]}
 
 
 def with_attention(bare: Any, attend: Callable[..., Any], **inputs: Tensor) -> Any:

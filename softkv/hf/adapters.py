@@ -129,16 +129,28 @@ class AdapterMixin(ModelInterfaceMixin):
     def _check_reached(self, adapter: Any) -> None:
         """Refuse methods that need softkv's attention if the base keeps its own, and soft tokens if it reads ids."""
         own, method = self._hooks.own, getattr(adapter, "method", adapter)  # of a saved adapter
+        name = type(self.base).__name__
         if getattr(method, "in_rows", False) and not self._hooks.behaviour.embeds:
             raise ValueError(
-                f"{type(self.base).__name__} reads ids of tokens besides their embeddings (per-layer embeddings), "
+                f"{name} reads the ids of tokens beside their embeddings (per-layer embeddings), "
                 f"which soft tokens do not have: expected PrefixTuning or PTuningV2, got {type(method).__name__}"
                 + ("" if own is None else f" (softkv does not reach its attention: {own.reason})")
             )
-        if own is not None and isinstance(method, Method | Prefix) and not getattr(method, "in_rows", False):
+        if own is None or not isinstance(method, Method | Prefix) or getattr(method, "in_rows", False):
+            return
+        if own.carrier is None:
             raise ValueError(
-                f"{type(self.base).__name__} keeps its own attention, which only soft tokens inside rows can steer: "
+                f"{name} keeps its own attention, which only soft tokens inside rows can steer: "
                 f"expected PromptTuning or PTuning, got {type(method).__name__} ({own.reason})"
+            )
+        if getattr(method, "encoder", None) is not None:
+            raise ValueError(
+                f"{name} keeps its own attention, of which softkv does not see what enters it: leave the encoder out"
+            )
+        if isinstance(adapter, Method) and getattr(adapter, "window_covers", None) is False and own.causal:
+            raise ValueError(
+                f"{name} keeps its own attention, to which slots are tokens in front of the row: leave "
+                "window_covers=False out"
             )
 
     def _modules_of(self, adapter: Any, names: Sequence[str] | None) -> SavedModules:
@@ -151,10 +163,9 @@ class AdapterMixin(ModelInterfaceMixin):
 
     @property
     def _carries(self) -> bool:
-        """Whether a prefix can replace soft tokens in front: their K/V have one shape, contain all their state, and do
-        not depend on what follows."""
-        alone = not self._hooks.positions.follow_length
-        return alone and self._hooks.behaviour.carries and self.base_shape.kv_heads > 0
+        """Whether a prefix can replace soft tokens in front: their K/V carry all their state, and are those of a head
+        that runs alone."""
+        return self._hooks.behaviour.carries and not self._hooks.positions.follow_length
 
     def _check_new_name(self, name: Any) -> None:
         if name in self.adapters:

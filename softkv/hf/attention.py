@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from softkv.hf import attention_mass
+from softkv.hf.chunks import chunked, counted_slots
 from softkv.hf.context import BlockInputs, SoftContext
 from softkv.hf.dense import in_front, masked_attention
 from softkv.hf.keywords import HARMLESS, check_understood
@@ -118,17 +119,19 @@ def _checked(
     if not torch.compiler.is_compiling():
         check_rows_are_whole()
     keys = Keys.of(attention_mask, len(query))
-    causal, window = keys.causal, sliding_window
+    causal, window, chunk = keys.causal, sliding_window, None
     if causal is None:
         causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     if keys.pattern is Pattern.WINDOWED:
-        window = _window(module, sliding_window)
+        window = _reach(module, "sliding_window", sliding_window)
     elif keys.pattern is Pattern.LOCAL:
-        window = _window(module, None) + 1
+        window = _reach(module, "sliding_window") + 1
+    elif keys.pattern is Pattern.CHUNKED:
+        window, chunk = None, _reach(module, "attention_chunk_size")
     elif keys.pattern is not None:
         window = None
     if context.capture is not None:
-        context.capture.append(BlockInputs(module, key, value, window, causal))
+        context.capture.append(BlockInputs(module, key, value, chunk or window, causal))
 
     device = query.device.type
     autocasts = device != "meta" and torch.is_autocast_enabled(device)  # where torch has no autocast, and raises
@@ -141,7 +144,9 @@ def _checked(
         "sinks": s_aux if s_aux is None else s_aux.to(dtype),
         "backend": context.backend,
     }
-    rows, allowed = context.rows, keys.allowed
+    rows, allowed, seen = context.rows, keys.allowed, None
+    if chunk is not None and keys.at is None and key.shape[2] + _slots(context, layer) <= chunk:
+        chunk = None
     if context.restarts is not None:
         of_one_row = apart(query, key, context.restarts)
         allowed = of_one_row if of_one_row is None else of_one_row & keys.matrix(causal, window, query.shape[2], key)
@@ -157,11 +162,16 @@ def _checked(
                 f"{type(module).__name__} separates packed rows by a mask, but passes no position_ids to its "
                 'attention, which softkv needs: give padded rows, or use attn_implementation="eager"'
             )
+    if chunk is not None and allowed is not None:
+        raise ValueError("compiled calls expect no packed rows longer than the chunks of attention: give padded rows")
+    counted = (window or chunk) is not None and context.layers is not None and context.window_covers is not False
+    if chunk is not None and rows is None and not (keys.mask is None and keys.lengths is None):
+        slots = _slots(context, layer)
+        allowed, seen = chunked(keys, chunk, counted_slots(context, len(query)), query.shape[2], key, slots)
     if position_bias is not None or allowed is not None:
         if allowed is None:
             allowed = keys.matrix(causal, window, query.shape[2], key)
-        counted = window is not None and context.layers is not None and context.window_covers is not False
-        plain_positions = position_ids is not None and position_ids.dim() == 2
+        plain_positions = seen is not None or (position_ids is not None and position_ids.dim() == 2)
         if rows is not None or (counted and (position_bias is not None or not plain_positions)):
             raise ValueError(
                 f"{type(module).__name__} has its own mask or position bias, which softkv supports in padded rows "
@@ -178,14 +188,15 @@ def _checked(
                 )
                 prefix = {}
         elif prefix and counted:
-            assert window is not None
-            assert position_ids is not None
-            seen = _within(window, position_ids, context, prefix)
+            if seen is None:
+                assert window is not None
+                assert position_ids is not None
+                seen = _within(window, position_ids, context, prefix)
             key, value, allowed, _ = in_front(key, value, allowed, None, prefix, seen=seen)
             prefix = {}
         out = masked_attention(query, key, value, allowed, position_bias, prefix, **options)
-        return out.transpose(1, 2).contiguous()  # some models call view on it
-    options |= {"is_causal": causal, "window": window}
+        return out.transpose(1, 2).contiguous()  # some models view it
+    options |= {"is_causal": causal, "window": window, "chunk": chunk}
     if rows is not None:
         if window is not None and not causal:
             raise ValueError("packed rows expect no windows in bidirectional attention: pad them (PaddingCollator)")
@@ -201,7 +212,7 @@ def _checked(
             **options,
         )
         with named("attention, layer", layer):
-            out = _attend(attend, context, layer, len(rows.cu_seqlens) - 1, like, window)
+            out = _attend(attend, context, layer, len(rows.cu_seqlens) - 1, like, counted)
         if alike is not None and rows is context.rows and HARMLESS.issuperset(kwargs):
             remember(context, layer, alike, attention_mask, (query, key, value), rows, **options)
         return out.unsqueeze(0)
@@ -209,7 +220,7 @@ def _checked(
     op = prefix_attention if causal or window is None else two_sided_attention
     attend = partial(op, query, key, value, key_mask=keys.mask, key_lengths=keys.lengths, **options)
     with named("attention, layer", layer):
-        out = _attend(attend, context, layer, len(query), like, window)
+        out = _attend(attend, context, layer, len(query), like, counted)
     if alike is not None and op is prefix_attention and HARMLESS.issuperset(kwargs):
         operands = (query, key, value)
         remember(context, layer, alike, attention_mask, operands, None, keys.mask, keys.lengths, **options)
@@ -226,23 +237,34 @@ def _within(window: int, positions: Tensor, context: SoftContext, prefix: dict[s
     return inside | ~covered[:, None, None]
 
 
-def _window(module: nn.Module, given: int | None) -> int:
-    window = given if given is not None else getattr(getattr(module, "config", None), "sliding_window", None)
-    if window is None:
-        raise ValueError(f"{type(module).__name__} has a windowed mask, but passes no sliding_window to its attention")
-    return int(window)
+def _reach(module: nn.Module, name: str, given: int | None = None) -> int:
+    """The size of a window, or of chunks."""
+    size = given if given is not None else getattr(getattr(module, "config", None), name, None)
+    if size is None:
+        raise ValueError(f"{type(module).__name__} has a mask of windows or chunks, but tells its attention no {name}")
+    return int(size)
+
+
+def _slots(context: SoftContext, layer: int) -> int:
+    """P of the bank that a block reads."""
+    return 0 if context.layers is None else context.layers[layer][0].shape[2]
 
 
 def _attend(
-    attend: Callable[..., Any], context: SoftContext, layer: int, rows: int, like: dict[str, Any], window: int | None
+    attend: Callable[..., Any], context: SoftContext, layer: int, rows: int, like: dict[str, Any], counted: bool
 ) -> Tensor:
-    """Attention of one block with the context's prefixes. If windows count the slots of some prefixes and not of
-    others, it runs once for each kind."""
+    """Attention of one block with the context's prefixes. Where windows or chunks count the slots of some and not of
+    others, it runs once for either kind.
+
+    Args:
+        counted: whether they count any.
+    """
     prefix, covers = context.of_layer(layer, rows, **like), context.window_covers
     if context.masses is not None and prefix:
-        counted = {} if window is None else {"window_covers_prefix": covers}
-        context.masses[layer] = attention_mass.of_call(attend, prefix | counted)
-    if window is None:
+        context.masses[layer] = attention_mass.of_call(
+            attend, prefix | ({"window_covers_prefix": covers} if counted else {})
+        )
+    if not counted:
         return cast(Tensor, attend(**prefix))
     if not isinstance(covers, Tensor):
         return cast(Tensor, attend(**prefix, window_covers_prefix=covers))

@@ -50,6 +50,7 @@ def behaviour_of(
     context = SoftContext(
         layers,
         index=torch.tensor([0, -1], device=device),
+        window_covers=True,
         slots=torch.tensor([half, 0], device=device),
         rows=PackedRows(torch.tensor([0, half, TOKENS], dtype=torch.int32, device=device), half),
     )

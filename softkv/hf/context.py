@@ -35,6 +35,12 @@ class BlockInputs(NamedTuple):
         return self.key.shape[1], self.key.shape[3], self.value.shape[3]
 
 
+def layers_read(blocks: Sequence[BlockInputs]) -> tuple[int, ...]:
+    """The number of the block whose keys and values each block reads; empty where each has its own."""
+    first = {id(each.key): number for number, each in reversed(list(enumerate(blocks)))}
+    return tuple(first[id(each.key)] for each in blocks) if len(first) < len(blocks) else ()
+
+
 class BlockOrder:
     """The attention blocks of a model, numbered in the order in which it runs them.
 

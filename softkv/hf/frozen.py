@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from softkv.hf.attention import NAME
 from softkv.hf.generation import processors
 from softkv.hf.placement import device_of, free_to_pack, keep_differentiable
 from softkv.hf.vocabulary import word_ids
-from softkv.methods.base import BaseShape
+from softkv.methods.base import BaseShape, layers_like
 from softkv.prefix import Prefix
 
 _ATTRIBUTE = "_softkv_base_state"
@@ -39,15 +40,19 @@ class FrozenBase:
     Args:
         model: the transformers model.
         widths: (G, D, Dv) of each attention block.
-        tokenizer: to initialise from a text, or None.
+        tokenizer: for text inits, or None.
+        reads: the block whose keys and values each block reads; empty where each has its own.
     """
 
-    def __init__(self, model: Any, widths: list[tuple[int, int, int]], tokenizer: Any = None) -> None:
+    def __init__(
+        self, model: Any, widths: Sequence[tuple[int, int, int]], tokenizer: Any = None, reads: tuple[int, ...] = ()
+    ) -> None:
         self.model, self.tokenizer = model, tokenizer
-        kv_heads, head_dim, value_dim = widths[0] if len(set(widths)) == 1 else (0, 0, 0)
         rows, width = model.get_input_embeddings().weight.shape
         config = model.config.get_text_config()
-        self.shape = BaseShape(len(widths), kv_heads, head_dim, value_dim, config.hidden_size, width, rows)
+        self.shape = BaseShape(
+            hidden_size=config.hidden_size, embedding_size=width, vocab_size=rows, reads=reads, **layers_like(widths)
+        )
 
     def with_tokenizer(self, tokenizer: Any) -> FrozenBase:
         """The same model with another tokenizer."""
@@ -124,13 +129,19 @@ class BaseState:
         return state
 
     @staticmethod
-    def keep_own_attention(model: Any, reason: UnsupportedAttention) -> None:
-        """Switch a frozen model back to its own attention, until it is released.
+    def of(model: Any) -> BaseState:
+        """That of a model that is held."""
+        state: BaseState = model.__dict__[_ATTRIBUTE]
+        return state
+
+    @staticmethod
+    def keep_own_attention(model: Any, reason: OutOfReach) -> None:
+        """Gives a frozen model its own attention back, until it is released.
 
         Raises:
             UnsupportedAttention: with the reason, if other holders of the model need softkv's attention.
         """
-        state: BaseState = model.__dict__[_ATTRIBUTE]
+        state = BaseState.of(model)
         if state.out_of_reach is None and len(state.holders) > 1:
             raise reason
         state.out_of_reach = str(reason)
@@ -148,8 +159,8 @@ class BaseState:
             state._restore(model)
             delattr(model, _ATTRIBUTE)
 
-    def silence_dropout(self, blocks: list[nn.Module]) -> None:
-        """Set the attention dropout of the given attention modules to 0, with one warning."""
+    def silence_dropout(self, blocks: Iterable[nn.Module]) -> None:
+        """Sets the attention dropout of the given attention modules to 0, with one warning."""
         found = [
             (holder, name, probability)
             for block in blocks

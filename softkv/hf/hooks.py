@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from softkv.hf import attention_mass, call_scope, kept_logits
 from softkv.hf.context import LayerKV, RowEncoder, RowPrompts, SoftContext
+from softkv.hf.frozen import BaseState, OutOfReach
 from softkv.hf.generation.cache_state import CacheState, past_length
 from softkv.hf.generation.prefill import PackedPrefill
 from softkv.hf.generation.prompts import Prompts
@@ -21,8 +22,10 @@ from softkv.hf.key_state import UnpaddedMask
 from softkv.hf.layout import RowLayout
 from softkv.hf.model_call import ModelCall
 from softkv.hf.own_attention import OwnAttention
+from softkv.hf.past import InPast, PrefixedPast, columns_seen
 from softkv.hf.prefixes import SoftRows, behind
-from softkv.hf.probe import DecoderProbe
+from softkv.hf.probe import Probed
+from softkv.hf.unhooking import unhook
 from softkv.ranges import named
 
 
@@ -43,6 +46,17 @@ class DecoderHooks(DecoderProbe):
         if head is not None and not kept_logits.by_model(self.base):
             self._head = head.register_forward_pre_hook(self._enter_head)
 
+    def fall_back(self, reason: OutOfReach) -> OwnAttention:
+        """Lets the base keep its own attention.
+
+        Raises:
+            OutOfReach: when others hold the base who need softkv's, or soft tokens can't be put into its rows either.
+        """
+        self.remove()
+        BaseState.keep_own_attention(self.base, reason)
+        self.register()
+        return self.keep_own_attention(reason)
+
     def hook_blocks(self) -> None:
         """Register the hooks through which encoders read the inputs of attention modules."""
         if self._reads_blocks:
@@ -60,12 +74,9 @@ class DecoderHooks(DecoderProbe):
         """Remove every hook, also after an interrupted registration."""
         if self._head is not None:
             self._head.remove()
-        for module in self.decoder.modules():
-            for hooks in (module._forward_pre_hooks, module._forward_hooks):
-                for number in [number for number, hook in hooks.items() if getattr(hook, "__self__", None) is self]:
-                    del hooks[number]
-                    module._forward_pre_hooks_with_kwargs.pop(number, None)
-                    module._forward_hooks_with_kwargs.pop(number, None)
+        unhook(self, self.decoder.modules())
+        if self.own is not None and self.own.carrier is not None:
+            self.own.carrier.remove(self)
 
     def embed(self, ids: Tensor, soft_tokens: Tensor) -> Tensor:
         """Embeddings `[B, T, C]` of ids, with soft token -i-1 where an id i is negative."""
@@ -84,6 +95,8 @@ class DecoderHooks(DecoderProbe):
         if args:
             kwargs = dict(zip(inspect.signature(decoder.forward).parameters, args, strict=False)) | kwargs
         context = call.context
+        if isinstance(kwargs.get("logits_to_keep"), int):  # some leave out tokens early: rows would not be whole
+            kwargs["logits_to_keep"] = 0
         if call.embeds is not None:
             given, embeds = kwargs.get("inputs_embeds"), call.embeds
             if call.soft_at is not None and given is not None:
@@ -97,7 +110,7 @@ class DecoderHooks(DecoderProbe):
         if call.prompts is not None:
             context = self._enter_generation(call, call.prompts, kwargs)
         if self.own is not None:
-            self._enter_own(self.own, call, kwargs)
+            self._enter_own(self.own, call, decoder, kwargs)
             return (), kwargs
         if context.capture is None:
             kwargs["position_ids"] = self.positions.of(call, context, kwargs)
@@ -115,13 +128,17 @@ class DecoderHooks(DecoderProbe):
         kwargs["softkv_prefix"] = context
         return (), kwargs
 
-    def _enter_own(self, own: OwnAttention, call: ModelCall, kwargs: dict[str, Any]) -> None:
-        """Set the positions of a decoder that keeps its own attention, if it takes any."""
+    def _enter_own(self, own: OwnAttention, call: ModelCall, decoder: nn.Module, kwargs: dict[str, Any]) -> None:
+        """Positions and prefixes of a decoder that keeps its own attention, where it takes any."""
+        if own.causal and isinstance(own.carrier, InPast):  # whose layers have no windows that a mask would hold
+            kwargs["attention_mask"] = columns_seen(kwargs.get("attention_mask"))
         if own.takes_positions:
             kwargs["position_ids"] = self.positions.of(call, call.context, kwargs)
         elif self.positions.table is not None:
             tokens = kwargs["inputs_embeds"] if kwargs.get("inputs_embeds") is not None else kwargs["input_ids"]
             self.positions.check(past_length(kwargs.get("past_key_values")) + tokens.shape[1] - 1)
+        if own.carrier is not None and (call.context.layers is not None or call.context.capture is not None):
+            own.carrier.enter(decoder, call.context, kwargs)
 
     def _mark_unpadded(self, kwargs: dict[str, Any]) -> None:
         """Mark that no token is padding; without a mask, transformers would look for packed rows in the values of
@@ -161,9 +178,12 @@ class DecoderHooks(DecoderProbe):
 
     def _leave_decoder(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any = None) -> Any:
         """Forward hook of the decoder: restores the padding of rows that were packed on entry."""
-        call = call_scope.current()
-        if output is None or call is None or call.hooks is not self or self.own is not None:
+        call = calls.under_way()
+        if output is None or call is None or call.hooks is not self:
             return None
+        if self.own is not None:
+            past = kwargs.get("past_key_values")
+            return past.leave(output, self.layers) if isinstance(past, PrefixedPast) else None
         context = kwargs["softkv_prefix"]
         if context.line is not None:
             return context.line.leave(output)

@@ -47,6 +47,8 @@ class KeyState(Tensor):
         cls, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         name = func.__name__
+        if name == "__getitem__" and _of_last_queries(*args):
+            return args[0]  # queries stand at the end of the keys: the state is theirs too
         if name not in _MOVED and name not in _ASKED:
             raise ValueError(
                 "this model computes with its attention masks, which softkv attention does not offer: use "
@@ -61,3 +63,13 @@ class KeyState(Tensor):
         """The tensor itself."""
         with torch._C.DisableTorchFunctionSubclass():
             return self.as_subclass(Tensor)
+
+
+def _of_last_queries(state: Tensor, index: Any) -> bool:
+    """Whether an index takes a mask's last queries, or all. (Packed rows are told by that axis, and stay whole.)"""
+    if not isinstance(index, tuple) or len(index) != 4 or not all(isinstance(each, slice) for each in index):
+        return False
+    *others, queries = index[0], index[1], index[3], index[2]
+    start = queries.start or 0
+    ends = queries.stop is None and queries.step is None and (start == 0 or (start < 0 and state.size(2) == 1))
+    return ends and all(each == slice(None) for each in others)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from softkv.evaluation import in_evaluation
-from softkv.hf.frozen import BaseState
+from softkv.hf.frozen import BaseState, OutOfReach
 from softkv.hf.hooks import DecoderHooks
 
 
@@ -31,10 +31,15 @@ def keys_and_values(model: Any, *, standing_in: bool, **inputs: Tensor) -> tuple
         )
     hooks = DecoderHooks(model, None)
     try:
-        BaseState.freeze(model, hooks)
-        hooks.register()
-        hooks.probe()
-        if standing_in and not hooks.behaviour.carries:
+        try:
+            BaseState.freeze(model, hooks)
+            hooks.register()
+            hooks.probe()
+        except OutOfReach as reason:
+            own = hooks.fall_back(reason)
+            if own.carrier is None:
+                raise
+        if standing_in and not hooks.carries:
             raise ValueError(
                 f"{type(model).__name__} looks at other tokens beside causal attention (by states or convolutions, or "
                 "in both directions), so K/V alone can't stand for a text in front: put the text into the rows"

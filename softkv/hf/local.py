@@ -33,7 +33,7 @@ def two_sided_attention(
     Two causal windows, one of them over the reversed row, merged by log-sum-exp. Arguments and shapes are those of
     `prefix_attention`, with T = S.
     """
-    if is_causal or key_lengths is not None:
+    if is_causal or key_lengths is not None or query.shape[2] != key.shape[2]:
         raise ValueError("local attention on both sides expects a bidirectional model without a cache")
     before, lse_before = prefix_attention(
         query,

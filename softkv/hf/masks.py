@@ -21,8 +21,9 @@ from transformers.masking_utils import (
     sdpa_mask,
 )
 
-from softkv.hf import call_scope
-from softkv.hf.key_state import KeyState, UnpaddedMask
+from softkv.hf import calls
+from softkv.hf.context import SoftContext
+from softkv.hf.key_state import AllReal, KeyState
 
 
 class Pattern(IntEnum):
@@ -59,9 +60,12 @@ def key_state(
 ) -> Tensor:
     """Which keys exist and which are visible, in the most compact form, identified by the dtype:
 
-    - int8 `[1, pattern, rows, 0]`: all exist and are visible. - int32 `[1, pattern, rows, 1]`: this many exist, and are
-    visible. - int8 `[B, pattern, rows, S]`: 0 does not exist, 1 exists but is hidden, 2 is visible. - bool `[B, 1, T,
-    S]`: the keys that each query sees, if the model adds its own mask (blocks of an image).
+    - int8 `[1, pattern, rows, 0]`: all exist and are seen.
+    - int32 `[1, pattern, rows, 1]`: so many exist, and are seen.
+    - int8 `[B, pattern, rows, S]`: 0 does not exist, 1 exists but is hidden, 2 is seen.
+    - int64 `[B, chunked, rows, S]`: the position of each key in its row, less than 0 where it is not seen or (the
+      least) does not exist: chunks are counted from a row's first token, which a cache may have dropped.
+    - bool `[B, 1, T, S]`: what each query sees, where a model adds a mask of its own (blocks of an image).
 
     `pattern` is a `Pattern`; `rows` is 2 for packed rows, which position ids describe. It has four axes because
     transformers passes such masks through `generate`, compiled decoding and checkpointing unchanged.
@@ -73,15 +77,15 @@ def key_state(
     pattern, packed = _pattern(mask_function, use_vmap, local_size, config, kwargs)
     if torch.compiler.is_compiling() and attention_mask is not None:  # transformers packs rows only without a mask
         packed = False
-    if pattern is Pattern.CHUNKED and kv_length + kv_offset <= cast(int, local_size):
-        pattern = Pattern.CAUSAL
-    cut = pattern is Pattern.CHUNKED or (pattern is Pattern.LOCAL and q_length != kv_length)
+    cut = pattern is Pattern.LOCAL and q_length != kv_length
     if packed and torch.compiler.is_compiling():
         # A tracer can't tell, but a SoftModel may know its rows, and padded or cached rows are never packed.
         call = call_scope.current()
         packed = (call is None or call.may_be_packed) and attention_mask is None and q_length == kv_length
         cut = cut or packed
     if pattern is None or cut or (packed and batch_size > 1):
+        if local_size is not None and local_size == getattr(config, "attention_chunk_size", None):
+            _check_not_counted()
         return sdpa_mask(
             batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask,
             allow_is_causal_skip=False, use_vmap=use_vmap, device=device,
@@ -91,18 +95,54 @@ def key_state(
     rows = 1 + packed
     end = kv_length if pattern in _BIDIRECTIONAL else q_offset + q_length - kv_offset
     part_filled = isinstance(end, Tensor) or end != kv_length
+    if pattern is Pattern.CHUNKED and not (isinstance(kv_offset, int) and kv_offset == 0):
+        at = _positions(attention_mask, kv_offset, kv_length, end, torch.device(device))
+        return _made(at[:, None, None].expand(-1, pattern, rows, -1), guarded)
     seen = None if attention_mask is None else attention_mask[:, kv_offset : kv_offset + kv_length]
     if seen is None and part_filled:
         count = torch.as_tensor(end, dtype=torch.int32, device=device).view(1, 1, 1, 1)
         return _made(count.expand(1, pattern, rows, 1), guarded)
     if seen is None or (not part_filled and _all_real(seen)):
-        if q_length > 1 or torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+        if q_length > 1 or pattern is Pattern.CHUNKED or torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
             return _made(torch.empty(1, pattern, rows, 0, dtype=torch.int8, device=device), guarded)
         return _all_seen(pattern, rows, torch.device(device), guarded)
     exists = (torch.arange(kv_length, device=device) < end).view(1, -1)
     seen = exists & F.pad(seen, (0, kv_length - seen.shape[1]))
     state = exists.to(torch.int8) + seen.to(torch.int8)
     return _made(state[:, None, None, :].expand(-1, pattern, rows, -1), guarded)
+
+
+def _check_not_counted() -> None:
+    """Raise where chunks count the slots of a prefix, which is told where attention is called, not in a matrix."""
+    context = getattr(calls.under_way(), "context", None)
+    if isinstance(context, SoftContext) and context.window_covers is not False:
+        raise ValueError(
+            "chunks that count the slots of a prefix expect no position_ids in compiled calls, and one line of packed "
+            "rows in others: leave position_ids out, or give padded rows"
+        )
+
+
+_NOWHERE = -(2**31)  # of a key that does not exist yet
+
+
+def _positions(
+    mask: Tensor | None, offset: int | Tensor, length: int, end: int | Tensor, device: torch.device
+) -> Tensor:
+    """int64 `[B or 1, S]`, the positions of keys in their rows, as a key state holds them.
+
+    Args:
+        mask: `[B, columns]`, the real tokens, those too that a cache has dropped; None for all.
+        offset: the column of the first key.
+        length: S.
+        end: how many keys exist.
+    """
+    at = torch.arange(length, device=device)
+    column = (at + offset)[None]
+    if mask is None:
+        return torch.where(at < end, column, _NOWHERE)
+    before = (mask.cumsum(1) == 0).sum(1)[:, None]  # padding in front of a row
+    seen = mask.gather(1, column.clamp(max=mask.shape[1] - 1).expand(len(mask), -1)).bool()
+    return torch.where(at < end, torch.where(seen, column - before, -1), _NOWHERE)
 
 
 @cache
@@ -196,11 +236,12 @@ class Keys(NamedTuple):
     """The keys according to a mask: a key state, a 2-D padding mask, or a matrix of what each query sees.
 
     Attributes:
-        pattern: None if the mask does not determine it.
-        packed: whether packed rows are separated.
-        mask: `[B, S]`, the visible keys, or None for all.
-        lengths: `[B]`, the number of existing keys, or None for all.
-        allowed: bool or additive, `[B or 1, H or 1, T or 1, S]`, what each query sees.
+        pattern: None where it says nothing of it.
+        packed: whether packed rows are kept apart.
+        mask: `[B, S]`, the keys that are seen, or None for all.
+        lengths: `[B]`, how many keys exist, or None for all.
+        at: `[B or 1, S]`, the position of each key in its row, where a cache may have dropped keys; or None.
+        allowed: bool or added to scores, `[B or 1, H or 1, T or 1, S]`, what each query sees.
     """
 
     pattern: Pattern | None = None
@@ -208,6 +249,7 @@ class Keys(NamedTuple):
     mask: Tensor | None = None
     lengths: Tensor | None = None
     allowed: Tensor | None = None
+    at: Tensor | None = None
 
     @classmethod
     def of(cls, state: Tensor | None, batch: int) -> Keys:
@@ -225,6 +267,9 @@ class Keys(NamedTuple):
         state = state[:, 0, 0]
         if not state.shape[1]:
             return cls(pattern, packed)
+        if state.dtype == torch.int64:
+            exists = (state > _NOWHERE).sum(-1, dtype=torch.int32).expand(batch)
+            return cls(pattern, packed, (state >= 0).expand(batch, -1), exists, at=state)
         if state.dtype == torch.int32:
             return cls(pattern, packed, lengths=state[:, 0].expand(batch))
         exists = (state >= HIDDEN).sum(-1, dtype=torch.int32).expand(batch)
@@ -240,6 +285,13 @@ class Keys(NamedTuple):
     def causal(self) -> bool | None:
         """None if the mask does not determine it."""
         return None if self.pattern is None else self.pattern not in _BIDIRECTIONAL
+
+    def positions(self, rows: int, keys: int, device: torch.device) -> Tensor:
+        """`[rows, keys]`: the position of each key, counted from its row's first one that is seen."""
+        if self.at is not None:
+            return self.at.expand(rows, -1)
+        at = torch.arange(keys, device=device).expand(rows, -1)
+        return at if self.mask is None else at - self.mask.int().argmax(1)[:, None]
 
     def matrix(self, causal: bool, window: int | None, queries: int, keys: Tensor) -> Tensor:
         """bool `[B or 1, 1, T, S]`: what each of T queries sees of keys `[B, G, S, D]`."""

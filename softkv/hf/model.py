@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from softkv.hf import call_scope, checkpointing, checks
 from softkv.hf.choices import Choices
-from softkv.hf.frozen import BaseState, FrozenBase, UnsupportedAttention
+from softkv.hf.context import layers_read
+from softkv.hf.frozen import BaseState, FrozenBase, OutOfReach
 from softkv.hf.generation.cache_state import CacheState
 from softkv.hf.generation.generating import GenerateMixin
 from softkv.hf.hooks import DecoderHooks
@@ -27,7 +28,8 @@ from softkv.hf.learned import ignore_missing_frozen, leave_frozen
 from softkv.hf.model_call import ModelCall
 from softkv.hf.placement import is_sharded
 from softkv.hf.prefixes import SoftRows
-from softkv.hf.task_heads import ModuleRedirects
+from softkv.hf.relative_attention import InScores
+from softkv.hf.task_heads import Redirects
 from softkv.hf.task_rows import answers_of
 from softkv.hf.unpacked import Unpacked
 from softkv.methods.base import Method
@@ -95,18 +97,18 @@ class PromptedModel(GenerateMixin):
             state = BaseState.freeze(self.base, self._hooks)
             self._hooks.register()
             blocks = self._hooks.probe()
-        except UnsupportedAttention as reason:
-            self._hooks.remove()
-            BaseState.keep_own_attention(self.base, reason)
-            self.is_causal, self._windowed = self._hooks.keep_own_attention(reason).causal, True
-            self._hooks.register()
-            return FrozenBase(self.base, [], tokenizer)
+        except OutOfReach as reason:
+            own = self._hooks.fall_back(reason)
+            self.is_causal, self._windowed = own.causal, True
+            if isinstance(own.carrier, InScores):
+                BaseState.of(self.base).silence_dropout(own.carrier.modules)
+            return FrozenBase(self.base, own.widths, tokenizer)
         self._windowed = any(captured.window is not None for captured in blocks)
         self.is_causal = all(captured.causal for captured in blocks)
         state.silence_dropout([captured.block for captured in blocks])
         parallel = self._hooks.parallel
         widths = [each.widths if parallel is None else parallel.whole_widths(each.widths) for each in blocks]
-        return FrozenBase(self.base, widths, tokenizer)
+        return FrozenBase(self.base, widths, tokenizer, layers_read(blocks))
 
     def forward(
         self,

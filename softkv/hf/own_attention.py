@@ -1,5 +1,5 @@
-"""Bases whose attention softkv can't replace. They keep it and support soft tokens inside rows; running a few tokens
-through the decoder shows how it treats them."""
+"""Bases whose attention softkv can't take the place of. They keep it; soft tokens inside rows steer them, and prefixes
+where these can be carried to it. A few tokens run through the decoder tell what it does with them."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from softkv.hf import call_scope
 from softkv.hf.behaviour import TOKENS, nearly_embedded, same
 from softkv.hf.frozen import UnsupportedAttention
 from softkv.hf.layout import token_positions
+from softkv.hf.past import InPast
+from softkv.hf.relative_attention import InScores
 
 
 @dataclass(frozen=True)
@@ -24,14 +26,18 @@ class OwnAttention:
     Attributes:
         reason: why softkv can't replace it.
         takes_positions: whether the decoder takes position ids.
-        causal: whether tokens see only earlier ones.
-        embeds: whether embeddings represent tokens completely.
+        causal: whether tokens see none that follow.
+        embeds: whether embeddings say all about tokens.
+        carrier: what takes prefixes to its attention, or None.
+        widths: (G, D, Dv) of each of its attention blocks, where there is a carrier.
     """
 
     reason: str
     takes_positions: bool
     causal: bool = True
     embeds: bool = True
+    carrier: InPast | InScores | None = None
+    widths: tuple[tuple[int, int, int], ...] = ()
 
     @classmethod
     def of(cls, decoder: nn.Module, base: Any, ids: Tensor, reason: str) -> OwnAttention | None:

@@ -20,20 +20,25 @@ class Positions:
 
     Attributes:
         base: the frozen model.
-        table: the size of the learned table, None if positions are computed.
-        follow_length: whether rotations depend on the length of a pass.
-        first: the position id of a row's first token.
+        table: how many a learned table holds, None where they are computed.
+        follow_length: whether what is made of them depends on the length of a pass.
+        first: that of a row's first token.
+        columns: how many, slots among them, the base treats by their columns as it does by positions; None for any
+            number. (Llama 4 scales queries of farther columns in its layers without rotation.)
     """
 
     base: Any
     table: int | None
     follow_length: bool
     first: int = 0
+    columns: int | None = None
 
     @classmethod
     def of_decoder(cls, base: Any, decoder: nn.Module) -> Positions:
-        table, follow = learned_positions(decoder), rotations_follow_length(base.config.get_text_config())
-        return cls(base, None if table is None else table.num_embeddings - int(getattr(table, "offset", 0)), follow)
+        config = base.config.get_text_config()
+        table, follow = learned_positions(decoder), rotations_follow_length(config)
+        held = None if table is None else table.num_embeddings - int(getattr(table, "offset", 0))
+        return cls(base, held, follow, columns=_columns_alike(config))
 
     def of(self, call: ModelCall, context: SoftContext, kwargs: dict[str, Any]) -> Tensor:
         """Position ids of a forward: each row counts from its first real token, after its prefix."""
@@ -53,6 +58,8 @@ class Positions:
         slots = context.slots_of(B if rows is None else len(rows.cu_seqlens) - 1)
         if isinstance(slots, Tensor):
             slots = slots[:, None] if rows is None else slots.repeat_interleave(rows.cu_seqlens.diff(), output_size=T)
+        if self.columns is not None and not torch.compiler.is_compiling():
+            self._check_columns(past + T, slots)
         positions = positions + slots if given else positions + (self.first + slots)
         if self.table is not None and not torch.compiler.is_compiling():
             # The number of columns bounds positions without reading them from the device.
@@ -76,6 +83,15 @@ class Positions:
             "softkv.Trainer"
         )
 
+    def _check_columns(self, width: int, slots: int | Tensor) -> None:
+        """Raise where the base would tell tokens by the columns of a batch."""
+        most = int(slots.max()) if isinstance(slots, Tensor) else slots
+        if self.columns is not None and width + most > self.columns:
+            raise ValueError(
+                f"{type(self.base).__name__} scales queries by the columns they stand in, padding among them: expected "
+                f"slots and columns of up to {self.columns}, where all are alike, got {width + most}"
+            )
+
     def check(self, last: int) -> None:
         """Raise if a position is past the end of a learned table."""
         if self.table is not None and last >= self.table:
@@ -92,6 +108,13 @@ def computed_positions(config: Any) -> int | None:
         return None
     stretched = [each.get("factor") or 1.0 for each in _rotations(config) if each["rope_type"] in ("linear", "dynamic")]
     return int(made_for * max(stretched, default=1.0))
+
+
+def _columns_alike(config: Any) -> int | None:
+    """Up to how many columns of a batch a model scales queries alike, where it scales them by columns."""
+    if not getattr(config, "attn_temperature_tuning", False) or all(getattr(config, "no_rope_layers", None) or [1]):
+        return None
+    return int(config.floor_scale) - 1
 
 
 def rotations_follow_length(config: Any) -> bool:

@@ -278,11 +278,17 @@ class RowTokens:
 
 
 def bank(prefixes: Sequence[Prefix]) -> Prefix:
-    """Prefixes of any lengths stacked into one; slots past each length are 0."""
-    layers = max(prefix.k.shape[0] for prefix in prefixes)
-    k = [prefix.k.expand(layers, -1, -1, -1, -1) for prefix in prefixes]
-    v = [prefix.v.expand(layers, -1, -1, -1, -1) for prefix in prefixes]
-    return Prefix(_end_to_end(k), _end_to_end(v))
+    """Prefixes of any lengths end to end in one; what lies past the length of each is 0."""
+    layers = max(len(prefix.k) for prefix in prefixes)
+    if all(isinstance(of, Tensor) for prefix in prefixes for of in (prefix.k, prefix.v)):
+        k, v = (
+            _end_to_end([cast(Tensor, each).expand(layers, -1, -1, -1, -1) for each in of])
+            for of in ([prefix.k for prefix in prefixes], [prefix.v for prefix in prefixes])
+        )
+        return Prefix(k, v)
+    of_layers = zip(*(prefix.layers(layers) for prefix in prefixes), strict=True)
+    keys, values = zip(*(map(_end_to_end, zip(*of_layer, strict=True)) for of_layer in of_layers), strict=True)
+    return Prefix(keys, values)
 
 
 def check_known(name: str, adapters: nn.ModuleDict) -> None:

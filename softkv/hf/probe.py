@@ -19,8 +19,10 @@ from softkv.hf.context import BlockInputs, BlockOrder, SoftContext
 from softkv.hf.frozen import UnsupportedAttention, decoder_of
 from softkv.hf.model_call import ModelCall
 from softkv.hf.own_attention import OwnAttention
+from softkv.hf.past import InPast
 from softkv.hf.placement import device_of
 from softkv.hf.positions import Positions, learned_positions
+from softkv.hf.relative_attention import InScores
 from softkv.hf.tensor_parallel import TensorParallel, check_even
 from softkv.hf.vocabulary import named_ids
 
@@ -51,6 +53,17 @@ class DecoderProbe:
         self.positions = Positions.of_decoder(base, self.decoder)
         self._first_of_wrapper = 0
         self.word = None if base.config.get_text_config() is base.config else self._words()[0]
+
+    @property
+    def layers(self) -> int:
+        """The number of attention blocks that prefixes come to."""
+        return len(self.order) if self.own is None else len(self.own.widths)
+
+    @property
+    def carries(self) -> bool:
+        """Whether the keys and values of what stands in front of a row stand for it."""
+        in_past = self.own is not None and self.own.causal and isinstance(self.own.carrier, InPast)
+        return in_past or self.behaviour.carries
 
     @property
     def takes_restarts(self) -> bool:
@@ -103,8 +116,6 @@ class DecoderProbe:
             UnsupportedAttention: when softkv can't take the place of its attention.
         """
         name, device, view = type(self.base).__name__, device_of(self.base), in_evaluation(self.decoder)
-        if getattr(self.base.config.get_text_config(), "attention_chunk_size", None) is not None:
-            raise UnsupportedAttention(f"{name} uses chunked attention, which softkv attention does not offer")
         self._first_of_wrapper = self._position_in_wrapper()
         ids = self._few_tokens()
         context = SoftContext(backend=self.backend, capture=[])
@@ -145,6 +156,8 @@ class DecoderProbe:
             self.order = in_view
             try:
                 self.behaviour = behaviour_of(run, row, blocks)
+                if self.positions.columns is not None:
+                    self.behaviour = replace(self.behaviour, packs=False)
                 if not self.behaviour.packs:
                     self.behaviour = replace(self.behaviour, pads=self._pads(view, ids, row))
             except _OBSCURE as error:
@@ -177,7 +190,42 @@ class DecoderProbe:
         self.behaviour = Behaviour(packs=False, carries=False, embeds=own.embeds)
         if own.takes_positions:
             self.positions.first = self._first_position()
+        for carrier in (InPast.of(self.decoder, own.causal), InScores.of(self.decoder)):
+            if carrier is None:
+                continue
+            carrier.register(self)
+            blocks = self._carried(replace(own, carrier=carrier))
+            if blocks:
+                self.own = own = replace(own, carrier=carrier, widths=tuple(block.widths for block in blocks))
+                break
+            carrier.remove(self)
+            self.own = own
         return own
+
+    def _carried(self, own: OwnAttention) -> list[BlockInputs]:
+        """What reaches the attention blocks of a base that keeps its own attention: none, unless the second half of a
+        row is the same behind the keys and values of the first as behind its tokens."""
+        self.own, view, ids = own, in_evaluation(self.decoder), self._few_tokens()
+        context, half = SoftContext(backend=self.backend, capture=[]), TOKENS // 2
+        assert context.capture is not None
+        try:
+            row = self._hidden(view, context, input_ids=ids)
+            blocks = context.capture
+            if not blocks or row.device.type == "meta":
+                return blocks
+            bare = calls.run(None, view, input_ids=ids)
+            if not same(row[0], (bare if isinstance(bare, Tensor) else bare[0])[0]):
+                return []
+            if isinstance(own.carrier, InScores):  # what has no position there can't stand for tokens
+                return blocks
+            layers = {at: (block.key[:, :, :half], block.value[:, :, :half]) for at, block in enumerate(blocks)}
+            pad = (1, 0) if own.causal else (0, 1)
+            mask, behind = F.pad(torch.ones_like(ids[:, half:]), pad), F.pad(ids[:, half:], pad, value=int(ids[0, 0]))
+            prefixed = SoftContext(layers, slots=half, backend=self.backend)
+            got = self._hidden(view, prefixed, input_ids=behind, attention_mask=mask)
+        except (*_OBSCURE, ValueError):
+            return []
+        return blocks if same(got[0][mask[0].bool()], row[0, half:]) else []
 
     def _words(self) -> list[int]:
         """Up to `TOKENS` ids of words: RoBERTa gives padding a position of its own, wrappers look for images by ids."""

@@ -66,7 +66,7 @@ class PromptMixin(AdapterMixin):
                     prefixes[name] = prefix
                     if not isinstance(prefix.k, nn.Parameter):  # learned matrices need no recomputation
                         remembered[name] = prefix
-            context = soft.context(prefixes, len(self._hooks.order), self.device, leading)
+            context = soft.context(prefixes, self._hooks.layers, self.device, leading)
         return replace(context, backend=self.backend)
 
     def _learned_prefix(self, soft: SoftPrompt) -> Prefix | None:

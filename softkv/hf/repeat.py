@@ -141,6 +141,7 @@ def remember(
     scale: float | None,
     is_causal: bool,
     window: int | None,
+    chunk: int | None,
     softcap: float | None,
     **others: Any,
 ) -> None:
@@ -155,7 +156,8 @@ def remember(
     # The operator handles empty tensors and tensors without values.
     if query.numel() == 0 or query.is_meta or (kv is not None and (kv[0].numel() == 0 or kv[0].device != query.device)):
         return
-    if context.memo is None or context.backend == "reference" or (window is not None and isinstance(covers, Tensor)):
+    reaches = window is not None or chunk is not None
+    if context.memo is None or context.backend == "reference" or (reaches and isinstance(covers, Tensor)):
         return
     if rows is not None:
         query, key, value = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
@@ -168,12 +170,12 @@ def remember(
         prefix_index=prefix.get("prefix_index"), prefix_lengths=prefix.get("prefix_lengths"), key_mask=key_mask,
         key_lengths=key_lengths, cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, max_seqlen_q=longest,
         max_seqlen_k=longest, sinks=None, scale=checked_scale(scale, query.shape[-1]), is_causal=is_causal,
-        window=checked_reach("window", window), window_covers_prefix=window is not None and covers is True,
-        chunk=None, softcap=checked_softcap(softcap),
+        window=checked_reach("window", window), window_covers_prefix=reaches and covers is True,
+        chunk=checked_reach("chunk", chunk), softcap=checked_softcap(softcap),
     )  # fmt: skip
     engine = engine_for(context.backend, call)
     of_others = {**call, **dict.fromkeys(("q", "k", "v", "prefix_k", "prefix_v"))}
-    stepping = rows is None and query.shape[2] == 1 and key_mask is None and key_lengths is None and window is None
+    stepping = rows is None and query.shape[2] == 1 and key_mask is None and key_lengths is None and not reaches
     step = getattr(load_engine(engine), "step", None) if stepping else None
     checked = CheckedCall(of_others, query.dtype, _form(context, layer), engine, rows, mask, step and step(call))
     lasting = _lasting(context, mask) if stepping else None

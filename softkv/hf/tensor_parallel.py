@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -60,9 +60,8 @@ class TensorParallel:
         return (widths[0] * (self.mesh.size() if self.splits else 1), *widths[1:])
 
     def own(self, prefix: Prefix) -> Prefix:
-        """This process's heads of a prefix. Replicated parameters get their full gradient in every process."""
-        k, v = self.own_of_layer((prefix.k, prefix.v))
-        return replace(prefix, k=k, v=v)
+        """This process's heads of a prefix. The gradient of what all processes hold is whole in each."""
+        return prefix.map(self._own) if self.splits else prefix
 
     def own_of_layer(self, kv: LayerKV) -> LayerKV:
         """Like `own`, for K and V of one layer."""
@@ -96,8 +95,7 @@ class TensorParallel:
         from torch.distributed.tensor import Shard, distribute_tensor
 
         if isinstance(learned, SoftMatrices) and self.splits:
-            for name in ("k", "v"):
-                value = getattr(learned, name)
+            for name, value in list(learned.named_parameters()):
                 split = distribute_tensor(value.detach(), self.mesh, [Shard(value.dim() + _HEADS)])
                 setattr(learned, name, nn.Parameter(split, requires_grad=value.requires_grad))
             return

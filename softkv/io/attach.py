@@ -30,9 +30,9 @@ def attach(
     """Attach a soft prompt to a transformers model and freeze the model.
 
     Args:
-        model: a causal LM, an encoder, an encoder-decoder, or a model with a task head. A model that bypasses
-            transformers' attention interface (BLOOM, Falcon, MPT, GPT-J...) keeps its own attention and supports
-            `PromptTuning` and `PTuning` only.
+        model: a causal LM, an encoder, an encoder-decoder, or a model with a task head. A model whose attention does
+            not go through transformers' attention interface (BLOOM, Falcon, MPT, GPT-J...) keeps its own: a prefix
+            then stands in its past, where it can; `docs/models.md` lists who takes what.
         method: `PromptTuning`, `PTuning`, `PrefixTuning` or `PTuningV2`.
         tokenizer: the model's tokenizer, needed to initialise from a text.
         backend: as in `softkv.prefix_attention`; None chooses by device.

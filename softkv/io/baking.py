@@ -19,6 +19,7 @@ from softkv.io.attach import assemble
 from softkv.io.config import MODULES
 from softkv.io.soft_model import SoftModel
 from softkv.methods import PromptTuning, PTuning, PTuningV2, Template
+from softkv.methods.base import matrices_by_name
 from softkv.methods.template import Answer, Field
 from softkv.prefix import Prefix
 
@@ -83,7 +84,7 @@ def bake(
     prefix = Prefix.from_embeddings(base, embeds[None].to(base.device, base.dtype))
     method = PTuningV2(length=prefix.length, window_covers=True, continues=continues, template=template)
     config: dict[str, Any] = {"method": "p-tuning-v2", "config": asdict(method), "folded": True, "base": {}}
-    tensors = {"k": prefix.k, "v": prefix.v}
+    tensors = matrices_by_name(prefix.k, prefix.v)
     if isinstance(model, SoftModel) and (saved := modules_of(model, model.active_adapter)) is not None:
         config[MODULES] = list(saved.paths)
         tensors |= {f"{MODULES}.{name}": tensor for name, tensor in saved.tensors().items()}

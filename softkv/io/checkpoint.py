@@ -15,7 +15,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,7 +30,7 @@ from softkv.hf.task_heads import modules_of
 from softkv.hf.task_rows import answers_of
 from softkv.io import foreign, peft, state
 from softkv.io.config import CONFIG, MODULES, SHAPE, WEIGHTS, check_size, check_sum, of_header, parse
-from softkv.io.description import configuration
+from softkv.io.description import configuration, sizes
 from softkv.io.flat import FLAT, unflatten
 from softkv.io.older import with_narrow_values
 from softkv.io.peft_pairs import of_decoder
@@ -39,8 +39,9 @@ from softkv.methods import METHODS, PTuningV2
 from softkv.methods.base import BaseShape, FrozenModel, Method, SoftPrompt
 from softkv.methods.placeholder import Placeholder
 
-# The vocabulary is not compared: tokens may be added, and no learned shape depends on its size.
-_FIXED = tuple(name for name in SHAPE if name != "vocab_size")
+# Tokens may be added: no learned shape depends on their number.
+_FIXED = (*(name for name in SHAPE if name != "vocab_size"), "widths")
+_BY_LAYER = "of each layer's own"
 _SIZES = ("encoder_size", "reparametrize_size")
 _MOST_SLOTS = 1 << 16  # of an encoder, whose tensors don't determine their number
 _ABANDONED = 3600.0  # seconds after which a temporary file can't belong to a running save
@@ -252,14 +253,18 @@ class Saved(Method):
         _check_base(self.config["base"], base.shape)
         if FLAT in self.tensors:
             shape = base.shape
-            if shape.value_dim != shape.head_dim:
+            if shape.widths or shape.value_dim != shape.head_dim:
+                wide = "differ by layer" if shape.widths else f"are {shape.head_dim} and {shape.value_dim} wide"
                 raise ValueError(
-                    f"a flat prefix has keys and values of one width, this model's are {shape.head_dim} and "
-                    f"{shape.value_dim} wide: it was trained on another base model"
+                    f"a flat prefix holds keys and values of one width, this model's {wide}: it was trained on another "
+                    "base model"
                 )
             k, v = unflatten(self.tensors[FLAT], shape.layers, shape.kv_heads, shape.head_dim)
             self.tensors = {"k": k, "v": v}
-        self.tensors = of_decoder(self.method, self.tensors, base.shape.layers) if self.is_peft else self.tensors
+        if self.is_peft:
+            self.tensors = of_decoder(self.method, self.tensors, base.shape.layers)
+            if base.shape.reads and "k" in self.tensors:  # in PEFT's cache, layers read the slots too of others
+                self.tensors = {name: of[list(base.shape.reads)] for name, of in self.tensors.items()}
         self.tensors = with_narrow_values(self.config, self.tensors, base.shape)
         placeholder, folded = Placeholder(base.shape), self.config["folded"]
         encodes_rows = getattr(self.method, "encoder", None) and isinstance(self.method, PTuningV2)
@@ -297,12 +302,12 @@ def _check_type(saved: dict[str, Any], model: Any) -> None:
 
 
 def _check_base(saved: dict[str, Any], shape: BaseShape) -> None:
-    """Raise if the base differs from the one that the adapter was trained on, as far as the config describes it."""
-    here = asdict(shape)
+    """Raise where the base is another one than what is known of the one it was trained on."""
+    here = sizes(shape)
     differing = [
-        f"{name} {saved[name]} (this model: {here[name]})"
+        f"{name} {saved[name] or _BY_LAYER} (this model: {here.get(name) or _BY_LAYER})"
         for name in _FIXED
-        if name in saved and saved[name] != here[name]
+        if name in saved and saved[name] != here.get(name)
     ]
     if differing:
         raise ValueError(f"this soft prompt was trained on another base model: {', '.join(differing)}")

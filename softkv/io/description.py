@@ -8,9 +8,9 @@ from typing import Any, cast
 from softkv.hf.learned import peft_configs
 from softkv.hf.model import PromptedModel
 from softkv.hf.task_heads import modules_of
-from softkv.io.config import FORMAT, MODULES
+from softkv.io.config import FORMAT, MODULES, SHAPE
 from softkv.methods import METHODS
-from softkv.methods.base import SoftPrompt
+from softkv.methods.base import BaseShape, SoftPrompt
 
 
 def configuration(model: PromptedModel, adapter: str, *, folded: bool) -> dict[str, Any]:
@@ -28,13 +28,19 @@ def configuration(model: PromptedModel, adapter: str, *, folded: bool) -> dict[s
         "method": names[0],
         "config": _settings(method),
         "folded": folded,
-        "base": {"name": model.config.name_or_path, "model_type": model.config.model_type, **asdict(model.base_shape)},
+        "base": {"name": model.config.name_or_path, "model_type": model.config.model_type, **sizes(model.base_shape)},
     }
     if beside := peft_configs(model.base):
         config["peft"] = beside
     if (saved := modules_of(model, adapter)) is not None:
         config[MODULES] = list(saved.paths)
     return config
+
+
+def sizes(shape: BaseShape) -> dict[str, Any]:
+    """Those of a base, as JSON gives them back. `widths` are told where layers differ."""
+    told = {name: getattr(shape, name) for name in SHAPE}
+    return told | ({"widths": [list(each) for each in shape.widths]} if shape.widths else {})
 
 
 def _settings(method: Any) -> dict[str, Any]:

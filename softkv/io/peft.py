@@ -5,7 +5,8 @@ trained parameters (projections, prompt encoders), and modules that were trained
 `base_model.<path>.<name>`.
 
 - PREFIX_TUNING, CARTRIDGE: a flat prefix `[P, 2·L·G·D]` (`softkv.io.flat`), keys as attention sees them. Sliding
-  windows and relative position biases count its slots. In encoder-decoders: `softkv.io.peft_pairs`.
+  windows and relative position biases count its slots. Layers that read keys and values of an earlier one read its
+  slots too. In encoder-decoders: `softkv.io.peft_pairs`.
 - PROMPT_TUNING, P_TUNING, CPT: embeddings `[P, C]`, in front of every row. Those of CPT are the context's embeddings
   plus their bounded change. In encoder-decoders they come before the encoder's input; a second half `[2·P, C]`, for the
   decoder, is not used by PEFT either.
@@ -20,6 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from softkv.hf.model import PromptedModel
@@ -30,7 +32,7 @@ from softkv.io.flat import flatten, unflatten
 from softkv.io.peft_pairs import DECODER, in_pairs, of_layers
 from softkv.io.safe_files import read_tensors
 from softkv.methods import PrefixTuning, PromptTuning, PTuning, PTuningV2
-from softkv.methods.base import Method
+from softkv.methods.base import BaseShape, Method
 from softkv.methods.where import where_of
 from softkv.prefix import Prefix
 
@@ -181,6 +183,11 @@ def describe(model: PromptedModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
         prefix = soft.prefix()
         assert prefix is not None
         config = model.config.get_text_config()
+        if shape.widths:
+            raise ValueError(
+                "PEFT can't express this adapter: its prefix has the same heads and widths in every layer, and this "
+                "model's layers differ"
+            )
         if shape.value_dim != shape.head_dim or getattr(config, "kv_lora_rank", None):
             raise ValueError(
                 "PEFT can't express this adapter: it puts keys and values of one width into the cache, this model's "
@@ -193,10 +200,15 @@ def describe(model: PromptedModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
                 f"PEFT can't express this adapter: it puts a prefix into each of {config.num_hidden_layers} layers, "
                 f"this model has attention in {shape.layers}"
             )
+        if not _reads_alike(prefix, shape):
+            raise ValueError(
+                "PEFT can't express this adapter: layers that read keys and values of an earlier one have slots of "
+                "their own, and in PEFT's cache they read the slots of that one"
+            )
         if _has_windows(config) and not prefix.window_covers:
             raise ValueError(
                 "PEFT can't express this adapter: its slots stay visible to every token, but PEFT's leave the sliding "
-                "windows of this model (train with window_covers=True)"
+                "windows or chunks of this model (window_covers=True is what it can say)"
             )
         count = shape.layers
         if model.answers == "target":
@@ -220,6 +232,16 @@ def describe(model: PromptedModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
         tensors |= {f"{_INSIDE}{path}": tensor for path, tensor in saved.tensors().items()}
     config = {**common, **kind, "num_virtual_tokens": len(embeddings)}
     return config, {name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _reads_alike(prefix: Prefix, shape: BaseShape) -> bool:
+    """Whether layers have the slots of those whose keys and values they read."""
+    of_layers = prefix.layers(shape.layers)
+    return all(
+        torch.equal(own, read)
+        for layer, number in enumerate(shape.reads)
+        for own, read in zip(of_layers[layer], of_layers[number], strict=True)
+    )
 
 
 def check_scale(model: Any) -> None:
@@ -269,10 +291,10 @@ def _reason(method: Method) -> str:
 
 
 def _has_windows(config: Any) -> bool:
-    """Whether any layer of a model has a sliding window."""
-    if getattr(config, "sliding_window", None) is None:
-        return False
-    return any("sliding" in kind for kind in getattr(config, "layer_types", None) or ["sliding_attention"])
+    """Whether some layer of a model has a sliding window, or attends in chunks."""
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
+    sliding = getattr(config, "sliding_window", None) is not None and any("sliding" in kind for kind in kinds)
+    return sliding or any("chunked" in kind for kind in kinds)
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -7,8 +7,9 @@ is their only interface to the frozen model.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from typing_extensions import Self
 
 from softkv.methods.template import Template, end_ids
-from softkv.prefix import Prefix
+from softkv.prefix import Layers, Prefix
 
 Placement = Literal["before", "after", "inline"]
 
@@ -28,37 +29,50 @@ KEY_RATE, VALUE_RATE = 2e-2, 2e-2
 SHARED_KEY_RATE, SHARED_VALUE_RATE = 1e-1, 3e-2
 
 
+class Widths(NamedTuple):
+    """The sizes of K and V in one layer."""
+
+    kv_heads: int  # G
+    head_dim: int  # D, of keys
+    value_dim: int  # Dv, of values: D but for multi-head latent attention and its like
+
+    @property
+    def of_slot(self) -> int:
+        """`G·(D + Dv)`, the values of one slot."""
+        return self.kv_heads * (self.head_dim + self.value_dim)
+
+    def split(self, slots: Tensor) -> tuple[Tensor, Tensor]:
+        """K `[..., G, D]` and V `[..., G, Dv]` of slots `[..., G·(D + Dv)]`."""
+        k, v = slots.split([self.kv_heads * self.head_dim, self.kv_heads * self.value_dim], -1)
+        return k.unflatten(-1, (self.kv_heads, -1)), v.unflatten(-1, (self.kv_heads, -1))
+
+
 @dataclass(frozen=True)
 class BaseShape:
     """The sizes of a frozen model that determine the shapes of learned parameters."""
 
     layers: int  # L
-    kv_heads: int  # G; 0 if layers differ in G, D or Dv
+    kv_heads: int  # G; this and the next two are 0 where layers differ in one of them
     head_dim: int  # D, of keys
-    value_dim: int  # Dv, of values: equal to D except in multi-head latent attention and similar
+    value_dim: int  # Dv, of values
     hidden_size: int  # C
     embedding_size: int  # width of the input embeddings (C except in a few OPT models)
     vocab_size: int
+    widths: tuple[Widths, ...] = ()  # of each layer, where they differ
+    reads: tuple[int, ...] = ()  # the layer whose keys and values each layer reads, where some read an earlier one's
 
     @property
-    def kv_width(self) -> int:
-        """`G·(D + Dv)`, the values of one slot in one layer."""
-        return self.kv_heads * (self.head_dim + self.value_dim)
-
-    def split_kv(self, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """K `[..., G, D]` and V `[..., G, Dv]` of slots `[..., G·(D + Dv)]`."""
-        keys = self.kv_heads * self.head_dim
-        k, v = slots.split([keys, self.kv_width - keys], -1)
-        return k.unflatten(-1, (self.kv_heads, -1)), v.unflatten(-1, (self.kv_heads, -1))
+    def by_layer(self) -> tuple[Widths, ...]:
+        """The sizes of K and V in each layer."""
+        return self.widths or (Widths(self.kv_heads, self.head_dim, self.value_dim),) * self.layers
 
 
-def check_uniform(shape: BaseShape) -> None:
-    """Raise if attention layers differ in shape: a prefix has one shape of keys and one of values."""
-    if not shape.kv_heads:
-        raise ValueError(
-            "a prefix expects the same number of key/value heads and the same head dims in every attention layer, this "
-            "model's layers differ: use PromptTuning or PTuning"
-        )
+def layers_like(widths: Sequence[tuple[int, int, int]]) -> dict[str, Any]:
+    """What a `BaseShape` says of layers with these (G, D, Dv), by its fields."""
+    alike = len(set(widths)) == 1
+    sizes = Widths(*widths[0]) if alike else Widths(0, 0, 0)
+    of_each = () if alike else tuple(Widths(*each) for each in widths)
+    return {"layers": len(widths), "widths": of_each, **sizes._asdict()}
 
 
 class FrozenModel(Protocol):
@@ -177,7 +191,7 @@ class SoftPrompt(nn.Module):
         return None
 
     def prefix(self) -> Prefix | None:
-        """The learned prefix shared by all rows, k `[L or 1, 1, G, P, D]` and v `[L or 1, 1, G, P, Dv]`."""
+        """The learned prefix of all rows (A = 1)."""
         return None
 
     def row_prefix(self, layer: int, hidden: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -221,21 +235,37 @@ class SoftTokens(SoftPrompt):
         return {"embeddings": TOKEN_RATE * size_of(self.embeddings)}
 
 
-class SoftMatrices(SoftPrompt):
-    """Plain matrices, k `[L or 1, 1, G, n, D]` and v `[L or 1, 1, G, n, Dv]`, which a `Prefix` uses without a copy."""
+def matrices_by_name(k: Layers, v: Layers) -> dict[str, Tensor]:
+    """K and V of layers by the names that `SoftMatrices` gives them."""
+    found: dict[str, Tensor] = {}
+    for name, of in (("k", k), ("v", v)):
+        found |= {name: of} if isinstance(of, Tensor) else {f"{name}_{layer}": each for layer, each in enumerate(of)}
+    return found
 
-    def __init__(self, config: Method, k: Tensor, v: Tensor, *, window_covers: bool) -> None:
+
+class SoftMatrices(SoftPrompt):
+    """Plain matrices, what a `Prefix` holds, without a copy: k `[L or 1, 1, G, n, D]` and v `[L or 1, 1, G, n, Dv]`.
+    Where layers differ, k_0, k_1, …, v_0, v_1, … of one layer each, `[1, G, n, D]` and `[1, G, n, Dv]`."""
+
+    def __init__(self, config: Method, k: Layers, v: Layers, *, window_covers: bool) -> None:
         super().__init__(config)
-        # Separate storages: checkpoints keep only one of two parameters that share one.
-        self.k, self.v = (nn.Parameter(x.detach().to(torch.float32, copy=True).contiguous()) for x in (k, v))
+        for name, x in matrices_by_name(k, v).items():
+            # A storage each: checkpoints keep one of two parameters that share one.
+            self.register_parameter(name, nn.Parameter(x.detach().to(torch.float32, copy=True).contiguous()))
         self.window_covers = window_covers
 
     def prefix(self) -> Prefix:
-        return Prefix(self.k, self.v, window_covers=self.window_covers)
+        return Prefix(self._layers("k"), self._layers("v"), window_covers=self.window_covers)
+
+    def _layers(self, name: str) -> Layers:
+        held = {each: x for each, x in self._parameters.items() if each.startswith(name) and x is not None}
+        return held[name] if name in held else tuple(held.values())
 
     def learning_rates(self) -> dict[str, float]:
-        shared = len(self.k) == 1
-        return {"k": SHARED_KEY_RATE, "v": SHARED_VALUE_RATE} if shared else {"k": KEY_RATE, "v": VALUE_RATE}
+        k = self._layers("k")
+        shared = isinstance(k, Tensor) and len(k) == 1
+        key, value = (SHARED_KEY_RATE, SHARED_VALUE_RATE) if shared else (KEY_RATE, VALUE_RATE)
+        return {name: key if name.startswith("k") else value for name in self._parameters}
 
 
 class Computed(SoftPrompt):

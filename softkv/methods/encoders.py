@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from softkv.methods import initial
-from softkv.methods.base import BaseShape, Method, SoftPrompt, check_uniform
+from softkv.methods.base import BaseShape, Method, SoftPrompt
 
 HEADS = 4  # of the attention encoder
 
@@ -75,7 +75,8 @@ class EncodedRows(SoftPrompt):
 
     Args:
         config: the method.
-        encoders: one for all layers, or one per layer: `forward(hidden [R, M, C], mask [R, M] bool) -> [R, M, E]`.
+        encoders: one for all layers, which has an MLP for each size of K and V that layers have, or one for each:
+            `forward(hidden [R, M, C], mask [R, M] bool) -> [R, M, E]`.
         slots: n.
         std: initial standard deviation of the MLP's K and V, for inputs of about 1.
     """
@@ -84,13 +85,15 @@ class EncodedRows(SoftPrompt):
 
     def __init__(self, config: Method, encoders: list[nn.Module], shape: BaseShape, slots: int, std: float) -> None:
         super().__init__(config)
-        self.slots, self.shape = slots, shape
-        check_uniform(shape)
+        self.slots, self.widths = slots, shape.by_layer
+        of_mlps = self.widths if len(encoders) > 1 else tuple(dict.fromkeys(self.widths))
+        self._mlp_of = [layer if len(encoders) > 1 else of_mlps.index(each) for layer, each in enumerate(self.widths)]
         self.encoders = nn.ModuleList(encoder.to("cpu", torch.float32) for encoder in encoders)
         self.mlps = nn.ModuleList()
-        for encoder in encoders:
+        for number, widths in enumerate(of_mlps):
+            encoder = encoders[number if len(encoders) > 1 else 0]
             size = _probe(encoder, shape.hidden_size)
-            last = nn.Linear(size, shape.kv_width)
+            last = nn.Linear(size, widths.of_slot)
             mlp = nn.Sequential(nn.Linear(size, size), nn.ReLU(), last)
             self.mlps.append(mlp)
             with torch.no_grad():
@@ -99,8 +102,7 @@ class EncodedRows(SoftPrompt):
                 initial.scale_outputs(last, mlp(pooled), std)
 
     def row_prefix(self, layer: int, hidden: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        number = layer if len(self.mlps) > 1 else 0
-        encoder, mlp = self.encoders[number], self.mlps[number]
+        encoder, mlp = self.encoders[layer if len(self.encoders) > 1 else 0], self.mlps[self._mlp_of[layer]]
         device = hidden.device.type
         # torch has no autocast on the meta device, and raises.
         with nullcontext() if device == "meta" else torch.autocast(device, enabled=False):
@@ -113,7 +115,7 @@ class EncodedRows(SoftPrompt):
             if states.shape != expected:
                 raise ValueError(f"the encoder's states must be [R, M, E] = {expected}, got {tuple(states.shape)}")
             kv = mlp(pool_rows(states, lengths, self.slots))  # [R, n, G·(D + Dv)]
-        k, v = self.shape.split_kv(kv.to(hidden.dtype))
+        k, v = self.widths[layer].split(kv.to(hidden.dtype))
         return k.transpose(1, 2), v.transpose(1, 2)
 
 

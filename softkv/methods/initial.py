@@ -81,16 +81,14 @@ def embedding_std(base: FrozenModel) -> float:
     return embeddings(base, ids).std().item()
 
 
-def real_matrices(base: FrozenModel, ids: Tensor, *, standing_in: bool) -> tuple[Tensor, Tensor]:
-    """The frozen model's own K `[L, 1, G, P, D]` and V `[L, 1, G, P, Dv]` of the tokens `ids`, in fp32 on the CPU."""
-    prefix: Prefix = base.prefix_of(ids, standing_in=standing_in)
-    return prefix.k.detach().float().cpu(), prefix.v.detach().float().cpu()
+def real_matrices(base: FrozenModel, ids: Tensor, *, standing_in: bool) -> Prefix:
+    """The frozen model's own K and V of the tokens `ids`, in fp32 on the CPU."""
+    return base.prefix_of(ids, standing_in=standing_in).map(lambda of: of.detach().float().cpu())
 
 
 def noise_like(real: Tensor) -> Tensor:
-    """Normal noise, scaled to a fraction of the real values `[L, 1, G, P, D]` of each layer, because layers differ by a
-    factor of 50."""
-    return torch.randn_like(real) * RANDOM_SIZE * real.square().mean((1, 2, 3, 4), keepdim=True).sqrt()
+    """Normal values, a part of the size of the real ones `[..., A, G, P, D]` in each layer: layers differ 50 times."""
+    return torch.randn_like(real) * RANDOM_SIZE * real.square().mean((-4, -3, -2, -1), keepdim=True).sqrt()
 
 
 @torch.no_grad()

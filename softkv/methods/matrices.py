@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from softkv.methods import initial
-from softkv.methods.base import BaseShape, Computed, FrozenModel, Method, SoftMatrices, check_uniform
-from softkv.prefix import Prefix
+from softkv.methods.base import BaseShape, Computed, FrozenModel, Method, SoftMatrices
+from softkv.prefix import Prefix, stacked
 
 # The initial standard deviation of networks that compute matrices: small enough that slots hardly disturb the frozen
 # model before training, large enough that they differ and don't all learn the same. (SmolLM2-135M, n = 32, 96 movie
@@ -48,13 +48,13 @@ def resolved_init(init: initial.Init | None, init_std: float | None) -> initial.
     return init or ("vocabulary" if init_std is None else "random")
 
 
-def empty_matrices(shape: BaseShape, layers: int, length: int | None) -> tuple[Tensor, Tensor]:
-    """Zeros, keys `[layers, 1, G, n, D]` and values `[layers, 1, G, n, Dv]` to load saved ones into."""
+def empty_matrices(shape: BaseShape, layers: int, length: int | None) -> Prefix:
+    """Zeros, of a number of layers or one for all, to load saved values into."""
     if length is None:
         raise ValueError("length expects the number of saved slots, got None")
-    check_uniform(shape)
-    size = (layers, 1, shape.kv_heads, length)
-    return torch.zeros(*size, shape.head_dim), torch.zeros(*size, shape.value_dim)
+    widths = shape.by_layer[:layers]
+    k = stacked([torch.zeros(1, each.kv_heads, length, each.head_dim) for each in widths])
+    return Prefix(k, stacked([torch.zeros(1, each.kv_heads, length, each.value_dim) for each in widths]))
 
 
 def initial_matrices(
@@ -63,18 +63,17 @@ def initial_matrices(
     init: initial.Init,
     init_text: str | None,
     init_std: float | None,
-) -> tuple[Tensor, Tensor]:
-    """Initial K `[L, 1, G, n, D]` and V `[L, 1, G, n, Dv]` of plain matrices."""
-    check_uniform(base.shape)
+) -> Prefix:
+    """First K and V of plain matrices, of each layer."""
     if init == "text":
         assert init_text is not None
         return initial.real_matrices(base, initial.text_ids(base, init_text, length, special=True), standing_in=True)
     length = length or LENGTH
     if init == "random" and init_std is not None:
-        k, v = empty_matrices(base.shape, base.shape.layers, length)
-        return torch.randn_like(k) * init_std, torch.randn_like(v) * init_std
-    k, v = initial.real_matrices(base, initial.sampled_ids(base, length), standing_in=False)
-    return (k, v) if init == "vocabulary" else (initial.noise_like(k), initial.noise_like(v))
+        std = init_std
+        return empty_matrices(base.shape, base.shape.layers, length).map(lambda of: torch.randn_like(of) * std)
+    real = initial.real_matrices(base, initial.sampled_ids(base, length), standing_in=False)
+    return real if init == "vocabulary" else real.map(initial.noise_like)
 
 
 class ReparametrizedMatrices(Computed):
@@ -82,25 +81,26 @@ class ReparametrizedMatrices(Computed):
 
     def __init__(self, config: Method, shape: BaseShape, layers: int, length: int, size: int, std: float) -> None:
         super().__init__(config)
-        check_uniform(shape)
-        self.shape, self.layers = shape, layers
+        self.widths = shape.by_layer[:layers]
         self.embeddings = nn.Parameter(torch.randn(length, size))
-        last = nn.Linear(size, layers * shape.kv_width)
+        last = nn.Linear(size, sum(each.of_slot for each in self.widths))
         self.mlp = nn.Sequential(nn.Linear(size, size), nn.Tanh(), last)
         initial.scale_outputs(last, self.compute(), std)
 
     def compute(self) -> Tensor:
-        """`[n, L or 1, G·(D + Dv)]`"""
-        return self.mlp(self.embeddings).unflatten(1, (self.layers, -1))
+        """`[n, L or 1 · G·(D + Dv)]`"""
+        return self.mlp(self.embeddings)
 
-    def _matrices(self, computed: Tensor) -> tuple[Tensor, Tensor]:
-        k, v = self.shape.split_kv(computed)  # [n, L or 1, G, D or Dv]
-        return k.permute(1, 2, 0, 3).unsqueeze(1), v.permute(1, 2, 0, 3).unsqueeze(1)
+    def _matrices(self, computed: Tensor) -> Prefix:
+        slots = computed.split([each.of_slot for each in self.widths], -1)
+        pairs = [each.split(of_layer) for each, of_layer in zip(self.widths, slots, strict=True)]  # [n, G, D or Dv]
+        k, v = (stacked([x.transpose(0, 1)[None] for x in of]) for of in zip(*pairs, strict=True))
+        return Prefix(k, v)
 
     def prefix(self) -> Prefix:
-        return Prefix(*self._matrices(self.computed()))
+        return self._matrices(self.computed())
 
     @torch.no_grad()
     def folded(self) -> SoftMatrices:
-        k, v = self._matrices(self.compute())
-        return SoftMatrices(self.config, k.contiguous(), v.contiguous(), window_covers=False)
+        prefix = self._matrices(self.compute())
+        return SoftMatrices(self.config, prefix.k, prefix.v, window_covers=False)

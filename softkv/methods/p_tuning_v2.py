@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 from torch import nn
 
 from softkv.methods import initial
-from softkv.methods.base import BaseShape, FrozenModel, Method, SoftMatrices, SoftPrompt, check_uniform
+from softkv.methods.base import BaseShape, FrozenModel, Method, SoftMatrices, SoftPrompt
 from softkv.methods.encoders import HEADS, build_rows
 from softkv.methods.matrices import (
     INIT_STD,
@@ -23,7 +23,7 @@ from softkv.methods.matrices import (
 )
 from softkv.methods.template import begin_ids, check_no_soft_tokens
 from softkv.methods.where import Site, checked_where
-from softkv.prefix import Prefix
+from softkv.prefix import Prefix, stacked
 
 ENCODER_SIZE = 256
 
@@ -33,14 +33,16 @@ class PTuningV2(Method):
     """One key and one value matrix of n slots per attention block.
 
     Without an encoder these are learned matrices. Trainable: `n·G·(D + Dv)·L` values, fp32, as `k [L, 1, G, n, D]` and
-    `v [L, 1, G, n, Dv]`: `2·n·G·D·L` except in multi-head latent attention, where Dv differs from D.
+    `v [L, 1, G, n, Dv]`: `2·n·G·D·L` but for multi-head latent attention, whose values have a width of their own. Where
+    layers differ in G, D or Dv, as `k_0 [1, G, n, D]`, `v_0 [1, G, n, Dv]`, `k_1`, …: a K and a V of each layer's own.
+    Layers that read keys and values of an earlier one (Gemma 3n, Gemma 4) have a K and a V of their own too.
 
     With an encoder they are computed for each row and block from the hidden states of the row's prompt that enter the
     block: encoder, average pool to n slots, MLP E → E → G·(D + Dv). Trainable, once (`share_encoder`) or L times:
 
     - "lstm", bidirectional with E/2 units per direction: `2·(4·E/2·(C + E/2 + 2))`;
       "attention", one transformer layer: `E·(C + 1) + 4·E + E·(12·E + 9)`;
-    - the MLP: `E·(E + 1) + G·(D + Dv)·(E + 1)`.
+    - the MLP: `E·(E + 1) + G·(D + Dv)·(E + 1)`; an encoder of layers that differ has one for each G, D and Dv.
 
     A custom encoder module is copied when the method is built. Its `forward(hidden, mask)` takes hidden states `[R, M,
     C]` in fp32, 0 at padding, and a mask `[R, M]`, True at the prompt's positions (a row may have none), and returns
@@ -134,21 +136,22 @@ class PTuningV2(Method):
                 raise ValueError(f"encoder_size expects a multiple of {multiple}, got {self.encoder_size}")
 
     def build(self, base: FrozenModel, *, folded: bool = False) -> SoftPrompt:
-        """`SoftMatrices` with `k [L, 1, G, n, D]` and `v [L, 1, G, n, Dv]`, or the network that computes them."""
+        """`SoftMatrices` with a K and a V for each layer, or the network that computes them."""
         if self.encoder is not None:
             return self._build_encoder(base)
         layers = base.shape.layers
         window_covers = self.init == "text" if self.window_covers is None else self.window_covers
         if folded:
-            k, v = empty_matrices(base.shape, layers, self.length)
-            return SoftMatrices(self, k, v, window_covers=window_covers)
+            empty = empty_matrices(base.shape, layers, self.length)
+            return SoftMatrices(self, empty.k, empty.v, window_covers=window_covers)
         if self.reparametrize:
             size, std = self.reparametrize_size or REPARAMETRIZE_SIZE, self.init_std or INIT_STD
             config = replace(self, length=self.length or LENGTH)
             return ReparametrizedMatrices(config, base.shape, layers, self.length or LENGTH, size, std)
         init = resolved_init(self.init, self.init_std)
-        k, v = initial_matrices(base, self.length, init, self.init_text, self.init_std)
-        return SoftMatrices(replace(self, length=k.shape[3], init=init), k, v, window_covers=window_covers)
+        first = initial_matrices(base, self.length, init, self.init_text, self.init_std)
+        config = replace(self, length=first.length, init=init)
+        return SoftMatrices(config, first.k, first.v, window_covers=window_covers)
 
     def encode(self, tokenizer: Any, *, answer: str | None = None, **fields: str) -> dict[str, list[int]]:
         """One example as token ids, by the template; see `Method.encode`."""
@@ -177,16 +180,23 @@ def matrices_of(prefix: Prefix, shape: BaseShape) -> SoftMatrices:
     Raises:
         ValueError: when it does not fit a model of this shape, or is not one prefix.
     """
-    check_uniform(shape)
-    sizes = (*prefix.k.shape[:3], prefix.k.shape[4], prefix.v.shape[4])
-    if sizes not in {(layers, 1, shape.kv_heads, shape.head_dim, shape.value_dim) for layers in (1, shape.layers)}:
+    own = sorted(set(shape.reads))
+    if own and len(prefix.k) == len(own):  # of a cache, which holds those of layers that have their own
+        prefix = prefix.of_layers([own.index(layer) for layer in shape.reads])
+    if not _fits(prefix, shape):
         slots = f"[{shape.layers} or 1, 1, {shape.kv_heads}, P, "
-        raise ValueError(
-            f"the prefix does not fit this model: expected k {slots}{shape.head_dim}] and v {slots}{shape.value_dim}], "
-            f"got {list(prefix.k.shape)} and {list(prefix.v.shape)}"
-        )
+        expected = f"k {slots}{shape.head_dim}] and v {slots}{shape.value_dim}]"
+        if shape.widths:
+            expected = f"k [1, G, P, D] and v [1, G, P, Dv] of each layer, (G, D, Dv) = {[*map(tuple, shape.widths)]}"
+        raise ValueError(f"the prefix does not fit this model: expected {expected}, got {prefix.shapes}")
     if prefix.lengths is not None:
         raise ValueError("one prefix has no slots that don't exist: expected lengths=None")
-    k, v = (x.detach().expand(shape.layers, -1, -1, -1, -1).clone() for x in (prefix.k, prefix.v))
+    k, v = (stacked(of) for of in zip(*prefix.layers(shape.layers), strict=True))
     covers = prefix.window_covers
     return SoftMatrices(PTuningV2(length=prefix.length, window_covers=covers), k, v, window_covers=covers)
+
+
+def _fits(prefix: Prefix, shape: BaseShape) -> bool:
+    if prefix.count != 1 or len(prefix.k) not in (1, shape.layers):
+        return False
+    return shape.by_layer == tuple((k.shape[1], k.shape[3], v.shape[3]) for k, v in prefix.layers(shape.layers))

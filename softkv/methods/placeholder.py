@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -21,7 +23,7 @@ class Placeholder:
         return torch.ones(*ids.shape, self.shape.embedding_size)
 
     def prefix_of(self, ids: Tensor, *, standing_in: bool = True) -> Prefix:
-        return Prefix(*empty_matrices(self.shape, self.shape.layers, len(ids)), window_covers=True)
+        return replace(empty_matrices(self.shape, self.shape.layers, len(ids)), window_covers=True)
 
     def words(self) -> Tensor:
         return torch.zeros(1, dtype=torch.long)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from softkv.methods import initial
-from softkv.methods.base import FrozenModel, Method, SoftMatrices, SoftPrompt
+from softkv.methods.base import BaseShape, FrozenModel, Method, SoftMatrices, SoftPrompt
 from softkv.methods.matrices import (
     INIT_STD,
     LENGTH,
@@ -74,16 +74,26 @@ class PrefixTuning(Method):
 
     def build(self, base: FrozenModel, *, folded: bool = False) -> SoftPrompt:
         """`SoftMatrices` with `k [1, 1, G, n, D]` and `v [1, 1, G, n, Dv]`, or the MLP that computes them."""
+        _check_alike(base.shape)
         if folded:
-            k, v = empty_matrices(base.shape, 1, self.length)
-            return SoftMatrices(self, k, v, window_covers=False)
+            empty = empty_matrices(base.shape, 1, self.length)
+            return SoftMatrices(self, empty.k, empty.v, window_covers=False)
         if self.reparametrize:
             size, std = self.reparametrize_size or REPARAMETRIZE_SIZE, self.init_std or INIT_STD
             config = replace(self, length=self.length or LENGTH)
             return ReparametrizedMatrices(config, base.shape, 1, self.length or LENGTH, size, std)
         init = resolved_init(self.init, self.init_std)
-        k, v = initial_matrices(base, self.length, init, self.init_text, self.init_std)
-        # The mean of noise is smaller than the noise.
-        scale = math.sqrt(len(k)) if init == "random" else 1.0
-        k, v = scale * k.mean(0, keepdim=True), scale * v.mean(0, keepdim=True)
-        return SoftMatrices(replace(self, length=k.shape[3], init=init), k, v, window_covers=False)
+        first = initial_matrices(base, self.length, init, self.init_text, self.init_std)
+        # A mean of noise is smaller than noise.
+        scale = math.sqrt(base.shape.layers) if init == "random" else 1.0
+        first = first.map(lambda of: scale * of.mean(0, keepdim=True))
+        return SoftMatrices(replace(self, length=first.length, init=init), first.k, first.v, window_covers=False)
+
+
+def _check_alike(shape: BaseShape) -> None:
+    """Raise where no one key and value can stand in all layers."""
+    if shape.widths:
+        raise ValueError(
+            "PrefixTuning has one key and one value for all layers, but this model's layers differ in key/value heads "
+            "or head dims: use PTuningV2, which has some of each layer's own"
+        )

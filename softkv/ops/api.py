@@ -51,15 +51,13 @@ def prefix_attention(
         is_causal: query t of T has key position n − T + t, where n is the row's number of keys, and sees no later key.
         key_mask: [B, S] bool; keys at False are not seen but keep their positions.
         key_lengths: [B] int32 or int64, each row's n (0..S); keys from n on do not exist. S by default.
-        chunk: a query at key position i sees the prefix and the keys of its own chunk, from position ⌊i / chunk⌋·chunk;
-            needs `is_causal`, and excludes `window`.
-        window: a query sees the last `window` key positions, including its own; needs `is_causal`. It counts tokens
-            only.
-        window_covers_prefix: the window also counts prefix slots, as the positions just before the row's first visible
-            key.
-        softcap: c > 0 replaces a scaled score s by c·tanh(s/c).
-        sinks: [H], of any dtype that q may have: one additional logit per head in the denominator, neither scaled nor
-            capped.
+        chunk: a query at key position i sees only keys from position ⌊i / chunk⌋·chunk on, of its own chunk, and the
+            prefix; needs `is_causal`, not together with `window`.
+        window: a query sees the last `window` key positions, its own included; needs `is_causal`. Counts tokens only.
+        window_covers_prefix: the window counts prefix slots too, as the positions just before the row's first seen key;
+            chunks are counted from slot 0 then, and a query sees the slots of its own chunk.
+        softcap: c > 0 turns a scaled score s into c·tanh(s/c).
+        sinks: [H], of any of q's dtypes, one more logit of each head in the denominator, neither scaled nor capped.
         return_lse: also return the log-sum-exp.
         backend: None chooses by device (CPU: "torch"; CUDA and ROCm: "triton", or an engine that was measured to be
             faster, see `softkv.ops.choice`); "torch" | "triton" | "cudnn" | "flash" | "reference" forces that backend;

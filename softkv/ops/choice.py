@@ -34,7 +34,9 @@ MEASURED: tuple[MeasuredRow, ...] = ()
 
 
 def engine_for(call: Call) -> str:
-    """The engine of a validated call on a GPU."""
+    """The engine of a checked call on a GPU."""
+    if call["chunk"] is not None and call["window_covers_prefix"]:
+        return "torch"  # the kernels count chunks from a row's first key only
     if not MEASURED or not _is_plain(call):
         return DEFAULT
     q, prefix = call["q"], call["prefix_k"]

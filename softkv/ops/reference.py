@@ -114,13 +114,17 @@ def visible_keys(
     prefix = (slot < slots[:, None])[:, None, :].expand(B, T, P)
     if is_causal:
         tokens = tokens & (position <= query)
+    first = exists.int().argmax(1) if S and window_covers_prefix else torch.zeros_like(slots)
+    front = (first - slots)[:, None, None] if window_covers_prefix else 0  # where slot 0 stands, or key 0
     if chunk is not None:
-        tokens = tokens & (position >= query.div(chunk, rounding_mode="floor") * chunk)
+        begin = (query - front).div(chunk, rounding_mode="floor") * chunk + front
+        tokens = tokens & (position >= begin)
+        if window_covers_prefix:
+            prefix = prefix & (front + slot >= begin)
     if window is not None:
         tokens = tokens & (position > query - window)
         if window_covers_prefix:
-            first = exists.int().argmax(1) if S else torch.zeros_like(slots)
-            prefix = prefix & ((first - slots)[:, None, None] + slot > query - window)
+            prefix = prefix & (front + slot > query - window)
     return torch.cat([prefix, tokens], dim=2)
 
 

@@ -29,7 +29,7 @@ from softkv.hf.layout import IGNORED
 from softkv.io.attach import attach
 from softkv.io.soft_model import SoftModel
 from softkv.methods import METHODS, PTuningV2
-from softkv.methods.base import BaseShape, FrozenModel, Method, SoftPrompt
+from softkv.methods.base import BaseShape, FrozenModel, Method, SoftPrompt, Widths
 from softkv.methods.placeholder import Placeholder
 from softkv.profiling.fakes import ShapesOnly
 from softkv.profiling.flops import Flops
@@ -323,11 +323,11 @@ def _inline(soft: SoftModel) -> int:
 
 def _cost(job: PlannedStep, soft: SoftModel, counted: Counted, name: str) -> Cost:
     shape, size = soft.base_shape, job.dtype.itemsize
-    prompt, token = soft.soft, shape.kv_width * size  # K and V per layer
+    prompt, token = soft.soft, size * sum(each.of_slot for each in shape.by_layer)  # K and V in all layers
     shared = name == "softkv" and not _inline(soft) and not prompt.encodes_rows
     learned = prompt.prefix()
-    pairs = learned.k.shape[0] if shared and learned is not None else shape.layers
-    slots = token * pairs * job.length * (1 if shared else job.rows)
+    one_pair = shared and learned is not None and len(learned.k) == 1
+    slots = (token // shape.layers if one_pair else token) * job.length * (1 if shared else job.rows)
     prefix = 0 if prompt.encodes_rows and job.checkpointing else slots
     return Cost(
         parameters=sum(p.numel() for p in soft.base.parameters()) * size // job.devices,
@@ -336,7 +336,7 @@ def _cost(job: PlannedStep, soft: SoftModel, counted: Counted, name: str) -> Cos
         activations=counted.kept - prefix,
         workspace=counted.peak - counted.kept,
         kernels=_kernels(job, soft.base_shape, packed=name == "softkv", inline=_inline(soft)),
-        kv_cache=slots + token * shape.layers * job.rows * job.longest,
+        kv_cache=slots + token * job.rows * job.longest,
         forward_flops=counted.forward_flops,
         backward_flops=counted.backward_flops,
         attention_flops=counted.attention_flops,
@@ -344,11 +344,13 @@ def _cost(job: PlannedStep, soft: SoftModel, counted: Counted, name: str) -> Cos
 
 
 def _kernels(job: PlannedStep, shape: BaseShape, *, packed: bool, inline: int = 0) -> int:
-    """Bytes that softkv's Triton launchers allocate in one layer's attention backward."""
-    if not shape.kv_heads:
-        return 0  # the base keeps its own attention, or has layers of several shapes
-    H, G, D = job.config.get_text_config().num_attention_heads, shape.kv_heads, shape.head_dim
-    widths = D, shape.value_dim
+    """Bytes that softkv's Triton launchers allocate for themselves in one layer's backward of attention, the largest
+    one; 0 where the base keeps its own attention."""
+    return max((_kernels_of(job, each, packed, inline) for each in set(shape.by_layer)), default=0)
+
+
+def _kernels_of(job: PlannedStep, layer: Widths, packed: bool, inline: int) -> int:
+    H, (G, *widths) = job.config.get_text_config().num_attention_heads, layer
     lengths = [length + inline for length in job.lengths] if packed else [job.longest + job.length] * job.rows
     statistics = 2 * 4 * H * sum(lengths)
     if not packed or inline or find_spec("triton") is None:

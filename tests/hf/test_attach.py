@@ -238,14 +238,8 @@ SIZES = {
 }  # fmt: skip
 
 # What softkv attention can't do for these models, said when a soft prompt is attached.
-OTHERS = {
-    "Bloom": (transformers.BloomConfig, {}, "attention interface"),
-    "StableLm": (transformers.StableLmConfig, {}, "does not pass keywords through"),
-    "Llama4Text": (transformers.Llama4TextConfig, {"attention_chunk_size": 4, "num_local_experts": 2}, "chunked"),
-}
-
 _BART = {"d_model": 32, "decoder_layers": 1, "decoder_attention_heads": 4, "decoder_ffn_dim": 48, "dropout": 0.0}
-OTHERS |= {
+OTHERS = {
     "Bart": (transformers.BartConfig, _BART | {"is_encoder_decoder": False, "is_decoder": True}, "no position_ids"),
 }
 

@@ -13,7 +13,7 @@ from softkv.prefix import Prefix
 from tests.hf.continuations import batch_of
 from tests.hf.naive import Row, close, row_logits
 from tests.hf.rows import LAYOUTS, padded, rows_for, truth
-from tests.hf.tiny import METHODS, NAMES, VOCAB, attach, model_of
+from tests.hf.tiny import METHODS, NAMES, attach, model_of
 
 MODELS = ["Llama", "Mistral: a sliding window", "GPT2: learned positions"]
 
@@ -150,19 +150,6 @@ def test_positions_that_start_elsewhere(method: str) -> None:
     )
     moved = model(ids, prompt_lengths=lengths, position_ids=torch.arange(3, len(row.ids) + 3)[None]).logits
     assert not torch.allclose(moved, want)
-
-
-def test_other_shapes_are_refused_by_prefix_methods() -> None:
-    """Layers with different numbers of heads: soft tokens work, soft K/V say why not."""
-    from softkv.hf.frozen import FrozenBase
-
-    model = model_of("Llama")
-    base = FrozenBase(model, [(2, 8, 8), (4, 8, 8)])
-    assert base.shape == BaseShape(2, 0, 0, 0, 32, 32, VOCAB)
-    for method in ("prefix-tuning", "p-tuning v2", "p-tuning v2 encoder"):
-        with pytest.raises(ValueError, match=r"layers|heads"):
-            METHODS[method].build(base)
-    METHODS["prompt-tuning after"].build(base)
 
 
 # A prefix of each row's own -------------------------------------------------------------------------------------------

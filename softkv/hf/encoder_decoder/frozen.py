@@ -16,6 +16,7 @@ from softkv.hf.encoder_decoder.calls import EncoderDecoderCall
 from softkv.hf.encoder_decoder.hooks import EncoderDecoderHooks
 from softkv.hf.frozen import FrozenBase
 from softkv.hf.placement import device_of
+from softkv.methods.base import layers_like
 from softkv.methods.where import SITES, Site
 from softkv.prefix import Prefix
 
@@ -51,8 +52,7 @@ class FrozenEncoderDecoder(FrozenBase):
         other = copy.copy(self)
         other.where = tuple(where)
         widths = [widths for site in where for widths in self.widths[site]]
-        heads, keys, values = widths[0] if len(set(widths)) == 1 else (0, 0, 0)
-        other.shape = replace(self.shape, layers=len(widths), kv_heads=heads, head_dim=keys, value_dim=values)
+        other.shape = replace(self.shape, **layers_like(widths))
         return other
 
     @torch.no_grad()

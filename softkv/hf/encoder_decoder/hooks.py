@@ -20,6 +20,7 @@ from softkv.hf.encoder_decoder.rows import encoded_mask, encoder_rows
 from softkv.hf.generation.cache_state import CacheState, past_length
 from softkv.hf.own_attention import OwnAttention
 from softkv.hf.positions import learned_positions
+from softkv.hf.unhooking import unhook
 from softkv.methods.where import SITES, Site
 
 
@@ -72,13 +73,8 @@ class EncoderDecoderHooks:
             block.register_forward_pre_hook(self._enter_cross, with_kwargs=True)
 
     def remove(self) -> None:
-        """Remove every hook, also after an interrupted registration."""
-        for module in (*self.encoder.modules(), *self.decoder.modules()):
-            for hooks in (module._forward_pre_hooks, module._forward_hooks):
-                for number in [number for number, hook in hooks.items() if getattr(hook, "__self__", None) is self]:
-                    del hooks[number]
-                    module._forward_pre_hooks_with_kwargs.pop(number, None)
-                    module._forward_hooks_with_kwargs.pop(number, None)
+        """Takes every hook off, whatever came between hooking and this."""
+        unhook(self, (*self.encoder.modules(), *self.decoder.modules()))
 
     def run(self, call: EncoderDecoderCall, function: Callable[..., Any], **kwargs: Any) -> Any:
         """Runs the base, or a part of it, as this call."""

@@ -20,6 +20,185 @@ _ROWS_AT_ONCE = 4
 Tile: TypeAlias = tuple[int, int, int, int, Tensor | None, bool]  # t0, t1, s0, s1, mask, causal kernel
 
 
+@dataclass(slots=True)
+class Queries:
+    """Where a piece's queries lie in a line [N, H, ...]: a part t0:t1 of equally long rows, or tokens picked singly."""
+
+    start: int
+    rows: int
+    length: int
+    t0: int
+    t1: int
+    index: Tensor | None = None
+
+    def of(self, line: Tensor) -> Tensor:
+        """[N, H, ...] → [rows, H, t, ...]: a view, or a copy of picked tokens."""
+        if self.index is not None:
+            return line[self.index].unflatten(0, (self.rows, self.length)).transpose(1, 2)
+        n, t = self.rows * self.length, self.t1 - self.t0
+        part = line if n == line.shape[0] else line[self.start : self.start + n]
+        part = part.view(self.rows, self.length, *part.shape[1:])
+        return (part if t == self.length else part[:, self.t0 : self.t1]).transpose(1, 2)
+
+    def back(self, x: Tensor) -> Tensor:
+        """[rows, H, t, ...] → [rows·t, H, ...]"""
+        return x.transpose(1, 2).flatten(0, 1)
+
+    def whole(self, N: int) -> bool:
+        return self.index is None and self.rows * (self.t1 - self.t0) == N
+
+
+@dataclass(slots=True)
+class Piece:
+    queries: Queries
+    key_rows: slice
+    s0: int
+    s1: int
+    mask: Tensor | None = None
+    causal: bool = False
+    blind: Tensor | None = None  # [b, 1, t], queries from which the mask hides everything
+
+    def keys(self, x: Tensor) -> Tensor:
+        """[rows or 1, G, S, D] → [rows, G, s, D], a view."""
+        if self.s1 - self.s0 < x.shape[2]:
+            x = x[:, :, self.s0 : self.s1]
+        if self.key_rows.stop - self.key_rows.start < x.shape[0]:
+            x = x[self.key_rows]
+        return x if x.shape[0] == self.queries.rows else x.expand(self.queries.rows, -1, -1, -1)
+
+
+@dataclass(slots=True)
+class RowGroup:
+    """Adjacent rows of the same geometry: T queries and n keys, of which lo:hi are visible except for holes."""
+
+    first: int
+    rows: int
+    start: int
+    T: int
+    key_row: int
+    key_start: int
+    n: int
+    lo: int
+    hi: int
+    holes: Tensor | None = None  # [S] bool, keys that are seen
+    slots: int = 0  # of the prefix, where chunks count them
+
+
+class Geometry:
+    """One call's operands brought into one form, dense and packed alike."""
+
+    def __init__(self, options: Call, fused: bool, backward: bool):
+        self.options, self.fused, self.backward = options, fused, backward
+        q, k, prefix_k = options["q"], options["k"], options["prefix_k"]
+        self.dtype, self.device = q.dtype, q.device
+        self.wide = torch.promote_types(q.dtype, torch.float32)
+        self.dense = q.dim() == 4
+        self.window, self.chunk = options["window"], options["chunk"]
+        self.covers = options["window_covers_prefix"]
+        self.A, self.P = (0, 0) if prefix_k is None else (prefix_k.shape[0], prefix_k.shape[2])
+        self.key_mask: Tensor | None = None
+        self.n: list[int] | None = None  # each row's keys, where that is not S
+        if self.dense:
+            self.B, self.T, self.S = q.shape[0], q.shape[2], k.shape[2]
+            self.N, self.H = self.B * self.T, q.shape[1]
+            self.starts: list[int] | range = range(0, self.N + 1, self.T)
+            mask, lengths = options["key_mask"], options["key_lengths"]
+            self.key_mask = None if mask is None or bool(mask.all()) else mask
+            self.n = None if lengths is None else lengths.tolist()
+        else:
+            self.N, self.S, self.H = q.shape[0], k.shape[0], q.shape[1]
+            starts_q, starts_k, longest = options["cu_seqlens_q"], options["cu_seqlens_k"], options["max_seqlen_q"]
+            assert starts_q is not None
+            assert starts_k is not None
+            assert longest is not None
+            self.starts, self.key_starts = starts_q.tolist(), starts_k.tolist()
+            self.B, self.T = len(self.starts) - 1, longest
+
+    @property
+    def masked(self) -> bool:
+        """Whether few queries of rows that differ are better served by one call with a mask."""
+        ragged = self.key_mask is not None or (self.n is not None and min(self.n) < max(self.n))
+        return self.dense and ragged and self.T <= _FEW_QUERIES
+
+    @cached_property
+    def extent(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of a dense call, [B] each: keys n, the seen ones' first and end (0, 0 if there are none) and number."""
+        n = self.options["key_lengths"]
+        n = torch.full((self.B,), self.S, device=self.device) if n is None else n.long()
+        if self.key_mask is None or self.S == 0:
+            return n, torch.zeros_like(n), n, n
+        seen = (torch.arange(self.S, device=self.device) < n[:, None]) & self.key_mask
+        number = seen.sum(1)
+        end = self.S - seen.flip(1).int().argmax(1)
+        return n, seen.int().argmax(1), end.masked_fill(number == 0, 0), number
+
+    @cached_property
+    def slots(self) -> list[int]:
+        """Of each row's own prefix, where chunks count them; 0 elsewhere."""
+        if self.P == 0 or self.chunk is None or not self.covers:
+            return [0] * self.B
+        index, lengths = self.options["prefix_index"], self.options["prefix_lengths"]
+        of_prefix = [self.P] * self.A if lengths is None else lengths.tolist()
+        of_rows = (b % self.A for b in range(self.B)) if index is None else index.tolist()
+        return [of_prefix[a] if 0 <= a < self.A else 0 for a in of_rows]
+
+    @cached_property
+    def row_groups(self) -> list[RowGroup]:
+        if not self.dense:
+            return [
+                RowGroup(b, 1, q0, q1 - q0, 0, k0, k1 - k0, 0, k1 - k0, slots=self.slots[b])
+                for b, ((q0, q1), (k0, k1)) in enumerate(
+                    zip(pairwise(self.starts), pairwise(self.key_starts), strict=True)
+                )
+                if q1 > q0
+            ]
+        if self.key_mask is None and self.n is None and min(self.slots) == max(self.slots):
+            return [RowGroup(0, self.B, 0, self.T, 0, 0, self.S, 0, self.S, slots=self.slots[0])]
+        row_groups: list[RowGroup] = []
+        extents = zip(*(x.tolist() for x in self.extent), self.slots, strict=True)
+        for b, (n, lo, hi, number, slots) in enumerate(extents):
+            last = row_groups[-1] if row_groups else None
+            holes = self.key_mask[b] if self.key_mask is not None and number < hi - lo else None
+            alike = last and (last.n, last.lo, last.hi, last.slots) == (n, lo, hi, slots)
+            if last and alike and holes is None and last.holes is None:
+                last.rows += 1
+            else:
+                row_groups.append(RowGroup(b, 1, b * self.T, self.T, b, 0, n, lo, hi, holes, slots))
+        return row_groups
+
+    def tokens_of(self, rows: list[int]) -> Tensor:
+        """Where in the line the tokens of these rows are."""
+        if self.dense:
+            tokens = torch.arange(self.T, device=self.device)
+            return (torch.tensor(rows, device=self.device)[:, None] * self.T + tokens).flatten()
+        return torch.cat([torch.arange(self.starts[b], self.starts[b + 1], device=self.device) for b in rows])
+
+    def line(self, x: Tensor) -> Tensor:
+        """q-shaped → [N, H, D]"""
+        return x.transpose(1, 2).flatten(0, 1) if self.dense else x.contiguous()
+
+    def line_lse(self, x: Tensor) -> Tensor:
+        """lse-shaped → [N, H]"""
+        return x.transpose(1, 2).flatten(0, 1) if self.dense else x.transpose(0, 1).contiguous()
+
+    def unline(self, x: Tensor, q: Tensor) -> Tensor:
+        """[N, H, D] in any precision → shape, dtype and layout of q; of another width, laid out token by token."""
+        x = x.unflatten(0, (self.B, self.T)).transpose(1, 2) if self.dense else x
+        return x.to(q.dtype) if x.stride() == q.stride() else empty_out(q, x).copy_(x)
+
+    def unline_lse(self, x: Tensor) -> Tensor:
+        if self.dense:
+            return x.view(self.B, self.T, -1).transpose(1, 2).contiguous()
+        return x.transpose(0, 1).contiguous()
+
+    def keys(self, x: Tensor) -> Tensor:
+        """[B, G, S, D]; packed keys are one long row."""
+        return x if self.dense else x.transpose(0, 1).unsqueeze(0)
+
+    def unkeys(self, x: Tensor) -> Tensor:
+        return x if self.dense else x.squeeze(0).transpose(0, 1)
+
+
 def plan_tokens(call: Geometry) -> list[Piece]:
     if call.S == 0:
         return []
@@ -33,7 +212,7 @@ def plan_tokens(call: Geometry) -> list[Piece]:
         if call.chunk is None:
             tiles = _band(call, run.T, n, offset, causal, window)
         else:
-            tiles = _chunks(call, run.T, n, offset, run.lo, call.chunk)
+            tiles = _chunks(call, run.T, n, offset, run.slots if call.covers else run.lo, call.chunk)
         for t0, t1, s0, s1, mask, flag in tiles:
             blind = None
             if run.holes is not None:
@@ -60,10 +239,9 @@ def plan_prefix(call: Geometry) -> list[Piece]:
     if max(lengths) == 0:
         return []
     index = call.options["prefix_index"]
-    if call.window is not None and call.options["window_covers_prefix"]:
-        farthest = max(lengths) - 1 - call.window
-        if any(run.n - run.lo + farthest >= 0 for run in call.row_groups):
-            return _windowed_prefix(call, call.window, lengths, None if index is None else index.tolist())
+    reach = call.window if call.chunk is None else call.chunk
+    if reach is not None and call.covers and any(run.n - run.lo + max(lengths) > reach for run in call.row_groups):
+        return _covered_prefix(call, reach, lengths, None if index is None else index.tolist())
     if index is None and call.A == 1:
         return _shared(call, 0, lengths[0], 0, call.N)
     if index is None and call.dense:
@@ -131,13 +309,14 @@ def _bank(call: Geometry, readers: dict[int, list[int]], lengths: list[int]) -> 
     return Piece(queries, slice(used[0], used[-1] + 1), 0, longest, mask)
 
 
-def _windowed_prefix(call: Geometry, window: int, lengths: list[int], index: list[int] | None) -> list[Piece]:
+def _covered_prefix(call: Geometry, reach: int, lengths: list[int], index: list[int] | None) -> list[Piece]:
+    """The slots that windows, or chunks, leave to queries."""
     shared = index is None and call.A == 1
     if shared and call.masked and not call.backward:  # its gradient would need one copy per row
         n, lo, _, _ = (x[:, None, None] for x in call.extent)
-        query = n - call.T + torch.arange(call.T, device=call.device)[:, None]
-        slot = lo - lengths[0] + torch.arange(lengths[0], device=call.device)
-        return [_masked(call, slot > query - window, slice(0, 1))]
+        query = n - call.T + torch.arange(call.T, device=call.device)[:, None] - lo + lengths[0]  # slot 0 stands at 0
+        begin = query - reach + 1 if call.chunk is None else query.div(reach, rounding_mode="floor") * reach
+        return [_masked(call, torch.arange(lengths[0], device=call.device) >= begin, slice(0, 1))]
     pieces = []
     for run in call.row_groups:
         step = _ROWS_AT_ONCE if shared else 1
@@ -148,13 +327,16 @@ def _windowed_prefix(call: Geometry, window: int, lengths: list[int], index: lis
                 continue
             offset = run.n - run.T - run.lo + lengths[a]
             start = run.start + (first - run.first) * run.T
-            for t0, t1, s0, s1, mask, _ in _band(call, run.T, lengths[a], offset, False, window):
+            tiles = _band(call, run.T, lengths[a], offset, False, reach)
+            if call.chunk is not None:
+                tiles = _slots_of_chunks(run.T, lengths[a], offset, reach)
+            for t0, t1, s0, s1, mask, _ in tiles:
                 pieces.append(Piece(Queries(start, rows, run.T, t0, t1), slice(a, a + 1), s0, s1, mask))
     return pieces
 
 
 def _masked_tokens(call: Geometry) -> Piece:
-    n, _, end, _ = (x[:, None, None] for x in call.extent)
+    n, lo, end, _ = (x[:, None, None] for x in call.extent)
     S = int(end.max())
     position = torch.arange(S, device=call.device)
     query = n - call.T + torch.arange(call.T, device=call.device)[:, None]
@@ -166,7 +348,9 @@ def _masked_tokens(call: Geometry) -> Piece:
     if call.window is not None:
         seen = seen & (position > query - call.window)
     if call.chunk is not None:
-        seen = seen & (position >= query.div(call.chunk, rounding_mode="floor") * call.chunk)
+        front = lo - torch.tensor(call.slots, device=call.device)[:, None, None] if call.covers else 0
+        begin = (query - front).div(call.chunk, rounding_mode="floor") * call.chunk
+        seen = seen & (position - front >= begin)
     return _masked(call, seen.expand(-1, call.T, -1), slice(0, call.B))
 
 
@@ -221,6 +405,18 @@ def _chunks(call: Geometry, T: int, n: int, offset: int, origin: int, chunk: int
         key = torch.arange(s0, s1, device=call.device) + origin
         query = torch.arange(t0, first, device=call.device)[:, None] + offset + origin
         yield t0, first, s0, s1, _additive((key <= query) & (key >= query // chunk * chunk), call.dtype), False
+
+
+def _slots_of_chunks(T: int, slots: int, offset: int, chunk: int) -> Iterator[Tile]:
+    """Tiles of T queries and the slots of their chunks; query t stands at t + offset, behind slot 0 at 0."""
+    t0 = 0
+    while t0 < T:
+        begin = max(0, (t0 + offset) // chunk * chunk)
+        if begin >= slots:
+            return
+        t1 = min(T, begin + chunk - offset)
+        yield t0, t1, begin, slots, None, False
+        t0 = t1
 
 
 def _band_mask(call: Geometry, t: int, s: int, diagonal: int, causal: bool, window: int) -> Tensor:
