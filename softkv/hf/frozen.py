@@ -135,7 +135,7 @@ class BaseState:
         return state
 
     @staticmethod
-    def keep_own_attention(model: Any, reason: OutOfReach) -> None:
+    def keep_own_attention(model: Any, reason: UnsupportedAttention) -> None:
         """Gives a frozen model its own attention back, until it is released.
 
         Raises:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from softkv.hf import attention_mass, call_scope, kept_logits
 from softkv.hf.context import LayerKV, RowEncoder, RowPrompts, SoftContext
-from softkv.hf.frozen import BaseState, OutOfReach
+from softkv.hf.frozen import BaseState, UnsupportedAttention
 from softkv.hf.generation.cache_state import CacheState, past_length
 from softkv.hf.generation.prefill import PackedPrefill
 from softkv.hf.generation.prompts import Prompts
@@ -24,7 +24,7 @@ from softkv.hf.model_call import ModelCall
 from softkv.hf.own_attention import OwnAttention
 from softkv.hf.past import InPast, PrefixedPast, columns_seen
 from softkv.hf.prefixes import SoftRows, behind
-from softkv.hf.probe import Probed
+from softkv.hf.probe import DecoderProbe
 from softkv.hf.unhooking import unhook
 from softkv.ranges import named
 
@@ -46,11 +46,11 @@ class DecoderHooks(DecoderProbe):
         if head is not None and not kept_logits.by_model(self.base):
             self._head = head.register_forward_pre_hook(self._enter_head)
 
-    def fall_back(self, reason: OutOfReach) -> OwnAttention:
+    def fall_back(self, reason: UnsupportedAttention) -> OwnAttention:
         """Lets the base keep its own attention.
 
         Raises:
-            OutOfReach: when others hold the base who need softkv's, or soft tokens can't be put into its rows either.
+            UnsupportedAttention: if other holders need softkv's attention, or rows can't take soft tokens either.
         """
         self.remove()
         BaseState.keep_own_attention(self.base, reason)
@@ -178,7 +178,7 @@ class DecoderHooks(DecoderProbe):
 
     def _leave_decoder(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: Any, output: Any = None) -> Any:
         """Forward hook of the decoder: restores the padding of rows that were packed on entry."""
-        call = calls.under_way()
+        call = call_scope.current()
         if output is None or call is None or call.hooks is not self:
             return None
         if self.own is not None:

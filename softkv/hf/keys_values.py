@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from softkv.evaluation import in_evaluation
-from softkv.hf.frozen import BaseState, OutOfReach
+from softkv.hf.frozen import BaseState, UnsupportedAttention
 from softkv.hf.hooks import DecoderHooks
 
 
@@ -35,7 +35,7 @@ def keys_and_values(model: Any, *, standing_in: bool, **inputs: Tensor) -> tuple
             BaseState.freeze(model, hooks)
             hooks.register()
             hooks.probe()
-        except OutOfReach as reason:
+        except UnsupportedAttention as reason:
             own = hooks.fall_back(reason)
             if own.carrier is None:
                 raise

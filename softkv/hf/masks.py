@@ -21,9 +21,9 @@ from transformers.masking_utils import (
     sdpa_mask,
 )
 
-from softkv.hf import calls
+from softkv.hf import call_scope
 from softkv.hf.context import SoftContext
-from softkv.hf.key_state import AllReal, KeyState
+from softkv.hf.key_state import KeyState, UnpaddedMask
 
 
 class Pattern(IntEnum):
@@ -114,7 +114,7 @@ def key_state(
 
 def _check_not_counted() -> None:
     """Raise where chunks count the slots of a prefix, which is told where attention is called, not in a matrix."""
-    context = getattr(calls.under_way(), "context", None)
+    context = getattr(call_scope.current(), "context", None)
     if isinstance(context, SoftContext) and context.window_covers is not False:
         raise ValueError(
             "chunks that count the slots of a prefix expect no position_ids in compiled calls, and one line of packed "

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from softkv.hf import call_scope, checkpointing, checks
 from softkv.hf.choices import Choices
 from softkv.hf.context import layers_read
-from softkv.hf.frozen import BaseState, FrozenBase, OutOfReach
+from softkv.hf.frozen import BaseState, FrozenBase, UnsupportedAttention
 from softkv.hf.generation.cache_state import CacheState
 from softkv.hf.generation.generating import GenerateMixin
 from softkv.hf.hooks import DecoderHooks
@@ -29,7 +29,7 @@ from softkv.hf.model_call import ModelCall
 from softkv.hf.placement import is_sharded
 from softkv.hf.prefixes import SoftRows
 from softkv.hf.relative_attention import InScores
-from softkv.hf.task_heads import Redirects
+from softkv.hf.task_heads import ModuleRedirects
 from softkv.hf.task_rows import answers_of
 from softkv.hf.unpacked import Unpacked
 from softkv.methods.base import Method
@@ -97,7 +97,7 @@ class PromptedModel(GenerateMixin):
             state = BaseState.freeze(self.base, self._hooks)
             self._hooks.register()
             blocks = self._hooks.probe()
-        except OutOfReach as reason:
+        except UnsupportedAttention as reason:
             own = self._hooks.fall_back(reason)
             self.is_causal, self._windowed = own.causal, True
             if isinstance(own.carrier, InScores):

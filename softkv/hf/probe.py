@@ -213,7 +213,7 @@ class DecoderProbe:
             blocks = context.capture
             if not blocks or row.device.type == "meta":
                 return blocks
-            bare = calls.run(None, view, input_ids=ids)
+            bare = call_scope.run(None, view, input_ids=ids)
             if not same(row[0], (bare if isinstance(bare, Tensor) else bare[0])[0]):
                 return []
             if isinstance(own.carrier, InScores):  # what has no position there can't stand for tokens

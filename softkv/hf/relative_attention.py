@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softkv.hf import calls, checkpointing
+from softkv.hf import call_scope, checkpointing
 from softkv.hf.context import BlockInputs, SoftContext
 from softkv.hf.dense import masked_attention
 
@@ -141,7 +141,7 @@ class InScores:
 
 def _attend(module: Any, number: int, served: list[Any], *args: Any, **kwargs: Any) -> tuple[Any, ...]:
     """The forward of an attention module: its own, but in calls whose rows have prefixes."""
-    call = calls.under_way()
+    call = call_scope.current()
     context = call.context if call is not None and any(call.hooks is each for each in served) else None
     if context is None or (context.layers is None and context.capture is None):
         return type(module).forward(module, *args, **kwargs)

@@ -75,6 +75,7 @@ class RowGroup:
     lo: int
     hi: int
     holes: Tensor | None = None  # [S] bool, the visible keys
+    slots: int = 0  # of the prefix, where chunks count them
 
 
 class Geometry:
@@ -87,6 +88,7 @@ class Geometry:
         self.wide = torch.promote_types(q.dtype, torch.float32)
         self.dense = q.dim() == 4
         self.window, self.chunk = options["window"], options["chunk"]
+        self.covers = options["window_covers_prefix"]
         self.A, self.P = (0, 0) if prefix_k is None else (prefix_k.shape[0], prefix_k.shape[2])
         self.key_mask: Tensor | None = None
         self.n: list[int] | None = None  # each row's number of keys, if that is not S
@@ -126,25 +128,37 @@ class Geometry:
         return n, seen.int().argmax(1), end.masked_fill(number == 0, 0), number
 
     @cached_property
+    def slots(self) -> list[int]:
+        """Of each row's own prefix, where chunks count them; 0 elsewhere."""
+        if self.P == 0 or self.chunk is None or not self.covers:
+            return [0] * self.B
+        index, lengths = self.options["prefix_index"], self.options["prefix_lengths"]
+        of_prefix = [self.P] * self.A if lengths is None else lengths.tolist()
+        of_rows = (b % self.A for b in range(self.B)) if index is None else index.tolist()
+        return [of_prefix[a] if 0 <= a < self.A else 0 for a in of_rows]
+
+    @cached_property
     def row_groups(self) -> list[RowGroup]:
         if not self.dense:
             return [
-                RowGroup(b, 1, q0, q1 - q0, 0, k0, k1 - k0, 0, k1 - k0)
+                RowGroup(b, 1, q0, q1 - q0, 0, k0, k1 - k0, 0, k1 - k0, slots=self.slots[b])
                 for b, ((q0, q1), (k0, k1)) in enumerate(
                     zip(pairwise(self.starts), pairwise(self.key_starts), strict=True)
                 )
                 if q1 > q0
             ]
-        if self.key_mask is None and self.n is None:
-            return [RowGroup(0, self.B, 0, self.T, 0, 0, self.S, 0, self.S)]
+        if self.key_mask is None and self.n is None and min(self.slots) == max(self.slots):
+            return [RowGroup(0, self.B, 0, self.T, 0, 0, self.S, 0, self.S, slots=self.slots[0])]
         row_groups: list[RowGroup] = []
-        for b, (n, lo, hi, number) in enumerate(zip(*(x.tolist() for x in self.extent), strict=True)):
+        extents = zip(*(x.tolist() for x in self.extent), self.slots, strict=True)
+        for b, (n, lo, hi, number, slots) in enumerate(extents):
             last = row_groups[-1] if row_groups else None
             holes = self.key_mask[b] if self.key_mask is not None and number < hi - lo else None
-            if last and holes is None and last.holes is None and (last.n, last.lo, last.hi) == (n, lo, hi):
+            alike = last and (last.n, last.lo, last.hi, last.slots) == (n, lo, hi, slots)
+            if last and alike and holes is None and last.holes is None:
                 last.rows += 1
             else:
-                row_groups.append(RowGroup(b, 1, b * self.T, self.T, b, 0, n, lo, hi, holes))
+                row_groups.append(RowGroup(b, 1, b * self.T, self.T, b, 0, n, lo, hi, holes, slots))
         return row_groups
 
     def tokens_of(self, rows: list[int]) -> Tensor:
