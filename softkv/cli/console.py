@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import warnings
 from collections.abc import Callable
@@ -27,6 +28,7 @@ def friendly(command: Callable[..., None]) -> Callable[..., None]:
     def run(*args: Any, **kwargs: Any) -> None:
         try:
             _quiet()
+            _check_finite(kwargs)
             command(*args, **kwargs)
         except KeyboardInterrupt:
             err.print("softkv: interrupted")
@@ -41,6 +43,12 @@ def friendly(command: Callable[..., None]) -> Callable[..., None]:
             fail(error)
 
     return run
+
+
+def _check_finite(options: dict[str, Any]) -> None:
+    for name, value in options.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            fail(f"--{name.replace('_', '-')} expects a finite number, got {value}")
 
 
 # Packages that only some commands need → what of softkv brings them.
