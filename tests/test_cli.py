@@ -4,6 +4,7 @@ import csv
 import gc
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -432,6 +433,16 @@ def test_json_of_one_row_has_no_infinity(folder: Path, trained: Path, tmp_path: 
     (tmp_path / "one.jsonl").write_text(json.dumps(ROWS[0]))
     said = softkv("eval", trained, "-d", tmp_path / "one.jsonl", "--answer", "label", "--json")
     assert json.loads(said, parse_constant=pytest.fail)["perplexity"]["interval"][1] is None
+
+
+def test_a_damaged_base_is_one_line(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "model", tmp_path / "base")
+    weights = tmp_path / "base" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:200])
+    data = ["--data", folder / "rows.jsonl", "--prompt", "text", "--answer", "label", "--length", 2]
+    said = softkv("train", "--model", tmp_path / "base", *data, "--output", tmp_path / "out", code=2)
+    assert "base are damaged: " in said
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_damaged_adapter_is_one_line(trained: Path, tmp_path: Path) -> None:
