@@ -194,7 +194,8 @@ class Learner:
     def _in_softkv(self, base: Any, options: dict[str, Any]) -> None:
         import softkv
         from softkv.methods.p_tuning import SOFT_TOKENS
-        from softkv.train.rates import factor_of, own_rates
+        from softkv.train.factors import factor_of
+        from softkv.train.rates import own_rates
 
         template = self.data.template
         if self.contestant.method == "PTuning":

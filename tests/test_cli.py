@@ -4,6 +4,7 @@ import csv
 import gc
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -256,6 +257,7 @@ def test_methods_explains_every_option(method: type) -> None:
 NO_MODEL = ["train", "-m", "empty", "-d", "rows.jsonl", "-o", "out", "--length", "3", "--prompt", "text"]
 NO_MODEL += ["--answer", "label"]
 
+
 # What is wrong → (arguments, what the one line says).
 MISTAKES: dict[str, tuple[list[Any], str]] = {
     "no model": (["train", "-d", "rows.jsonl", "-o", "out"], "which base? Give --model"),
@@ -300,7 +302,7 @@ MISTAKES: dict[str, tuple[list[Any], str]] = {
     ),
     "an option of another type": (
         ["train", "-m", "model", "-d", "rows.jsonl", "-o", "out", "--length", "3", "-s", "init_std=much"],
-        "p-tuning-v2 can't use init_std='much', length=3: ",
+        "init_std expects a number above 0, got 'much'",
     ),
     "a null answer": (
         ["train", "-m", "model", "-d", "null.jsonl", "-o", "out", "--length", "3", "--prompt", "text"]
@@ -327,9 +329,9 @@ MISTAKES: dict[str, tuple[list[Any], str]] = {
         "--report-to clearml expects the package clearml, which is not installed: pip install clearml",
     ),
     "a reporter that is none": ([*NO_MODEL, "--report-to", "paper"], "--report-to expects one of azure_ml, "),
-    "no rate": ([*NO_MODEL, "--learning-rate", "0"], "--learning-rate expects a number above 0, auto, or a factor"),
+    "no rate": ([*NO_MODEL, "--learning-rate", "0"], '--learning-rate expects a number above 0, "auto"'),
     "a rate that is no number": ([*NO_MODEL, "--learning-rate", "nan"], "--learning-rate expects a number above 0"),
-    "endless epochs": ([*NO_MODEL, "--epochs", "inf"], "--epochs expects a number above 0, got inf"),
+    "endless epochs": ([*NO_MODEL, "--epochs", "inf"], "--epochs expects a finite number, got inf"),
     "a training argument that is no number": (
         [*NO_MODEL, "--arg", "weight_decay=much"],
         "--arg: argument --weight_decay/--weight-decay: invalid float value: 'much'",
@@ -341,7 +343,7 @@ MISTAKES: dict[str, tuple[list[Any], str]] = {
     "a training argument out of range": ([*NO_MODEL, "--arg", "lr_scheduler_type=up"], "lr_scheduler_type"),
     "a temperature that is no number": (
         ["generate", "trained", "w3", "--temperature", "inf"],
-        "--temperature expects 0 or a number above it, got inf",
+        "--temperature expects a finite number, got inf",
     ),
     "no top p": (["generate", "trained", "w3", "--top-p", "0"], "--top-p expects a number above 0 and at most 1"),
     "a file for the output": (
@@ -402,10 +404,45 @@ def test_mistakes_are_one_line(
     assert not Path("out").exists()
 
 
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("steps: many", "'steps' to 'many': "),
+        ("steps: [1, 2]", "'steps' to [1, 2]: expected one value"),
+        ("steps: true", "'steps' to True: expected no true or false"),
+        ("steps: 0", "'steps' to 0: "),
+        ("steps: 1.5", "'steps' to 1.5: "),
+        ("template: {a: b}", "'template' to {'a': 'b'}: expected one value"),
+        ("method: lora", "'method' to 'lora': expected one of prompt-tuning, "),
+        ("packing: maybe", "'packing' to 'maybe': "),
+        ("loss: some", "'loss' to 'some': "),
+        ("7: 3", "7, which is no option"),
+        ("config: other.yaml", "'config', which is no option"),
+    ],
+)
+def test_config_files_with_mistakes(line: str, sentence: str, tmp_path: Path) -> None:
+    """One line that names the file and the key, before anything else is looked at."""
+    (tmp_path / "odd.yaml").write_text(line)
+    result = CliRunner().invoke(app, ["train", "--config", str(tmp_path / "odd.yaml")])
+    assert result.exit_code == 2, (result.output, result.exception)
+    assert f"{tmp_path / 'odd.yaml'} sets {sentence}" in result.output
+    assert len(result.output.strip().splitlines()) == 1
+
+
 def test_json_of_one_row_has_no_infinity(folder: Path, trained: Path, tmp_path: Path) -> None:
     (tmp_path / "one.jsonl").write_text(json.dumps(ROWS[0]))
     said = softkv("eval", trained, "-d", tmp_path / "one.jsonl", "--answer", "label", "--json")
     assert json.loads(said, parse_constant=pytest.fail)["perplexity"]["interval"][1] is None
+
+
+def test_a_damaged_base_is_one_line(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "model", tmp_path / "base")
+    weights = tmp_path / "base" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:200])
+    data = ["--data", folder / "rows.jsonl", "--prompt", "text", "--answer", "label", "--length", 2]
+    said = softkv("train", "--model", tmp_path / "base", *data, "--output", tmp_path / "out", code=2)
+    assert "base are damaged: " in said
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_damaged_adapter_is_one_line(trained: Path, tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ import transformers
 
 import softkv
 from softkv.hf.attention_mass import attention_mass
+from softkv.train.factors import factor_of
 from softkv.train.range_test import range_test
-from softkv.train.rates import HEAD_RATE, OTHERS_RATE, factor_of, own_rates
+from softkv.train.rates import HEAD_RATE, OTHERS_RATE, own_rates
 from tests.hf.encoders import encoder
 from tests.hf.tiny import NAMES, TEXT, model_of, tokenizer
 from tests.training_runs import METHODS, arguments, attach, losses, rows, trainer

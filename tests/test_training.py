@@ -16,10 +16,10 @@ from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, Tra
 import softkv
 from softkv.hf.layout import with_prompt_lengths
 from softkv.train.batches import PaddingCollator, TokenBatches, whole_row_labels
+from softkv.train.checkpoints import last_checkpoint
 from softkv.train.label_logits import label_logits
-from softkv.train.trainer import last_checkpoint
 from tests.hf.tiny import tokenizer
-from tests.training_runs import METHODS, PLAIN_STEPS, attach, losses, rows, trainer
+from tests.training_runs import METHODS, PLAIN_STEPS, SAVED, attach, losses, rows, trainer
 
 ROOT = Path(__file__).parents[1]
 
@@ -302,11 +302,29 @@ def test_what_cannot_be_resumed(tmp_path: Path) -> None:
         trainer(longer, tmp_path).train(resume_from_checkpoint=True)
 
 
+def test_processes_that_would_read_other_rows(tmp_path: Path) -> None:
+    """A checkpoint as two processes leave it, of eight rows a step or of batches of tokens."""
+    trainer("p-tuning v2", tmp_path, save_strategy="steps", save_steps=4).train()
+    file = tmp_path / "checkpoint-4" / "trainer_state.json"
+    state = json.loads(file.read_text())
+    kept = state["stateful_callbacks"]["RowsOfAStep"]["args"]
+    assert kept == {"processes": 1, "rows": 4, "max_tokens": None}
+    for changed, message in (
+        ({"rows": 8}, r"2 processes that read 8 rows a step.*expected as many of 1 .*got 4"),
+        ({"max_tokens": 40}, r"2 processes.*max_tokens differ.*expected 2 processes"),
+    ):
+        file.write_text(
+            json.dumps(state | {"stateful_callbacks": {"RowsOfAStep": {"args": {**kept, "processes": 2, **changed}}}})
+        )
+        with pytest.raises(ValueError, match=message):
+            trainer("p-tuning v2", tmp_path, max_steps=8).train(resume_from_checkpoint=True)
+
+
 def test_only_soft_models_are_trained(tmp_path: Path) -> None:
     soft_model = attach("p-tuning v2")
     with pytest.raises(TypeError, match="expects a SoftModel"):
         softkv.Trainer(soft_model.base)
-    with pytest.raises(ValueError, match="max_tokens expects at least 1, got 0"):
+    with pytest.raises(ValueError, match="max_tokens expects an integer from 1 to 2147483647, got 0"):
         trainer("p-tuning v2", tmp_path, max_tokens=0)
 
 
@@ -372,7 +390,9 @@ LAUNCHERS = {
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_two_processes_learn_as_one(launcher: str, tmp_path: Path) -> None:
-    """On gloo: the same global batch, the same losses and weights, for every method."""
+    """On gloo: the same global batch, the same losses and weights, for every method; each resumes the other's run."""
+    whole = trainer("p-tuning v2", tmp_path / "saved by one", **SAVED)
+    whole.train()
     two = run(tmp_path / "two.json", 2, sys.executable, "-m", *LAUNCHERS[launcher])
     for method in METHODS:
         one = trainer(method, tmp_path, **PLAIN_STEPS)
@@ -381,3 +401,7 @@ def test_two_processes_learn_as_one(launcher: str, tmp_path: Path) -> None:
         torch.testing.assert_close(two[method]["losses"], losses(one), atol=2e-5, rtol=1e-4)
         weights = {name: value.double().sum().item() for name, value in one.model.soft.state_dict().items()}
         torch.testing.assert_close(two[method]["weights"], weights, atol=2e-4, rtol=1e-4)
+    resumed = trainer("p-tuning v2", tmp_path / "resumed by one", **(SAVED | {"save_strategy": "no"}))
+    resumed.train(resume_from_checkpoint=str(tmp_path / "saved by two" / "checkpoint-4"))
+    for found in (two["saved"], two["resumed"], losses(resumed)):
+        torch.testing.assert_close(found, losses(whole), atol=1e-4, rtol=1e-4)

@@ -1,7 +1,8 @@
 """Small training runs on tiny random models, for tests in this process and in others.
 
 As a program (under torchrun or accelerate launch) it trains every method and writes the losses:
-    python -m tests.training_runs OUT rows=ROWS_A_PROCESS [max_tokens=...]
+    python -m tests.training_runs OUT rows=ROWS_A_PROCESS
+It then trains one that leaves a checkpoint, and resumes the one beside OUT.
 """
 
 import gc
@@ -29,6 +30,9 @@ METHODS: dict[str, Method] = {
     "p-tuning v2 through an MLP": softkv.PTuningV2(length=4, reparametrize=True, reparametrize_size=8),
     "p-tuning v2 encoder": softkv.PTuningV2(length=3, encoder="lstm", encoder_size=8),
 }
+
+# In the middle of the second epoch of twelve rows, four a step.
+SAVED: dict[str, Any] = {"count": 12, "max_steps": 7, "save_strategy": "steps", "save_steps": 4}
 
 # Steps as long as the gradients: Adam would hide a wrong scale and amplify rounding.
 PLAIN_STEPS: dict[str, Any] = {"optim": "sgd", "learning_rate": 0.5, "max_grad_norm": 0.0, "max_steps": 3}
@@ -96,12 +100,18 @@ def hurry() -> None:
 def main(out: str, *options: str) -> None:
     hurry()
     settings = {name: int(value) for name, value in (option.split("=") for option in options)}
-    results = {}
+    results: dict[str, Any] = {}
     for method in METHODS:
         one = trainer(method, Path(out).with_suffix(""), per_device_train_batch_size=settings["rows"], **PLAIN_STEPS)
         one.train()
         weights = {name: value.double().sum().item() for name, value in one.model.soft.state_dict().items()}
         results[method] = {"losses": losses(one), "weights": weights, "processes": one.args.world_size}
+    common = SAVED | {"per_device_train_batch_size": settings["rows"]}
+    saved = trainer("p-tuning v2", Path(out).parent / "saved by two", **common)
+    saved.train()
+    resumed = trainer("p-tuning v2", Path(out).parent / "resumed by two", **(common | {"save_strategy": "no"}))
+    resumed.train(resume_from_checkpoint=str(Path(out).parent / "saved by one" / "checkpoint-4"))
+    results |= {"saved": losses(saved), "resumed": losses(resumed)}
     if one.is_world_process_zero():
         Path(out).write_text(json.dumps(results))
     leave_together()

@@ -14,9 +14,10 @@ from softkv.cli.console import fail
 def _configured(context: typer.Context, path: Path | None) -> Path | None:
     if path is None:
         return None
-    names = {
-        option.removeprefix("--").replace("-", "_"): parameter.name
+    named = {
+        option.removeprefix("--").replace("-", "_"): parameter
         for parameter in context.command.params
+        if parameter.name != "config"
         for option in (*parameter.opts, parameter.name or "")
     }
     try:
@@ -25,14 +26,35 @@ def _configured(context: typer.Context, path: Path | None) -> Path | None:
         fail(error)
     defaults: dict[str, Any] = {}
     for key, value in values.items():
-        name = names.get(key.replace("-", "_"))
-        if name is None:
-            fail(f"{path} sets {key!r}, which is not an option of this command: see softkv {context.info_name} --help")
-        if isinstance(value, dict):
-            value = [f"{key}={one if isinstance(one, str) else json.dumps(one)}" for key, one in value.items()]
-        defaults[name] = value
+        parameter = named.get(str(key).replace("-", "_"))
+        if parameter is None or parameter.name is None:
+            fail(f"{path} sets {key!r}, which is no option of this command: see softkv {context.info_name} --help")
+        try:
+            defaults[parameter.name] = _checked(context, parameter, value)
+        except (ValueError, TypeError) as error:
+            fail(f"{path} sets {key!r} to {value!r:.300}: {error}")
     context.default_map = {**(context.default_map or {}), **defaults}
     return path
+
+
+def _checked(context: typer.Context, parameter: Any, value: Any) -> Any:
+    """The value of an option, which its own parser accepts."""
+    if value is None:
+        return None
+    if parameter.multiple:
+        if isinstance(value, dict):
+            value = [f"{key}={one if isinstance(one, str) else json.dumps(one)}" for key, one in value.items()]
+        elif not isinstance(value, list):
+            value = [value]
+    elif isinstance(value, list | dict):
+        raise ValueError("expected one value")
+    elif isinstance(value, bool) and not parameter.is_flag:
+        raise ValueError("expected no true or false")
+    try:
+        parameter.process_value(context, value)
+    except typer.BadParameter as error:
+        raise ValueError(error.message) from error
+    return value
 
 
 def _parse(path: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import os
 import warnings
 from collections.abc import Callable
@@ -27,6 +28,7 @@ def friendly(command: Callable[..., None]) -> Callable[..., None]:
     def run(*args: Any, **kwargs: Any) -> None:
         try:
             _quiet()
+            _check_finite(kwargs)
             command(*args, **kwargs)
         except KeyboardInterrupt:
             err.print("softkv: interrupted")
@@ -43,7 +45,13 @@ def friendly(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-# Packages that only some commands need → softkv's extra that installs them.
+def _check_finite(options: dict[str, Any]) -> None:
+    for name, value in options.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            fail(f"--{name.replace('_', '-')} expects a finite number, got {value}")
+
+
+# Packages that only some commands need → what of softkv brings them.
 _EXTRAS = {"matplotlib": "plots", "peft": "bench", "psutil": "bench", "gguf": "demo", "datasets": "data"}
 
 

@@ -38,8 +38,6 @@ def generate(
     device: Device = None,
 ) -> None:
     """Answer a prompt; the answer streams."""
-    if not 0 <= temperature < float("inf"):
-        fail(f"--temperature expects 0 or a number above it, got {temperature}")
     if not 0 < top_p <= 1:
         fail(f"--top-p expects a number above 0 and at most 1, got {top_p}")
     fields = _fields(describe_adapter(adapter)[0]["config"]["template"], text, pairs(field, "--field", parse=False))

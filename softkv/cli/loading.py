@@ -58,6 +58,7 @@ def load_model(
         online = check_base(name, dtype)  # before slow imports
 
     import transformers
+    from safetensors import SafetensorError
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -68,7 +69,10 @@ def load_model(
         kind = getattr(transformers, CLASSES[task])
     if classes:
         labels = {"id2label": dict(enumerate(classes)), "label2id": {each: n for n, each in enumerate(classes)}}
-    return kind.from_pretrained(name, dtype=dtype, local_files_only=not online, **labels)
+    try:
+        return kind.from_pretrained(name, dtype=dtype, local_files_only=not online, **labels)
+    except SafetensorError as error:
+        fail(f"the weights of {name} are damaged: {error}")
 
 
 def find_device(device: str | None) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
 from softkv.cli.console import err, fail, out
 from softkv.cli.options import pairs
+from softkv.train.factors import factor_of
 
 WARM_UP = 0.1  # of all steps
 LEAST_STEPS = 200  # if neither steps nor epochs are given, so that few rows are read several times
@@ -17,15 +17,10 @@ def checked_rate(learning_rate: str, arg: list[str] | None) -> float | str:
     """--learning-rate, unless --arg overrides it."""
     given = {name.replace("-", "_"): text for name, text in pairs(arg, "--arg", parse=False).items()}
     text = given.get("learning_rate", learning_rate)
-    if text == "auto":
-        return text
     try:
-        number = float(text.removesuffix("x"))
-    except ValueError:
-        number = math.nan
-    if not (math.isfinite(number) and number > 0):
-        fail(f"--learning-rate expects a number above 0, auto, or a factor on the method's own such as 2x, got {text}")
-    return text if text.endswith("x") else number
+        return float(text) if factor_of(text) is None else text
+    except ValueError as error:
+        fail(f"--{str(error).replace('_', '-')}")
 
 
 def default_steps(rows: int, rows_a_step: int) -> int:

@@ -181,8 +181,8 @@ def train(
 
     import softkv
     from softkv.train.callbacks import ProgressBar, StopOnSignal
+    from softkv.train.checkpoints import last_checkpoint
     from softkv.train.tasks import classes_of, examples
-    from softkv.train.trainer import last_checkpoint
 
     if resume and last_checkpoint(output) is None:
         fail(f"{output} holds no whole checkpoint to resume from: leave --resume out")
@@ -246,8 +246,8 @@ def _keep(options: dict[str, Any], output: Path) -> None:
 
 def _run(trainer: Any, stop: Any, output: Path, *, resume: bool) -> None:
     """Trains, saves and reports the outcome."""
+    from softkv.train.checkpoints import last_checkpoint
     from softkv.train.processes import leave_together
-    from softkv.train.trainer import last_checkpoint
 
     again = f"softkv train --config {output / 'train.json'} --resume"
     try:

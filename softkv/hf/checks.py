@@ -164,17 +164,21 @@ def check_prompt_lengths(lengths: Any, layout: RowLayout) -> Tensor:
     return lengths.to(layout.first)
 
 
-def check_soft_ids(ids: Tensor, soft: SoftRows, layout: RowLayout, *, learns: bool = False) -> bool:
-    """Whether ids contain soft tokens. Refuse soft tokens that their row's soft prompt does not place, and training
-    rows without any. If values can't be read, assume soft tokens if any soft prompt places them by id."""
+def check_soft_ids(ids: Tensor, soft: SoftRows, layout: RowLayout, *, whole: bool) -> bool:
+    """Whether ids hold soft tokens; refuses those that their row's soft prompt does not place. Where values can't be
+    read, they hold some if any soft prompt places them by id.
+
+    With `whole` rows (and not parts of those that a cache will hold) refuses a batch that leaves a soft prompt out.
+    """
     places = any(each.placement == "inline" for each in soft.softs.values())
     if not is_readable(ids):
         return places
     if not bool((ids < 0).any()):
-        if learns and soft.softs and soft.inline:
+        if whole and soft.softs and soft.inline:
             raise ValueError(
-                "PTuning learns soft tokens, which rows contain as negative ids, but input_ids contain none, so "
-                "nothing would be learned: make the rows with method.encode(tokenizer, ...)"
+                "PTuning's soft tokens stand in rows as negative ids, but input_ids hold none, so they would be left "
+                "out: make rows with model.method.encode(tokenizer, ...), or call the bare model within "
+                "model.disabled()"
             )
         return False
     placed = {name: int(each.config.length) for name, each in soft.softs.items() if each.placement == "inline"}  # type: ignore[attr-defined]

@@ -92,13 +92,13 @@ class BaseState:
     """
 
     def __init__(self, model: Any) -> None:
+        self.quantised = keep_differentiable(model)  # may replace parameters
         models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
         configs = {id(module.config): module.config for module in models}  # outer models before inner ones
         self.implementations = [(config, config._attn_implementation) for config in configs.values()]
         self.requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
         self.training = {name: module.training for name, module in model.named_modules()}
         self.checkpointing = checkpointing.is_on(model)
-        self.quantised = keep_differentiable(model)
         self.dropouts: list[tuple[nn.Module, str, float]] = []
         self.holders: list[Any] = []
         self.out_of_reach: str | None = None

@@ -215,8 +215,8 @@ class PromptedModel(GenerateMixin):
             if next_token:
                 self._check_prompts_end(soft, labels, prompt_lengths)
             inputs = inputs.with_prompt_ends(labels if next_token else None, prompt_lengths)
-        learns = self.training and torch.is_grad_enabled()
-        holds_soft = inputs.ids is not None and checks.check_soft_ids(inputs.ids, soft, inputs.layout, learns=learns)
+        whole = past_key_values is None and kwargs.get("use_cache") is not True
+        holds_soft = inputs.ids is not None and checks.check_soft_ids(inputs.ids, soft, inputs.layout, whole=whole)
         inserts = tokens is not None and tokens.longest > 0 and not inputs.past
         if inputs.restarts is not None and (inserts or soft.reading_prompts):
             checks.refuse_restarts()

@@ -55,9 +55,13 @@ def check_rows_are_whole() -> None:
 def keep_differentiable(base: nn.Module) -> list[nn.Module]:
     """Make quantised layers keep the layout that supports gradients, and return the layers that were changed.
 
-    On CPUs with AVX-512 bf16, bitsandbytes permanently repacks 4-bit weights for inference at the first forward in
-    evaluation mode, after which gradients through such a layer are silently lost.
+    On CPUs with AVX-512 bf16, bitsandbytes packs 4-bit weights for inference at the first forward in evaluation, for
+    good: gradients past such a layer are lost without a word. compressed-tensors unpacks what it loaded at the first
+    call of the whole base, which a call of its decoder does not see.
     """
+    unpacks = getattr(base, "ct_decompress_hook", None)
+    if unpacks is not None:
+        base._forward_pre_hooks[unpacks.id](base, ())
     found = [module for module in base.modules() if getattr(module, _PACKS, False)]
     for module in found:
         setattr(module, _PACKS, False)

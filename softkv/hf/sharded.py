@@ -1,26 +1,15 @@
-"""Tensors that are sharded over processes (`DTensor`), by FSDP2 or tensor parallelism. Every process must call."""
+"""Loading into and saving from modules that FSDP2 or tensor parallelism shards. Every process must call."""
 
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 from softkv.methods.base import SoftPrompt
-
-
-def is_sharded_tensor(tensor: Any) -> bool:
-    """Whether a tensor is a `DTensor`, without importing its class, which takes a second."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
-
-
-def whole(tensor: Any) -> Tensor:
-    """The full tensor, gathered if it is sharded."""
-    return tensor.full_tensor() if is_sharded_tensor(tensor) else tensor
+from softkv.methods.sharded import is_sharded_tensor, whole
 
 
 def as_held(tensor: Tensor, like: Any) -> Tensor:
@@ -42,14 +31,15 @@ def gathered(soft: SoftPrompt) -> SoftPrompt:
     """A soft prompt with full parameters, from one whose parameters may be sharded.
 
     Raises:
-        ValueError: if FSDP1 shards them, because its shards can't be assigned to parameters.
+        ValueError: when FSDP1 holds shards of them, which only the module around the model can gather.
     """
-    if any(getattr(each, "_fsdp_flattened", False) for each in soft.parameters()):
-        raise ValueError("FSDP1 shards this soft prompt, which softkv can't gather: use FSDP2 (fully_shard)")
-    if not any(is_sharded_tensor(each) for each in soft.parameters()):
+    # FSDP1 makes lines of what it shards, and every soft prompt has a matrix.
+    held = [each for each in soft.parameters() if getattr(each, "_fsdp_flattened", False)]
+    if held and all(each.dim() < 2 for each in held):
+        raise ValueError(
+            "FSDP1 shards this soft prompt: save it in every process within "
+            "FullyShardedDataParallel.summon_full_params(model, writeback=False), or use FSDP2 (fully_shard)"
+        )
+    if not held and not any(is_sharded_tensor(each) for each in soft.parameters()):
         return soft
-    other = copy.deepcopy(soft)
-    for module in other.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            setattr(module, name, nn.Parameter(whole(parameter.detach())))
-    return other
+    return copy.deepcopy(soft, {id(each): nn.Parameter(whole(each.detach()).clone()) for each in soft.parameters()})

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from softkv.hf.context import BlockInputs, LayerKV
 from softkv.hf.placement import is_sharded
 from softkv.methods.base import SoftMatrices
+from softkv.methods.sharded import is_sharded_tensor
 from softkv.prefix import Prefix
 
 _HEADS = -3  # the axis G of `[..., G, P, D]`
@@ -102,10 +103,10 @@ class TensorParallel:
         for tensor in learned.state_dict().values():
             dist.broadcast(tensor, group=self.mesh.get_group(), group_src=0)
 
-    def _own(self, tensor: Tensor) -> Tensor:
+    def _own(self, tensor: Any) -> Tensor:
         from torch.distributed.tensor import DTensor, Replicate, Shard
 
-        if not isinstance(tensor, DTensor):
+        if not is_sharded_tensor(tensor):
             tensor = DTensor.from_local(tensor, self.mesh, [Replicate()], run_check=False)
         return tensor.redistribute(placements=[Shard(tensor.dim() + _HEADS)]).to_local()
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from softkv.hf.learned import IN_BASE, check_learned, learned_in, put_learned
 from softkv.hf.model import PromptedModel
-from softkv.hf.sharded import gathered, load_whole, whole
+from softkv.hf.sharded import gathered, load_whole
 from softkv.hf.task_heads import modules_of
 from softkv.hf.task_rows import answers_of
 from softkv.io import foreign, peft, state
@@ -38,6 +38,7 @@ from softkv.io.safe_files import check_values, checksum, read_tensors
 from softkv.methods import METHODS, PTuningV2
 from softkv.methods.base import BaseShape, FrozenModel, Method, SoftPrompt
 from softkv.methods.placeholder import Placeholder
+from softkv.methods.sharded import whole
 
 # Tokens may be added: no learned shape depends on their number.
 _FIXED = (*(name for name in SHAPE if name != "vocab_size"), "widths")

@@ -13,9 +13,9 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from typing_extensions import Self
 
+from softkv.methods.sharded import whole
 from softkv.methods.template import Template, end_ids
 from softkv.prefix import Layers, Prefix
 
@@ -215,9 +215,8 @@ class SoftPrompt(nn.Module):
 
 @torch.no_grad()
 def size_of(values: Tensor) -> float:
-    """The root mean square of a parameter's values, over all shards."""
-    whole = values.full_tensor() if isinstance(values, DTensor) else values
-    return whole.float().square().mean().sqrt().item()
+    """The root mean square of values, of all shards."""
+    return whole(values).float().square().mean().sqrt().item()
 
 
 class SoftTokens(SoftPrompt):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
@@ -25,6 +26,18 @@ def check_positive(name: str, value: object) -> None:
     """Raise unless `value` is an integer from 1 to 2^31 - 1."""
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value < 1 << 31:
         raise ValueError(f"{name} expects an integer from 1 to {(1 << 31) - 1}, got {value!r:.300}")
+
+
+def check_number(name: str, value: object) -> None:
+    """Raise unless `value` is a finite number above 0."""
+    if not isinstance(value, int | float) or isinstance(value, bool) or not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{name} expects a number above 0, got {value!r:.300}")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise unless `value` is True or False: a text that says so is true."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} expects True or False, got {value!r:.300}")
 
 
 def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:

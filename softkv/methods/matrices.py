@@ -33,8 +33,8 @@ def check_matrices(
     if init_std is not None:
         if init not in (None, "random"):
             raise ValueError(f'init_std is only read with init="random", got init={init!r}: leave one of them out')
-        if not init_std > 0:
-            raise ValueError(f"init_std expects a number above 0, got {init_std!r}")
+        initial.check_number("init_std", init_std)
+    initial.check_flag("reparametrize", reparametrize)
     if reparametrize and init not in (None, "random"):
         raise ValueError(f'reparametrize=True expects init="random", got {init!r}: the network sets the start')
     if reparametrize_size is not None:

@@ -102,9 +102,11 @@ class PTuningV2(Method):
             self.init, self.init_text, self.init_std, self.length, self.reparametrize, self.reparametrize_size
         )
         check_no_soft_tokens(self.template, "PTuningV2")
+        initial.check_flag("share_encoder", self.share_encoder)
         self._check_encoder()
-        initial.check_choice("window_covers", self.window_covers, (None, True, False))
-        initial.check_choice("continues", self.continues, (True, False))
+        if self.window_covers is not None:
+            initial.check_flag("window_covers", self.window_covers)
+        initial.check_flag("continues", self.continues)
         object.__setattr__(self, "where", checked_where(self.where))
         if self.window_covers is not None and (self.encoder is not None or self.reparametrize):
             raise ValueError(

@@ -11,6 +11,7 @@ from torch.utils.data import Sampler
 from transformers import DataCollatorWithFlattening
 
 from softkv.hf.layout import IGNORED
+from softkv.methods.initial import check_positive
 
 
 class PackingCollator(DataCollatorWithFlattening):
@@ -23,6 +24,9 @@ class PackingCollator(DataCollatorWithFlattening):
     Args:
         max_length: shorten rows of more tokens (`shortened`).
 
+    Raises:
+        ValueError: when max_length is not an integer of at least 1.
+
     Example:
         >>> rows = [{"input_ids": [1, 5], "labels": [-100, 5]}, {"input_ids": [1, 6, 7], "labels": [-100, 6, 7]}]
         >>> batch = softkv.PackingCollator()(rows)
@@ -32,7 +36,7 @@ class PackingCollator(DataCollatorWithFlattening):
 
     def __init__(self, max_length: int | None = None) -> None:
         super().__init__(return_flash_attn_kwargs=True)
-        self.max_length = max_length
+        self.max_length = _checked_length(max_length)
 
     def __call__(self, features: list[dict[str, Any]], *args: Any, **kwargs: Any) -> dict[str, Any]:
         features = [shortened(row, self.max_length) for row in features]
@@ -45,6 +49,9 @@ class PaddingCollator:
     Args:
         max_length: shorten rows of more tokens (`shortened`).
 
+    Raises:
+        ValueError: when max_length is not an integer of at least 1.
+
     Example:
         >>> rows = [{"input_ids": [1, 5], "labels": [-100, 5]}, {"input_ids": [1, 6, 7], "labels": [-100, 6, 7]}]
         >>> softkv.PaddingCollator()(rows)["attention_mask"].tolist()
@@ -52,7 +59,7 @@ class PaddingCollator:
     """
 
     def __init__(self, max_length: int | None = None) -> None:
-        self.max_length = max_length
+        self.max_length = _checked_length(max_length)
 
     def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
         features = [shortened(row, self.max_length) for row in features]
@@ -116,6 +123,12 @@ class TaskCollator:
             name_given = "labels" if name in ("label", "label_ids") else name
             batch[name_given] = torch.stack([torch.as_tensor(row[name]) for row in features])
         return batch | {name: x for name, x in _of_each_row(features).items() if name == "adapter_names"}
+
+
+def _checked_length(max_length: int | None) -> int | None:
+    if max_length is not None:
+        check_positive("max_length", max_length)
+    return max_length
 
 
 def _nested(values: Any) -> bool:
@@ -235,6 +248,7 @@ class TokenBatches(Sampler[list[int]]):
         rank: int = 0,
         ranks: int = 1,
     ) -> None:
+        check_positive("max_tokens", max_tokens)
         self.seed, self.epoch, self.rank, self.ranks = seed, epoch, rank, ranks
         order = self._shuffled(len(lengths), 0)
         if padded:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from softkv.hf.layout import IGNORED
 from softkv.io.soft_model import SoftModel
+from softkv.methods.initial import check_positive
 from softkv.train.batches import PackingCollator
 from softkv.train.label_logits import label_logits
 
@@ -80,6 +81,7 @@ def classify(
     """
     if not answers:
         raise ValueError("classify expects at least one answer, got none")
+    check_positive("batch_size", batch_size)
     pack = PackingCollator()
     scores = torch.empty(len(rows), len(answers))
     for start in range(0, len(rows), batch_size):
@@ -143,6 +145,7 @@ def perplexity(model: SoftModel, rows: Sequence[dict[str, Any]], *, batch_size: 
         rows: `{"input_ids", "labels"}` each, as `method.encode` gives them.
         batch_size: rows a forward pass, packed.
     """
+    check_positive("batch_size", batch_size)
     pack = PackingCollator()
     sums, counts = [], []
     for start in range(0, len(rows), batch_size):

@@ -13,7 +13,9 @@ import torch
 import transformers
 from transformers import DefaultFlowCallback, TrainerCallback
 
-LOWEST, HIGHEST = 1e-2, 1e2  # factors on the configured rates
+from softkv.methods.initial import check_positive
+
+LOWEST, HIGHEST = 1e-2, 1e2  # factors on the rates that the run is set up with
 SMOOTHING = 0.9  # of the running mean of losses
 BROKEN = 2.0  # times the lowest loss: the run has diverged
 
@@ -76,8 +78,9 @@ def range_test(trainer: Any, steps: int = 60) -> RangeTest:
         steps: the length of the test.
 
     Raises:
-        ValueError: if the first loss is not finite.
+        ValueError: when steps is no number of steps, or not even the first step gives a finite loss.
     """
+    check_positive("steps", steps)
     grow = _Grow(steps)
     before = copy.deepcopy(trainer.model.state_dict())
     arguments = trainer.args

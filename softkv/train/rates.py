@@ -7,8 +7,6 @@ parameters (a task head, LoRA) have a separate rate.
 
 from __future__ import annotations
 
-import math
-import re
 from typing import Any, cast
 
 from torch import nn
@@ -23,29 +21,6 @@ HEAD_RATE = 1e-2
 OTHERS_RATE = 1e-3
 # transformers' default, chosen for whole models and too low for soft prompts.
 DEFAULT_OF_TRANSFORMERS: float = TrainingArguments.__dataclass_fields__["learning_rate"].default
-
-_FACTOR = re.compile(r"(?P<factor>[0-9.eE+-]+)x")
-
-
-def factor_of(rate: float | str) -> float | None:
-    """1.0 for "auto", k for "kx" (k times the method's own rates), None for a number, which is a rate.
-
-    Raises:
-        ValueError: for anything else.
-    """
-    if rate == "auto":
-        return 1.0
-    match = _FACTOR.fullmatch(str(rate))
-    try:
-        number = float(match["factor"] if match else rate)
-    except ValueError:
-        number = math.nan
-    if not (math.isfinite(number) and number > 0):
-        raise ValueError(
-            f'learning_rate expects a number above 0, "auto" (the method\'s own), or a factor on these such as "2x", '
-            f"got {rate!r}"
-        )
-    return number if match else None
 
 
 def own_rates(model: SoftModel) -> dict[int, float]:

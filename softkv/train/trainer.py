@@ -6,9 +6,7 @@ The third optimisation, the head computed once, is in `SoftModel`.
 from __future__ import annotations
 
 import inspect
-import json
 import logging
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,13 +19,17 @@ from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
 from softkv.hf.layout import with_prompt_lengths
-from softkv.io import checkpoint
+from softkv.io.config import CONFIG, WEIGHTS
 from softkv.io.soft_model import SoftModel
+from softkv.methods.initial import check_positive
 from softkv.ranges import named
+from softkv.train import checkpoints
 from softkv.train.batches import PackingCollator, Seq2SeqCollator, TaskCollator, TokenBatches
-from softkv.train.callbacks import NoLearningWarning, PrefixAttentionWarning
-from softkv.train.label_logits import label_logits, next_labels, with_decoder_inputs
-from softkv.train.rates import DEFAULT_OF_TRANSFORMERS, factor_of, own_rates, prompt_names, split_by_rate
+from softkv.train.callbacks import AllOnThePrefix, NothingMoves
+from softkv.train.curve import draw_learning_curve
+from softkv.train.factors import factor_of
+from softkv.train.label_logits import label_logits, next_labels, written_of
+from softkv.train.rates import DEFAULT_OF_TRANSFORMERS, own_rates, prompt_names, split_by_rate
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -90,8 +92,10 @@ class Trainer(transformers.Trainer):
     ) -> None:
         if model is not None and not isinstance(model, SoftModel):
             raise TypeError(f"softkv.Trainer expects a SoftModel (softkv.attach), got {type(model).__name__}")
-        if max_tokens is not None and max_tokens < 1:
-            raise ValueError(f"max_tokens expects at least 1, got {max_tokens}")
+        if max_tokens is not None:
+            check_positive("max_tokens", max_tokens)
+        if learning_rate is not None:
+            factor_of(learning_rate)
         if args is not None and args.ddp_find_unused_parameters is None:
             # Whatever a method learns, it uses; a batch may not name every adapter.
             args.ddp_find_unused_parameters = model is not None and len(model.adapters) > 1
@@ -109,8 +113,9 @@ class Trainer(transformers.Trainer):
         self.learning_rate = learning_rate
         if learning_rate is not None and factor_of(learning_rate) is None:
             self.args.learning_rate = float(learning_rate)
-        self.add_callback(NoLearningWarning())
-        self.add_callback(PrefixAttentionWarning())
+        self._rows_of_a_step = checkpoints.RowsOfAStep.of(self.args, max_tokens)
+        for callback in (NothingMoves(), AllOnThePrefix(), self._rows_of_a_step):
+            self.add_callback(callback)
         config.pop("use_cache", None)  # the base keeps its config
         config |= uses_cache
         self.model_accepts_loss_kwargs = self._sums_losses
@@ -298,13 +303,16 @@ class Trainer(transformers.Trainer):
 
         Raises:
             FileNotFoundError: when there is none.
-            ValueError: when the checkpoint is of another method or another base.
+            ValueError: when the checkpoint is of another method or another base, or of another number of processes
+                whose steps read other rows.
         """
         if resume_from_checkpoint is True:
-            last = last_checkpoint(self.args.output_dir)
+            last = checkpoints.last_checkpoint(self.args.output_dir)
             if last is None:
                 raise FileNotFoundError(f"{self.args.output_dir} holds no whole checkpoint to resume from")
             resume_from_checkpoint = str(last)
+        if resume_from_checkpoint:
+            self._rows_of_a_step.check(resume_from_checkpoint)
         result = super().train(resume_from_checkpoint, *args, **kwargs)
         if self.is_world_process_zero():
             try:
@@ -316,27 +324,20 @@ class Trainer(transformers.Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         directory = Path(output_dir if output_dir is not None else self.args.output_dir)
         soft_model = self.accelerator.unwrap_model(self.model)
-        for name, folder in _folders(soft_model, directory).items():
-            # Sharded values are gathered, by all processes together.
-            writes = self.args.should_save
-            soft_model.save_pretrained(folder, adapter_name=name, folded=False, is_main_process=writes)
-        if not self.args.should_save:
-            return
-        if self.processing_class is not None:
+        checkpoints.save(soft_model, directory, writes=self.args.should_save)
+        if self.args.should_save and self.processing_class is not None:
             self.processing_class.save_pretrained(directory)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         soft_model = self.accelerator.unwrap_model(model if model is not None else self.model)
-        for name, folder in _folders(soft_model, Path(resume_from_checkpoint)).items():
-            with soft_model.using(name):
-                checkpoint.restore(soft_model, folder)
+        checkpoints.restore(soft_model, Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         assert self.state.best_model_checkpoint is not None
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        for name in (checkpoint.CONFIG, checkpoint.WEIGHTS):
+        for name in (CONFIG, WEIGHTS):
             if self.is_world_process_zero():
                 shutil.copy(Path(checkpoint_folder) / name, Path(self.args.output_dir) / name)
         super()._push_from_checkpoint(checkpoint_folder)
@@ -365,49 +366,3 @@ def _keep_batches_whole(args: TrainingArguments, collator: Any) -> None:
         )
     if config.dispatch_batches is None:
         config.dispatch_batches = False
-
-
-def _folders(model: SoftModel, checkpoint_folder: Path) -> dict[str, Path]:
-    """Where a checkpoint holds each adapter: the active one in itself, the others below."""
-    others = {name: checkpoint_folder / "adapters" / name for name in model.adapters}
-    return others | {model.active_adapter: checkpoint_folder}
-
-
-def last_checkpoint(output_dir: str | os.PathLike[str]) -> Path | None:
-    """The checkpoint of the most steps in a `Trainer`'s output directory that is whole: a run that was killed while it
-    saved leaves one that is not."""
-    folders = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.split("-")[-1].isdigit()]
-    for folder in sorted(folders, key=lambda path: int(path.name.split("-")[-1]), reverse=True):
-        if _is_whole(folder):
-            return folder
-    return None
-
-
-def _is_whole(folder: Path) -> bool:
-    try:
-        checkpoint.read(folder)
-        json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))  # written last
-    except (OSError, ValueError):
-        return False
-    return (folder / "optimizer.pt").is_file() and (folder / "scheduler.pt").is_file()
-
-
-def draw_learning_curve(log_history: list[dict[str, float]], path: str | os.PathLike[str]) -> None:
-    """Draws the losses of a `Trainer`'s log over its steps; draws nothing where there are none."""
-    from matplotlib.figure import Figure
-
-    curves = {
-        name: [(entry["step"], entry[key]) for entry in log_history if key in entry]
-        for name, key in (("training", "loss"), ("evaluation", "eval_loss"))
-    }
-    if not any(curves.values()):
-        return
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot(xlabel="step", ylabel="loss (nats a label)")
-    for name, points in curves.items():
-        if points:
-            steps, losses = zip(*points, strict=True)
-            axes.plot(steps, losses, label=name, marker="." if len(points) < 50 else "")
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=120)

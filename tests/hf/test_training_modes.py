@@ -96,6 +96,8 @@ def test_low_precision(method: str, mixed: str) -> None:
         assert torch.nn.functional.cosine_similarity(gradient.flatten(), want[key].flatten(), 0) > 0.98, key
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled="autocast" in mixed):
         ids = batch["input_ids"][:, -4:].clamp(min=2)
+        if method == "p-tuning":
+            ids[:, 0] = -1
         assert model.eval().generate(ids, max_new_tokens=3).shape[1] == 7
 
 

@@ -92,6 +92,27 @@ def test_soft_tokens_without_a_soft_prompt() -> None:
             call(ids, adapter_names=[None])
 
 
+def test_rows_that_leave_their_soft_tokens_out() -> None:
+    """Plain ids would get the bare model's answer; some rows of a batch, or parts of a row, may have no soft token."""
+    model = attached(softkv.PTuning(template="[P1][P2][X][Y]", encoder_size=8))
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match="they would be left out: make rows with"):
+            call(TWO)
+    with pytest.raises(ValueError, match="they would be left out"):
+        model.train()(TWO, labels=TWO)
+    model.eval()
+    ids = torch.tensor([[-1, -2, 5, 6, 7], [5, 6, 7, 8, 9]])
+    want = llama()(ids[1:]).logits
+    torch.testing.assert_close(model(ids).logits[1:], want)
+    torch.testing.assert_close(model(ids[1:], adapter_names=[None]).logits, want)
+    row = torch.tensor([[5, 6, -1, -2, 7]])
+    begun = model(row[:, :2], use_cache=True).past_key_values
+    rest = model(row[:, 2:], past_key_values=begun)
+    torch.testing.assert_close(rest.logits, model(row).logits[:, 2:])
+    model(row[:, :1], past_key_values=rest.past_key_values)
+    assert model.generate(row, max_new_tokens=2, prefill_chunk_size=2).shape == (1, 7)
+
+
 def test_other_attention_is_refused() -> None:
     model = attached()
     with pytest.raises(ValueError, match="needs softkv's attention"):

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import transformers
@@ -28,6 +29,8 @@ from tests.training_runs import METHODS, attach, hurry, rows
 
 STEPS = 3
 TENSOR_PARALLEL = "tensor parallel"
+FSDP1 = "FSDP1"
+OF_FSDP1 = ("p-tuning v2", "p-tuning v2 through an MLP")
 
 
 def fsdp2(soft_model: softkv.SoftModel, **options: Any) -> softkv.SoftModel:
@@ -98,6 +101,19 @@ def attach_split(method: str, base: str) -> softkv.SoftModel:
     return softkv.attach(model, METHODS[method])
 
 
+def fsdp1_run(folder: str, method: str) -> list[float]:
+    """Losses under FSDP1, whose shards are saved where the module around the model has gathered them."""
+    soft_model = attach(method)
+    model, optimizer = fsdp1(soft_model), optimizer_of(soft_model)
+    found = train(soft_model, model, optimizer, rows(soft_model.method, 6), 2, dist.get_rank())
+    place, first = os.path.join(folder, FSDP1, method), dist.get_rank() == 0
+    with pytest.raises(ValueError, match="summon_full_params"):
+        soft_model.save_pretrained(place, is_main_process=first)
+    with FullyShardedDataParallel.summon_full_params(model, writeback=False):
+        soft_model.save_pretrained(place, is_main_process=first)
+    return found
+
+
 def save(soft_model: softkv.SoftModel, optimizer: torch.optim.Optimizer, folder: str) -> None:
     model, state = get_state_dict(soft_model, optimizer)
     checkpoint.save({"model": model, "optimizer": state}, checkpoint_id=folder)
@@ -126,6 +142,7 @@ def main(folder: str) -> None:
         save(soft_model, optimizer, os.path.join(place, "state"))
         resume(soft_model, optimizer, os.path.join(folder, "one process", method, "state"))
         results[f"{strategy}: {method}"] = found + train(soft_model, model, optimizer, examples, *share)
+    results |= {f"{FSDP1}: {method}": fsdp1_run(folder, method) for method in OF_FSDP1}
     split = {name: case(folder) for name, case in split_runs.CASES.items()}
     planned = planned_runs.measured(folder)
     if dist.get_rank() == 0:

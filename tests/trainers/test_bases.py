@@ -1,7 +1,9 @@
 """Bases that are not plain modules with their values in memory: offloaded and quantised ones."""
 
+import gc
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,19 @@ import transformers
 
 import softkv
 from tests.hf.tiny import model_of
+from tests.trainers.quantised import KINDS, bitsandbytes, dequantised
 from tests.training_runs import METHODS, arguments, attach, losses, rows, trainer
 
 IDS = torch.tensor([[1, 20, 21, 22, 23]])
 LABELS = torch.tensor([[-100, -100, 21, 22, 23]])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick() -> Iterator[None]:
+    """Spares runs the search for garbage among all modules."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def step(base: Any, method: str = "p-tuning v2") -> tuple[float, list[torch.Tensor]]:
@@ -61,69 +72,25 @@ def test_offloaded_bases(method: str, place: str, tmp_path: Path) -> None:
     assert soft_model.generate(IDS, max_new_tokens=2).shape == (1, 7)
 
 
-def quantised(config: Any, path: Path) -> Any:
-    model_of("Llama", hidden_size=64, intermediate_size=128, head_dim=16).save_pretrained(path)
-    return transformers.AutoModelForCausalLM.from_pretrained(path, quantization_config=config, dtype=torch.float32)
-
-
-def dequantised(base: Any, weight_of: Callable[[Any], torch.Tensor]) -> Any:
-    """The same model with plain weights."""
-    plain = model_of("Llama", hidden_size=64, intermediate_size=128, head_dim=16)
-    for name, module in plain.named_modules():
-        if isinstance(module, torch.nn.Linear) and name != "lm_head":
-            module.weight.data = weight_of(base.get_submodule(name)).detach().clone()
-    return plain
-
-
-def four_bit() -> tuple[Any, Callable[[Any], torch.Tensor]]:
-    functional = pytest.importorskip("bitsandbytes").functional
-    config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    config.bnb_4bit_compute_dtype = torch.float32
-    return config, lambda layer: functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-
-
-def torchao_int8() -> tuple[Any, Callable[[Any], torch.Tensor]]:
-    quantization = pytest.importorskip("torchao").quantization
-    return transformers.TorchAoConfig(quantization.Int8WeightOnlyConfig()), lambda layer: layer.weight.dequantize()
-
-
-def quanto(weights: str) -> tuple[Any, Callable[[Any], torch.Tensor]]:
-    pytest.importorskip("optimum.quanto")
-    return transformers.QuantoConfig(weights=weights), lambda layer: layer.weight.dequantize()
-
-
-QUANTISED: dict[str, Callable[[], tuple[Any, Callable[[Any], torch.Tensor]]]] = {
-    "bitsandbytes 4-bit": four_bit,
-    "torchao int8": torchao_int8,
-    "quanto int8": lambda: quanto("int8"),
-    "quanto int4": lambda: quanto("int4"),
-}
-
-
-@pytest.mark.parametrize("kind", QUANTISED)
+@pytest.mark.parametrize("kind", KINDS)
 def test_quantised_bases_learn_as_their_plain_weights_do(kind: str, tmp_path: Path) -> None:
-    config, weight_of = QUANTISED[kind]()
-    base = quantised(config, tmp_path / "base")
+    base = KINDS[kind](tmp_path / "base")
     if kind == "bitsandbytes 4-bit":
         base(IDS)  # packs the weights for inference on some processors
     for method in ("prompt-tuning before", "p-tuning v2"):
         loss, gradients = step(base, method)
-        plain = dequantised(base, weight_of)  # an attached base has its weights in their usual form
+        plain = dequantised(base)  # an attached base has its weights in their usual form
         expected, wanted = step(plain, method)
         assert loss == pytest.approx(expected, rel=1e-5)
         for gradient, right in zip(gradients, wanted, strict=True):
-            torch.testing.assert_close(gradient, right, atol=1e-5, rtol=1e-4)
+            assert (gradient - right).norm() <= 3e-5 * right.norm()  # torchao scales a product of int8 afterwards
             assert bool(right.any())
 
 
-@pytest.mark.parametrize("kind", [*QUANTISED, "bitsandbytes 8-bit"])
+@pytest.mark.parametrize("kind", [*KINDS, "bitsandbytes 8-bit"])
 def test_trainers_accept_quantised_bases(kind: str, tmp_path: Path) -> None:
-    if kind == "bitsandbytes 8-bit":
-        pytest.importorskip("bitsandbytes")
-        config: Any = transformers.BitsAndBytesConfig(load_in_8bit=True)
-    else:
-        config = QUANTISED[kind]()[0]
-    soft_model = softkv.attach(quantised(config, tmp_path / "base"), METHODS["p-tuning v2"])
+    kinds = KINDS | {"bitsandbytes 8-bit": partial(bitsandbytes, load_in_8bit=True)}
+    soft_model = softkv.attach(kinds[kind](tmp_path / "base"), METHODS["p-tuning v2"])
     examples = rows(soft_model.method, 4)
     data = {"train_dataset": examples, "eval_dataset": examples}
     settings = {"max_steps": 6, "learning_rate": 0.05, "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "no"}
@@ -135,7 +102,7 @@ def test_trainers_accept_quantised_bases(kind: str, tmp_path: Path) -> None:
     assert losses(ours)[-1] < losses(plain)[0]  # type: ignore[arg-type]
     with torch.no_grad():
         expected = soft_model.eval()(IDS).logits
-    loaded = softkv.load(quantised(config, tmp_path / "base"), tmp_path / "checkpoint-6")
+    loaded = softkv.load(soft_model.detach(), tmp_path / "checkpoint-6")
     with torch.no_grad():
         torch.testing.assert_close(loaded(IDS).logits, expected)
     assert loaded.generate(IDS, max_new_tokens=2).shape == (1, 7)

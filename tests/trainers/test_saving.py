@@ -21,8 +21,11 @@ IDS = torch.tensor([[1, 20, 21, 22]])
 
 
 def logits(soft_model: softkv.SoftModel) -> torch.Tensor:
+    ids = IDS.clone()
+    if isinstance(soft_model.method, softkv.PTuning):
+        ids[0, 1] = -1
     with torch.no_grad():
-        return soft_model.eval()(IDS).logits
+        return soft_model.eval()(ids).logits
 
 
 def plain_trainer(

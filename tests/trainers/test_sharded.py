@@ -20,7 +20,7 @@ from softkv.io import checkpoint
 from softkv.profiling.strategies import share
 from tests.hf.tiny import config_of, model_of, tokenizer
 from tests.trainers import planned_runs, split_runs
-from tests.trainers.sharded_runs import RUNS, STEPS, optimizer_of, resume, save, train
+from tests.trainers.sharded_runs import FSDP1, OF_FSDP1, RUNS, STEPS, optimizer_of, resume, save, train
 from tests.training_runs import METHODS, attach, rows
 
 ROOT = Path(__file__).parents[2]
@@ -152,8 +152,12 @@ def test_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
         softkv.attach(soft_model.base, softkv.PTuningV2(length=3))
 
 
-def test_what_is_not_supported(tmp_path: Path) -> None:
-    soft_model = attach("p-tuning v2")
-    soft_model.soft.k._fsdp_flattened = True  # as FSDP1 marks them
-    with pytest.raises(ValueError, match="FSDP1 shards this soft prompt"):
-        soft_model.save_pretrained(tmp_path)
+@pytest.mark.parametrize("method", OF_FSDP1)
+def test_fsdp1(method: str, sharded: Path) -> None:
+    expected = json.loads((sharded / "expected.json").read_text())[method][:STEPS]
+    found = json.loads((sharded / "losses.json").read_text())[f"{FSDP1}: {method}"]
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+    _, saved = checkpoint.read(sharded / FSDP1 / method)
+    _, values = checkpoint.read(sharded / "one process" / method)
+    for name, value in values.items():
+        torch.testing.assert_close(saved[name], value, atol=2e-4, rtol=1e-4)

@@ -256,9 +256,8 @@ class PromptedEncoderDecoder(PromptedModel):
                     "encoder_outputs expect rows with padding behind, got an attention_mask with some in front"
                 )
         elif isinstance(ids, Tensor) and self._hooks.reads_tokens:
-            learns = self.training and torch.is_grad_enabled()
             layout = RowLayout.of((rows, ids.shape[1]), mask, None, ids.device)
-            checks.check_soft_ids(ids, soft, layout, learns=learns)
+            checks.check_soft_ids(ids, soft, layout, whole=not past)
         return tokens
 
     def _contexts(self, soft: SoftRows) -> Any:

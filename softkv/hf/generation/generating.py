@@ -76,7 +76,8 @@ class GenerateMixin(PromptMixin):
                 "PromptTuning inserts its block into every prompt: generate expects an empty cache, got a filled one"
             )
         if ids is not None:
-            checks.check_soft_ids(ids, soft, RowLayout.of((len(ids), ids.shape[1]), None, None, ids.device))
+            layout = RowLayout.of((len(ids), ids.shape[1]), None, None, ids.device)
+            checks.check_soft_ids(ids, soft, layout, whole=not past)
             if attention_mask is None:
                 attention_mask = mask_of(ids, kwargs, config)
         prompts = Prompts.prepare(
