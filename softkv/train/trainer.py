@@ -25,10 +25,10 @@ from softkv.methods.initial import check_positive
 from softkv.ranges import named
 from softkv.train import checkpoints
 from softkv.train.batches import PackingCollator, Seq2SeqCollator, TaskCollator, TokenBatches
-from softkv.train.callbacks import AllOnThePrefix, NothingMoves
+from softkv.train.callbacks import NoLearningWarning, PrefixAttentionWarning
 from softkv.train.curve import draw_learning_curve
 from softkv.train.factors import factor_of
-from softkv.train.label_logits import label_logits, next_labels, written_of
+from softkv.train.label_logits import label_logits, next_labels, with_decoder_inputs
 from softkv.train.rates import DEFAULT_OF_TRANSFORMERS, own_rates, prompt_names, split_by_rate
 
 _LOGGER = logging.getLogger(__name__)
@@ -114,7 +114,7 @@ class Trainer(transformers.Trainer):
         if learning_rate is not None and factor_of(learning_rate) is None:
             self.args.learning_rate = float(learning_rate)
         self._rows_of_a_step = checkpoints.RowsOfAStep.of(self.args, max_tokens)
-        for callback in (NothingMoves(), AllOnThePrefix(), self._rows_of_a_step):
+        for callback in (NoLearningWarning(), PrefixAttentionWarning(), self._rows_of_a_step):
             self.add_callback(callback)
         config.pop("use_cache", None)  # the base keeps its config
         config |= uses_cache
