@@ -28,7 +28,7 @@ def _configured(context: typer.Context, path: Path | None) -> Path | None:
     for key, value in values.items():
         parameter = named.get(str(key).replace("-", "_"))
         if parameter is None or parameter.name is None:
-            fail(f"{path} sets {key!r}, which is no option of this command: see softkv {context.info_name} --help")
+            fail(f"{path} sets {key!r}, which is not an option of this command: see softkv {context.info_name} --help")
         try:
             defaults[parameter.name] = _checked(context, parameter, value)
         except (ValueError, TypeError) as error:
