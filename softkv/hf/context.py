@@ -16,6 +16,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from softkv.hf.generation.prefill import Unpadded
     from softkv.hf.heads import HeadLine
+    from softkv.hf.repeat import Lasting, OfPass
 
 LayerKV = tuple[Tensor, Tensor]
 
@@ -138,8 +139,9 @@ class SoftContext:
         turns: how often each module that runs several times has begun to, in this forward pass.
         capture: collects what reaches each attention block, in the order in which they run.
         masses: collects the attention that prefixes take in each block (`softkv.hf.attention_mass`), or None.
-        memo: of a forward pass, calls that were checked for one block and hold for others (`softkv.hf.repeat`).
-        lasting: of a cache, such calls of its decoding steps.
+        repeats: calls of attention that were checked and that other blocks may repeat (`softkv.hf.repeat`); None: each
+            is looked at.
+        steps: of a cache, what each block runs in a decoding step, by its number.
         bias: gives the position biases of the slots, `[1, H, T, P]`, of a block, T queries, the tokens before them and
             P; None where slots have none.
         cross: in the decoder of an encoder-decoder, the context of its cross-attention.
@@ -161,8 +163,8 @@ class SoftContext:
     turns: dict[nn.Module, int] = field(default_factory=dict)
     capture: list[BlockInputs] | None = None
     masses: dict[int, Tensor] | None = None
-    memo: dict[Any, Any] | None = None
-    lasting: dict[Any, Any] | None = None
+    repeats: OfPass | Lasting | None = None
+    steps: dict[int, Any] | None = None
     bias: Callable[[nn.Module, int, int | Tensor, int], Tensor | None] | None = None
     cross: SoftContext | None = None
 
