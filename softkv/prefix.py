@@ -108,6 +108,10 @@ class Prefix:
         k, v = (change(of) if isinstance(of, Tensor) else tuple(map(change, of)) for of in (self.k, self.v))
         return replace(self, k=k, v=v)
 
+    def of_each(self, rows: int) -> Prefix:
+        """The only prefix that this holds as one for each of `rows` rows, a view."""
+        return self.map(lambda of_layers: of_layers.expand(*of_layers.shape[:-4], rows, *of_layers.shape[-3:]))
+
     @classmethod
     def from_cache(cls, cache: Any) -> Prefix:
         """Make a prefix of real tokens from the K/V of a transformers cache.

@@ -39,6 +39,8 @@ SMALL = {
     "more queries than keys": dense(T=8, S=3, P=2, A=1),
     "one query": dense(T=1, S=7, P=2, A=1),
     "one row": dense(B=1, P=3, A=1),
+    "a prefix for each row": dense(P=3, A=2),
+    "whole vectors of keys": dense(T=12, S=12, P=4, A=1),
     "no keys": dense(T=3, S=0, P=3, A=1),
     "packed": packed([3, 0, 5, 1], P=2, A=1),
     "packed, tokens see what follows": packed([3, 4], P=2, A=1, is_causal=False),

@@ -24,12 +24,12 @@ from softkv.hf.local import two_sided_attention
 from softkv.hf.masks import Keys, Pattern, key_state
 from softkv.hf.packing import apart, rows_of_line
 from softkv.hf.placement import check_rows_are_whole
-from softkv.hf.repeat import Signature, checked_call, remember, signature
+from softkv.hf.repeat import Given, Lasting, accepted
 from softkv.ops.api import prefix_attention, prefix_attention_varlen
 from softkv.ranges import named
 
 NAME = "softkv"
-_BARE = SoftContext()  # for a model without a soft prompt
+_BARE = SoftContext(repeats=Lasting(steps_alone=True))  # of a model without a soft prompt
 
 
 def attention(
@@ -75,15 +75,17 @@ def _of_rows(
     options: tuple[Any, ...],
     others: dict[str, Any],
 ) -> Tensor:
-    """Attention `[B, T, H, Dv]` of rows of one kind: padded, or packed."""
-    alike = None
-    if context.memo is not None:
-        alike = signature(context, module, query, key, value, mask, options, others)
-        checked = None if alike is None else checked_call(context, alike, mask)
-        if checked is not None and checked.serves(context, layer):
-            with named("attention, layer", layer):
-                return checked(context, layer, query, key, value)
-    return _checked(module, context, layer, query, key, value, mask, alike, *options, **others)
+    """`[B, T, H, Dv]`, of rows that are alike: padded ones, or the packed ones of a line."""
+    given = None
+    if context.repeats is not None and not torch.compiler.is_compiling():
+        for checked in context.repeats.calls:
+            if checked.given.again(context, query, key, value, mask, options, others):
+                attend = checked.attend(context, layer, module, query)
+                if attend is not None:
+                    with named("attention, layer", layer):
+                        return attend(query, key, value)
+        given = Given.of(context, (query, key, value), mask, options, others)
+    return _checked(module, context, layer, query, key, value, mask, given, *options, **others)
 
 
 def _checked(
@@ -94,7 +96,7 @@ def _checked(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    alike: Signature | None,
+    given: Given | None,
     dropout: float,
     scaling: float | None,
     sliding_window: int | None,
@@ -200,6 +202,11 @@ def _checked(
     if rows is not None:
         if window is not None and not causal:
             raise ValueError("packed rows expect no windows in bidirectional attention: pad them (PaddingCollator)")
+        if given is not None and rows is context.rows and HARMLESS.issuperset(kwargs):
+            again = accepted(context, layer, module, given, (query, key, value), rows, **options)
+            if again is not None:
+                with named("attention, layer", layer):
+                    return again(query, key, value)
         attend: Callable[..., Any] = partial(
             prefix_attention_varlen,
             query[0].transpose(0, 1),
@@ -212,19 +219,18 @@ def _checked(
             **options,
         )
         with named("attention, layer", layer):
-            out = _attend(attend, context, layer, len(rows.cu_seqlens) - 1, like, counted)
-        if alike is not None and rows is context.rows and HARMLESS.issuperset(kwargs):
-            remember(context, layer, alike, attention_mask, (query, key, value), rows, **options)
-        return out.unsqueeze(0)
+            return _attend(attend, context, layer, len(rows.cu_seqlens) - 1, like, counted).unsqueeze(0)
 
     op = prefix_attention if causal or window is None else two_sided_attention
+    if given is not None and op is prefix_attention and HARMLESS.issuperset(kwargs):
+        operands = query, key, value
+        again = accepted(context, layer, module, given, operands, None, keys.mask, keys.lengths, **options)
+        if again is not None:
+            with named("attention, layer", layer):
+                return again(query, key, value)
     attend = partial(op, query, key, value, key_mask=keys.mask, key_lengths=keys.lengths, **options)
     with named("attention, layer", layer):
-        out = _attend(attend, context, layer, len(query), like, counted)
-    if alike is not None and op is prefix_attention and HARMLESS.issuperset(kwargs):
-        operands = (query, key, value)
-        remember(context, layer, alike, attention_mask, operands, None, keys.mask, keys.lengths, **options)
-    return out.transpose(1, 2)
+        return _attend(attend, context, layer, len(query), like, counted).transpose(1, 2)
 
 
 def _within(window: int, positions: Tensor, context: SoftContext, prefix: dict[str, Any]) -> Tensor:

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from softkv.hf.generation.prefill import PackedPrefill
-    from softkv.hf.heads import PackedHeads
+    from softkv.hf.generation.prefill import Unpadded
+    from softkv.hf.heads import HeadLine
+    from softkv.hf.repeat import Lasting, OfPass
 
 LayerKV = tuple[Tensor, Tensor]
 
@@ -127,21 +128,22 @@ class SoftContext:
         index: `[B]`, the prefix of each row (-1: none), or None.
         window_covers: whether sliding windows count the slots, for all prefixes or for each, `[A]` (with an index).
         slots: P of each row: one number, or `[B]`.
-        rows: the packed rows, or None.
-        restarts: `[1, T]`, position ids that may restart, if a tracer can't detect packed rows from them; or None.
-        unpadded: the padding removed from the rows, to be restored.
-        heads: `[A, P, C]`, soft tokens in front of rows to run in the same pass: their K and V in each block follow
-            those of `layers` in the bank.
-        line: the packed sequence of heads and rows of this pass, once it is built.
-        encoder: computes K, V per row inside each attention block (encoder-mode P-tuning v2).
-        order: numbers the attention blocks; None if no numbers are needed.
-        turns: how often each module that runs several times has started in this forward pass.
-        capture: collects the inputs of each attention block, in execution order.
-        masses: collects the attention to prefixes in each block (`softkv.hf.attention_mass`), or None.
-        memo: calls of this forward pass that were validated for one block and reused by others (`softkv.hf.repeat`).
-        lasting: such calls of a cache's decoding steps.
-        bias: computes the position biases of the slots, `[1, H, T, P]`, from the block, T queries, the number of tokens
-            before them and P; None if slots have none.
+        rows: the packed rows of a batch of one line, or None.
+        restarts: `[1, T]`, position ids that may restart, where a tracer can't tell packed rows by them; or None.
+        unpadded: the padding left out of them, to be put back.
+        heads: `[A, P, C]`, soft tokens in front of rows, which are to run in the same pass: their K and V in each block
+            follow those of `layers` in the bank.
+        line: the line of heads and rows that this pass runs, once it is made.
+        encoder: makes K, V per row inside each attention block (encoder-mode P-tuning v2).
+        order: numbers the attention blocks; None where none needs a number.
+        turns: how often each module that runs several times has begun to, in this forward pass.
+        capture: collects what reaches each attention block, in the order in which they run.
+        masses: collects the attention that prefixes take in each block (`softkv.hf.attention_mass`), or None.
+        repeats: calls of attention that were checked and that other blocks may repeat (`softkv.hf.repeat`); None: each
+            is looked at.
+        steps: of a cache, what each block runs in a decoding step, by its number.
+        bias: gives the position biases of the slots, `[1, H, T, P]`, of a block, T queries, the tokens before them and
+            P; None where slots have none.
         cross: in the decoder of an encoder-decoder, the context of its cross-attention.
     """
 
@@ -161,8 +163,8 @@ class SoftContext:
     turns: dict[nn.Module, int] = field(default_factory=dict)
     capture: list[BlockInputs] | None = None
     masses: dict[int, Tensor] | None = None
-    memo: dict[Any, Any] | None = None
-    lasting: dict[Any, Any] | None = None
+    repeats: OfPass | Lasting | None = None
+    steps: dict[int, Any] | None = None
     bias: Callable[[nn.Module, int, int | Tensor, int], Tensor | None] | None = None
     cross: SoftContext | None = None
 

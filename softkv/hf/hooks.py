@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from softkv.hf import attention_mass, call_scope, kept_logits
 from softkv.hf.context import LayerKV, RowEncoder, RowPrompts, SoftContext
@@ -23,9 +24,12 @@ from softkv.hf.layout import RowLayout
 from softkv.hf.model_call import ModelCall
 from softkv.hf.own_attention import OwnAttention
 from softkv.hf.past import InPast, PrefixedPast, columns_seen
+from softkv.hf.placement import check_rows_are_whole
 from softkv.hf.prefixes import SoftRows, behind
-from softkv.hf.probe import DecoderProbe
+from softkv.hf.probe import Probed
+from softkv.hf.repeat import Lasting, OfPass
 from softkv.hf.unhooking import unhook
+from softkv.ops.checks import transforms
 from softkv.ranges import named
 
 
@@ -36,6 +40,7 @@ class DecoderHooks(DecoderProbe):
         super().__init__(base, backend)
         self._reads_blocks = False
         self._head: Any = None
+        self._lasting = Lasting()
 
     def register(self) -> None:
         """Register the hooks on the decoder."""
@@ -119,10 +124,15 @@ class DecoderHooks(DecoderProbe):
             elif call.prompts is not None and context.encoder is None and self.behaviour.packs:
                 context = self._without_padding(context, kwargs)
             compiles = torch.compiler.is_compiling()
+            if not compiles:
+                check_rows_are_whole()
             masses = None if compiles else attention_mass.wanted()
-            memo: dict[Any, Any] | None = None if compiles or masses is not None else {}
-            lasting = None if memo is None else _of_steps(context, kwargs)
-            context = replace(context, order=self.order, turns={}, memo=memo, lasting=lasting, masses=masses)
+            if compiles or masses is not None:
+                context = replace(context, order=self.order, turns={}, masses=masses)
+            else:
+                lasting = None if transforms() else self._lasting  # under one, calls are looked at anew
+                steps = None if lasting is None else _steps(context, kwargs)
+                context = replace(context, order=self.order, turns={}, repeats=OfPass(lasting), steps=steps)
         if not call.may_be_packed or context.rows is not None or context.line is not None:
             self._mark_unpadded(kwargs)
         kwargs["softkv_prefix"] = context
@@ -269,9 +279,7 @@ class DecoderHooks(DecoderProbe):
         return replace(context, index=index, encoder=RowEncoder(encode, prompts, memory))
 
 
-def _of_steps(context: SoftContext, kwargs: dict[str, Any]) -> dict[Any, Any] | None:
-    """Where validated attention calls are kept for later steps of a cache whose rows share one prefix, or have one
-    each."""
+def _steps(context: SoftContext, kwargs: dict[str, Any]) -> dict[int, Any] | None:
+    """Where what blocks run is kept for further steps of a cache."""
     state = CacheState.of(kwargs.get("past_key_values"))
-    alike = context.index is None and context.lengths is None and isinstance(context.window_covers, bool)
-    return state.steps if state is not None and alike and context.encoder is None else None
+    return None if state is None or context.encoder is not None or is_in_torch_dispatch_mode() else state.steps

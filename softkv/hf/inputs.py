@@ -216,7 +216,8 @@ class Inputs:
             check_contiguous(mask, T)
         if positions is not None and soft is not None:
             positions = positions + torch.tensor(soft.block, device=positions.device)[:, None]
-        return replace(self, mask=mask, positions=positions)
+        unchanged = mask is self.mask and positions is self.positions
+        return self if unchanged else replace(self, mask=mask, positions=positions)
 
     def keywords(self, options: dict[str, Any], logits_to_keep: int | Tensor | None) -> dict[str, Any]:
         """The arguments of the base's forward, except those that are None.

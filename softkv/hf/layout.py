@@ -7,11 +7,13 @@ the same arithmetic on flat token indices serves both.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from softkv.hf.context import PackedRows, RowPrompts
 from softkv.hf.packing import packed_rows
@@ -40,13 +42,14 @@ class RowLayout:
     def of(
         cls, shape: tuple[int, int], attention_mask: Tensor | None, rows: PackedRows | None, device: torch.device
     ) -> RowLayout:
-        B, T = shape
         if rows is not None:
             bounds = rows.cu_seqlens.long()
             return cls(bounds, bounds[:-1], bounds[1:], shape, packed=True)
-        bounds = torch.arange(B + 1, device=device) * T
         if attention_mask is None:
-            return cls(bounds, bounds[:-1], bounds[1:], shape, packed=False)
+            if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+                return _unpadded(shape, device)
+            return _kept(shape, device)
+        bounds = torch.arange(shape[0] + 1, device=device) * shape[1]
         real = attention_mask.to(torch.int8)
         first = bounds[:-1] + real.argmax(1)
         last = bounds[1:] - real.flip(1).argmax(1)
@@ -82,6 +85,17 @@ class RowLayout:
         offsets = torch.arange(int(lengths.max()) if len(lengths) else 0, device=ends.device)
         index = (self.first[:, None] + offsets).clamp(max=max(self.shape[0] * self.shape[1] - 1, 0))
         return RowPrompts(index, lengths)
+
+
+def _unpadded(shape: tuple[int, int], device: torch.device) -> RowLayout:
+    bounds = torch.arange(shape[0] + 1, device=device) * shape[1]
+    return RowLayout(bounds, bounds[:-1], bounds[1:], shape, packed=False)
+
+
+@lru_cache(maxsize=16)
+def _kept(shape: tuple[int, int], device: torch.device) -> RowLayout:
+    with torch.inference_mode(False):
+        return _unpadded(shape, device)
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,10 @@ def key_state(
         count = torch.as_tensor(end, dtype=torch.int32, device=device).view(1, 1, 1, 1)
         return _made(count.expand(1, pattern, rows, 1), guarded)
     if seen is None or (not part_filled and _all_real(seen)):
-        if q_length > 1 or pattern is Pattern.CHUNKED or torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+        # Where packed rows may have to be told apart, what is found of them is kept on the state of a pass; chunks
+        # begin to cut with the number of keys.
+        lasts = pattern is not Pattern.CHUNKED and (q_length == 1 or (not packed and calls.under_way() is not None))
+        if not lasts or torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
             return _made(torch.empty(1, pattern, rows, 0, dtype=torch.int8, device=device), guarded)
         return _all_seen(pattern, rows, torch.device(device), guarded)
     exists = (torch.arange(kv_length, device=device) < end).view(1, -1)
@@ -157,7 +160,7 @@ _constant: set[int] = set()
 
 
 def is_constant(state: Tensor | None) -> bool:
-    """Whether a key state is the same for every decoding step, because all keys are visible."""
+    """Whether a key state is that of every pass of its pattern in which all keys are seen."""
     return state is None or id(state) in _constant
 
 
@@ -214,9 +217,13 @@ _INTERSECTION = and_masks().__qualname__
 _ROWS_APART = packed_sequence_mask_function(torch.empty(0)).__qualname__
 
 
+_reached: set[type] = set()
+
+
 def _check_interface(config: Any) -> None:
-    """Raise unless the model's code imports transformers' attention interface; models that don't have their own
-    attention."""
+    """transformers' models import its attention interface by one name; those that don't have attention of their own."""
+    if not torch.compiler.is_compiling() and type(config) in _reached:
+        return
     name = type(config).__module__.replace("configuration_", "modeling_")
     modeling = sys.modules.get(name)
     if modeling is not None and name != type(config).__module__ and not hasattr(modeling, "ALL_ATTENTION_FUNCTIONS"):
@@ -224,6 +231,8 @@ def _check_interface(config: Any) -> None:
             f"{type(config).__name__.removesuffix('Config')} models do not use transformers' "
             'attention interface, so softkv can\'t replace it: use attn_implementation="eager"'
         )
+    if modeling is not None and not torch.compiler.is_compiling():
+        _reached.add(type(config))
 
 
 def _all_real(mask: Tensor) -> bool:

@@ -233,9 +233,10 @@ class PromptedModel(GenerateMixin):
             state = CacheState(inputs.given[1], inputs.given[0], soft.names, inputs.mask)
 
         beside = not heads and not keeps_cache and not inputs.past and self._runs_heads_beside(soft)
-        context = replace(
-            self._context(soft, state, heads=heads, beside=beside), rows=inputs.packed, restarts=inputs.restarts
-        )
+        shape = inputs.layout.shape if inputs.packed is None else None
+        context = self._context(soft, state, heads=heads, beside=beside, shape=shape)
+        if inputs.packed is not None or inputs.restarts is not None:
+            context = replace(context, rows=inputs.packed, restarts=inputs.restarts)
         if soft.encodes:
             prompts = None if inputs.prompt_ends is None else inputs.layout.prompts(inputs.prompt_ends)
             context = self._hooks.encoding(context, soft, prompts, state.kv if keeps_cache else None, state.order)

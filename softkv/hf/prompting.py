@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -13,10 +14,11 @@ from softkv.hf import call_scope, checkpointing, checks
 from softkv.hf.adapters import AdapterMixin
 from softkv.hf.attention import NAME
 from softkv.hf.context import SoftContext
-from softkv.hf.generation.cache_state import CacheState, past_length
+from softkv.hf.generation.cache_state import CacheState, ReadContext, Source, past_length
 from softkv.hf.placement import check_not_partitioned
 from softkv.hf.prefixes import SoftRows
 from softkv.methods.base import SoftPrompt
+from softkv.ops.torch.small import copies_prefixes
 from softkv.prefix import Prefix
 from softkv.ranges import named
 
@@ -40,16 +42,26 @@ class PromptMixin(AdapterMixin):
                 raise ValueError(f"the cache was filled with the adapters {read}, got others: {list(names)}")
         return filled_with or SoftRows.of(names or (self.active_adapter,), self.adapters)
 
-    def _context(self, soft: SoftRows, state: CacheState | None, *, heads: bool, beside: bool = False) -> SoftContext:
-        """The prefixes of a forward pass: learned, or the K/V of soft tokens before the input (unless these are part of
-        the rows as `heads`).
+    def _context(
+        self,
+        soft: SoftRows,
+        state: CacheState | None,
+        *,
+        heads: bool,
+        beside: bool = False,
+        shape: tuple[int, int] | None = None,
+    ) -> SoftContext:
+        """The prefixes of a forward pass: learned, or the K/V of soft tokens that stand before the input (unless these
+        are put into the rows as `heads`).
 
         Args:
-            state: of the cache that is filled or continued. It stores what was computed for its rows, for reuse by
-                later calls without gradients.
-            beside: whether soft tokens before the input run in the same pass.
+            state: of the cache that is filled or continued. It keeps what was computed for its rows, which calls that
+                continue them without gradients use again.
+            beside: whether soft tokens before the input run in one pass with it.
+            shape: (B, T) of rows that are not packed.
         """
-        remembered = {} if state is None or torch.is_grad_enabled() else state.prefixes
+        kept = None if torch.is_grad_enabled() or torch.compiler.is_compiling() else state
+        remembered = {} if kept is None else kept.prefixes
         prefixes, leading = {}, {}
         with named("prefix"):
             for name, each in soft.softs.items():
@@ -61,13 +73,35 @@ class PromptMixin(AdapterMixin):
                 prefix = remembered.get(name)
                 if prefix is None:
                     prefix = self._head_prefix(each) if before else self._learned_prefix(each)
-                    prefix = prefix if prefix is None else prefix.to(dtype=self.base.dtype)
                 if prefix is not None:
                     prefixes[name] = prefix
-                    if not isinstance(prefix.k, nn.Parameter):  # learned matrices need no recomputation
-                        remembered[name] = prefix
+            if kept is not None and kept.context is not None and kept.context.made_of(soft, prefixes, self.backend):
+                return kept.context.context
+            read = dict(prefixes)
+            for name, prefix in read.items():
+                prefixes[name] = prefix.to(dtype=self.base.dtype)
+                if torch.is_grad_enabled() and shape is not None and not torch.compiler.is_compiling():
+                    prefixes[name] = self._of_each_row(soft, prefixes[name], shape)
+                if not isinstance(prefixes[name].k, nn.Parameter):  # learned matrices cost nothing to read again
+                    remembered[name] = prefixes[name]
             context = soft.context(prefixes, self._hooks.layers, self.device, leading)
-        return replace(context, backend=self.backend)
+        context = replace(context, backend=self.backend)
+        alike = all(isinstance(prefix.k, Tensor) for prefix in read.values())  # not of layers that differ
+        if kept is not None and alike and not leading and not soft.encodes:
+            kept.context = ReadContext(context, soft, {name: Source.of(prefix) for name, prefix in read.items()})
+        return context
+
+    def _of_each_row(self, soft: SoftRows, prefix: Prefix, shape: tuple[int, int]) -> Prefix:
+        """One for each row, where a pass that derives its gradient is so small that the op copies prefixes: their
+        gradients are then summed over rows once, for all layers."""
+        k, v = prefix.k, prefix.v
+        if soft.alone is None or self._hooks.own is not None or self.backend not in (None, "torch"):
+            return prefix
+        if not isinstance(k, Tensor) or not isinstance(v, Tensor) or prefix.lengths is not None:
+            return prefix
+        (B, T), (_, A, *one) = shape, k.shape
+        learns = k.is_cpu and k.requires_grad and A == 1 < B and k.shape == v.shape
+        return prefix.of_each(B) if learns and copies_prefixes(B, T, *one) else prefix
 
     def _learned_prefix(self, soft: SoftPrompt) -> Prefix | None:
         prefix, parallel = soft.prefix(), self._hooks.parallel
@@ -94,7 +128,8 @@ class PromptMixin(AdapterMixin):
 
     def _check_options(self, kwargs: dict[str, Any]) -> None:
         self._check_attached()
-        check_not_partitioned(self.soft)
+        if "deepspeed" in sys.modules:
+            check_not_partitioned(self.soft)
         if self._hooks.own is None:
             checks.check_attention(self._hooks.decoder, NAME)
         if kwargs.get("output_attentions") or getattr(self.base.config, "output_attentions", False):

@@ -241,10 +241,15 @@ def _check_cu_seqlens(q: Tensor, of: str, ends: Any, rows: int | None, total: in
     return rows
 
 
+def transforms() -> bool:
+    """Whether some transform of torch.func, or forward-mode AD, is under way."""
+    return functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
+
+
 def refuse_transforms(call: Call) -> None:
     if torch.compiler.is_compiling():
         return
-    if functorch.maybe_current_level() is None and forward_ad._current_level < 0:
+    if not transforms():
         return
     tensors = [x for x in call.values() if isinstance(x, Tensor)]
     if any(functorch.is_functorch_wrapped_tensor(x) for x in tensors):

@@ -56,9 +56,9 @@ Gradients: TypeAlias = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor
 
 
 class Engine(Protocol):
-    """A module with these two functions and optionally `step` and `with_gradients`, faster paths for some calls (see
-    `softkv.ops.torch`). It does not validate its arguments. For a valid call that it does not support, it raises
-    NotImplementedError, naming backend and option.
+    """A module with these two functions, and where it has shorter ways for some calls, `step`, `differentiable` and
+    `with_gradients` (see `softkv.ops.torch`). It trusts its arguments, and raises NotImplementedError, naming backend
+    and option, for a valid call that it cannot serve.
 
     There is at least one query. The prefix is None or [A, G, P, D] and [A, G, P, Dv] with P ≥ 1; without an index A is
     1 (shared) or the number of rows. The last dim of q, k, v and the prefix is contiguous.

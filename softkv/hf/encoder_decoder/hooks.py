@@ -20,6 +20,7 @@ from softkv.hf.encoder_decoder.rows import encoded_mask, encoder_rows
 from softkv.hf.generation.cache_state import CacheState, past_length
 from softkv.hf.own_attention import OwnAttention
 from softkv.hf.positions import learned_positions
+from softkv.hf.repeat import OfPass
 from softkv.hf.unhooking import unhook
 from softkv.methods.where import SITES, Site
 
@@ -154,10 +155,9 @@ class EncoderDecoderHooks:
         bias = self.biases.get(site)
         if bias is not None:
             check_counted(context, type(self.base).__name__)
-        memo: dict[Any, Any] | None = None if torch.compiler.is_compiling() else {}
-        return replace(
-            context, backend=self.backend, order=order, memo=memo, bias=bias if context.window_covers is True else None
-        )
+        repeats = None if torch.compiler.is_compiling() else OfPass()
+        bias = bias if context.window_covers is True else None
+        return replace(context, backend=self.backend, order=order, repeats=repeats, bias=bias)
 
     def _place_tokens(
         self, call: EncoderDecoderCall, context: SoftContext, stack: Site, kwargs: dict[str, Any]

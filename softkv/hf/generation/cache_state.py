@@ -10,17 +10,58 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from softkv.hf.context import LayerKV
+from softkv.hf.context import LayerKV, SoftContext
 from softkv.hf.prefixes import Names, SoftRows
 from softkv.prefix import Prefix
 
 _ATTRIBUTE = "_softkv_state"
+
+
+class Source(NamedTuple):
+    """What tells whether a prefix still holds the same memory: what is learned is changed in place, or replaced."""
+
+    k: Tensor
+    v: Tensor
+    lengths: Tensor | None
+    window_covers: bool
+    at: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, prefix: Prefix) -> Source:
+        assert isinstance(prefix.k, Tensor)
+        assert isinstance(prefix.v, Tensor)
+        return cls(prefix.k, prefix.v, prefix.lengths, prefix.window_covers, _memory(prefix))
+
+    def still(self, prefix: Prefix) -> bool:
+        same = prefix.k is self.k and prefix.v is self.v and prefix.lengths is self.lengths
+        return same and prefix.window_covers == self.window_covers and _memory(prefix) == self.at
+
+
+def _memory(prefix: Prefix) -> tuple[Any, ...]:
+    k, v = prefix.k, prefix.v
+    assert isinstance(k, Tensor)
+    assert isinstance(v, Tensor)
+    return k.data_ptr(), v.data_ptr(), k.shape, v.shape, k.stride(), v.stride()
+
+
+class ReadContext(NamedTuple):
+    """The context of a forward pass without gradients, and what it was made of."""
+
+    context: SoftContext
+    soft: SoftRows
+    sources: dict[str, Source]
+
+    def made_of(self, soft: SoftRows, prefixes: dict[str, Prefix], backend: str | None) -> bool:
+        """Whether these would give the same again."""
+        if soft != self.soft or backend != self.context.backend or prefixes.keys() != self.sources.keys():
+            return False
+        return all(source.still(prefixes[name]) for name, source in self.sources.items())
 
 
 @dataclass
@@ -33,10 +74,11 @@ class CacheState:
         adapters: the adapter of each of these rows, or a single one for all.
         mask: `[B, T + k]`, the real tokens among the cache's columns, including soft tokens.
         kv: encoder mode, the K/V `[A, G, P, D or Dv]` of each block.
-        order: the row of that batch for each row of the cache, or None while they are the same.
-        unread: columns of the prompts that a `generate` has not read yet.
-        steps: validated attention calls of decoding steps (`softkv.hf.repeat`).
-        prefixes: prefixes of the adapters, computed without gradients for these rows.
+        order: which row of that batch each row of the cache is, or None while they are the same.
+        unread: columns of its prompts that a `generate` has still to read.
+        steps: what each block runs in a decoding step, by its number (`softkv.hf.repeat`).
+        prefixes: computed prefixes of its adapters, made without gradients for these rows.
+        context: of the last forward without gradients.
     """
 
     columns: int
@@ -47,7 +89,8 @@ class CacheState:
     order: Tensor | None = None
     unread: int = 0
     prefixes: dict[str, Prefix] = field(default_factory=dict)
-    steps: dict[Any, Any] = field(default_factory=dict)
+    context: ReadContext | None = None
+    steps: dict[int, Any] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CacheState:
         """Copies of a cache share what is never changed."""

@@ -18,7 +18,6 @@ share a prefix is a view, and so is each row.
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import Unpack
 
+from softkv import ranges
 from softkv.ops.engine import Call, Gradients, Needs
 from softkv.ops.torch import decode, piece, small
 from softkv.ops.torch.geometry import Geometry, Piece
@@ -33,6 +33,7 @@ from softkv.ops.torch.split import plan_prefix, plan_tokens
 
 _SMALLEST_SCALE = 1e-30  # times a score, this is still above 0 in float32
 _FEW_QUERIES = 16
+Bind = Callable[[Tensor | None, Tensor | None], Callable[[Tensor, Tensor, Tensor], Tensor]]
 _AS_IT_IS: AbstractContextManager[None] = nullcontext()
 
 
@@ -66,21 +67,31 @@ def _forward(call: Call) -> tuple[Tensor, Tensor]:
     return geometry.unline(out[..., :width], q), geometry.unline_lse(lse)
 
 
-def step(call: Call) -> Callable[..., Tensor] | None:
-    """A function of q, k, v, prefix_k, prefix_v that computes out [B, H, 1, D] in later decoding steps, which differ
-    from this call only in the number of keys and have no gradients. None for other kinds of calls."""
-    if not decode.serves(call) or _hides(call) or not _fused(call) or torch.is_autocast_enabled("cpu"):
+def step(call: Call) -> Bind | None:
+    """For further calls like this one of a decoding step, without gradients, alike but for the number of keys: what
+    takes prefix_k and prefix_v and returns what gives out [B, 1, H, D] alone of q, k, v. None for other calls."""
+    if not decode.serves_but_for_prefix(call) or _hides(call) or not _fused(call) or torch.is_autocast_enabled("cpu"):
         return None
-    return partial(decode.out_alone, scale=call["scale"])
+    return decode.step(call)
+
+
+def differentiable(call: Call) -> Callable[..., Tensor] | None:
+    """For further calls like this small one: what gives out [B, T, H, D] alone, differentiable, of q, k, v, prefix_k
+    and prefix_v, where packed rows are a batch of one line. None for other calls."""
+    return small.differentiable(call) if _differentiates(call) else None
 
 
 def with_gradients(call: Call) -> Tensor | None:
-    """Differentiable out, without lse, of a small call whose tokens need gradients; None for other calls."""
-    if not small.serves(call) or not _fused(call) or torch.is_autocast_enabled("cpu"):
-        return None
-    if call["q"].numel() == 0 or not any(x.requires_grad for x in (call["q"], call["k"], call["v"])):
-        return None
-    return small.with_gradients(call)
+    """out alone, differentiable, of a small call whose tokens take gradients; None for others."""
+    if not any(call[name].requires_grad for name in ("q", "k", "v")):
+        return None  # in pieces: no backward over the tokens
+    return small.with_gradients(call) if _differentiates(call) else None
+
+
+def _differentiates(call: Call) -> bool:
+    # Where a profile is taken, the general way names its backward.
+    plain = not torch.is_autocast_enabled("cpu") and ranges.current() is None
+    return plain and call["q"].numel() > 0 and small.serves(call) and _fused(call)
 
 
 def backward(

@@ -5,7 +5,10 @@ A query sees every key its row has, so there is no causal mask. The query heads 
 of a row for its tokens, B·R of all rows for the prefix, whose slots are thus read once.
 """
 
+from collections.abc import Callable
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from softkv.ops.engine import Call
@@ -16,13 +19,17 @@ _LEFT_TO_PLANS = ("prefix_index", "prefix_lengths", "key_lengths", "window", "ch
 
 
 def serves(call: Call) -> bool:
+    return call["prefix_k"] is not None and serves_but_for_prefix(call)
+
+
+def serves_but_for_prefix(call: Call) -> bool:
+    """Whether a call is plain enough, but for a prefix that it may lack."""
     q, k, prefix_k = call["q"], call["k"], call["prefix_k"]
     return (
-        prefix_k is not None
-        and q.dim() == 4
+        q.dim() == 4
         and q.shape[2] == 1
         and k.shape[2] > 0
-        and prefix_k.shape[0] == 1
+        and (prefix_k is None or prefix_k.shape[0] == 1)
         and call["v"].shape[3] == q.shape[3]
         and q.dtype in (torch.float32, torch.float64)
         and q.is_cpu
@@ -41,14 +48,29 @@ def forward(
     return _like(q, out), torch.logaddexp(lse, prefix_lse).reshape(q.shape[0], q.shape[1], 1)
 
 
-def out_alone(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, scale: float) -> Tensor:
-    """out [B, H, 1, D] of a call that `serves` accepts and that hides no keys."""
-    if small.fits(k, prefix_k):
-        keys, values = small.side_by_side(prefix_k, k), small.side_by_side(prefix_v, v)
-        out, _ = piece.flash(q.reshape(q.shape[0], k.shape[1], -1, q.shape[3]), keys, values, 0.0, False, scale=scale)
-    else:
-        out, _, _ = _merged(q, k, v, prefix_k, prefix_v, None, scale)
-    return _like(q, out)
+def step(call: Call) -> Callable[[Tensor | None, Tensor | None], Callable[[Tensor, Tensor, Tensor], Tensor]]:
+    """Of a call that `serves_but_for_prefix` and that hides nothing: what gives, of prefix_k and prefix_v, what gives
+    out [B, 1, H, D] alone of q, k, v in further calls alike but for the number of keys."""
+    (B, H, _, D), scale = call["q"].shape, call["scale"]
+
+    def of_tokens(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=True).transpose(1, 2)
+
+    def bind(prefix_k: Tensor | None, prefix_v: Tensor | None) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        if prefix_k is None or prefix_v is None:
+            return of_tokens
+        few = small.MOST - B * prefix_k.numel()
+        of_rows_k, of_rows_v = (x.expand(B, -1, -1, -1) for x in (prefix_k, prefix_v))
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if k.numel() <= few:
+                return of_tokens(q, torch.cat((of_rows_k, k), 2), torch.cat((of_rows_v, v), 2))
+            out, _, _ = _merged(q, k, v, prefix_k, prefix_v, None, scale)
+            return out.view(B, 1, H, D)
+
+        return attend
+
+    return bind
 
 
 def _merged(

@@ -4,19 +4,21 @@ Up to some thousand values, copying keys and values costs less than a second lib
 memory is negligible. Larger calls keep the prefix a separate operand.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from softkv import ranges
 from softkv.ops.engine import NO_DOUBLE_BACKWARD, Call, Gradients, Needs
 from softkv.ops.torch import piece
 
-MOST = 1 << 14  # values in the copy of the keys, and scores of packed rows, including those between rows
+MOST = 1 << 14  # numbers in the copy of the keys, and scores of packed rows, which see each other's
+# The library's kernel takes exponentials of so many keys at once, and of a rest one by one: masks cover whole lanes.
+_LANES = 16
 _LEFT_TO_PLANS = ("prefix_index", "prefix_lengths", "key_mask", "key_lengths", "window", "chunk", "sinks", "softcap")
 
 
@@ -25,63 +27,72 @@ def serves(call: Call) -> bool:
     q, k, prefix_k = call["q"], call["k"], call["prefix_k"]
     if any(call[name] is not None for name in _LEFT_TO_PLANS):  # type: ignore[literal-required]
         return False
-    if prefix_k is None or prefix_k.shape[0] != 1 or call["v"].shape[-1] != q.shape[-1]:
+    if prefix_k is None or call["v"].shape[-1] != q.shape[-1]:
         return False
     if k.dim() == 4:
         return fits(k, prefix_k)
     N, cu_seqlens = q.shape[0], call["cu_seqlens_q"]
-    same = cu_seqlens is call["cu_seqlens_k"]
+    same = cu_seqlens is call["cu_seqlens_k"] and prefix_k.shape[0] == 1
     return same and k.shape[0] == N and N * (N + prefix_k.shape[2]) <= MOST >= k.numel() + prefix_k.numel()
 
 
 def fits(k: Tensor, prefix_k: Tensor) -> bool:
-    """Whether a dense call has few keys."""
-    return k.numel() + k.shape[0] * prefix_k.numel() <= MOST
+    """Whether the keys of a dense call, with a prefix for all rows or for each, are few."""
+    return k.numel() + len(k) // len(prefix_k) * prefix_k.numel() <= MOST
+
+
+def copies_prefixes(B: int, S: int, G: int, P: int, D: int) -> bool:
+    """Whether the keys of a dense call with prefixes of P slots are few."""
+    return B * G * (P + S) * D <= MOST
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
-    q, k, v = _batch(call["q"]), _batch(call["k"]), _batch(call["v"])
-    keys, values = side_by_side(call["prefix_k"], k), side_by_side(call["prefix_v"], v)
-    out, lse = piece.fused_forward(q, keys, values, _mask(call), False, call["scale"])
+    mask = _mask(call)
+    keys, values = side_by_side(call["prefix_k"], call["k"], mask), side_by_side(call["prefix_v"], call["v"], mask)
+    out, lse = piece.fused_forward(_batch(call["q"]), keys, values, mask, False, call["scale"])
     return _like(call["q"], out), (lse if call["q"].dim() == 4 else lse[0]).contiguous()
 
 
 def backward(grad_out: Tensor, out: Tensor, lse: Tensor, needs: Needs, call: Call) -> Gradients:
-    q, k, v, grad_out, out = (_batch(x) for x in (call["q"], call["k"], call["v"], grad_out, out))
-    keys, values = side_by_side(call["prefix_k"], k), side_by_side(call["prefix_v"], v)
-    lse = lse if lse.dim() == 3 else lse[None]
-    grads = piece.fused_backward(grad_out, q, keys, values, out, lse, _mask(call), False, call["scale"])
-    P, packed = keys.shape[2] - k.shape[2], call["q"].dim() == 3
-    return *_parted(grads, P, packed, (needs.q, needs.k, needs.v, needs.prefix_k, needs.prefix_v)), None
+    mask, packed, prefix_k = _mask(call), call["q"].dim() == 3, call["prefix_k"]
+    assert prefix_k is not None
+    keys, values = side_by_side(prefix_k, call["k"], mask), side_by_side(call["prefix_v"], call["v"], mask)
+    lse = lse[None] if packed else lse
+    q, grad_out, out = (_batch(x) for x in (call["q"], grad_out, out))
+    grads = piece.fused_backward(grad_out, q, keys, values, out, lse, mask, False, call["scale"])
+    P, S = prefix_k.shape[2], _batch(call["k"]).shape[2]
+    return *_parted(grads, P, S, packed, len(prefix_k) == 1, needs), None
 
 
 def with_gradients(call: Call) -> Tensor:
-    """Differentiable out, without lse."""
-    operands = call["q"], call["k"], call["v"], call["prefix_k"], call["prefix_v"]
-    return cast(Tensor, _Small.apply(*operands, _mask(call), call["scale"]))
+    """out alone, differentiable, in q's shape."""
+    q, k, v = (x if x.dim() == 4 else _batch(x) for x in (call["q"], call["k"], call["v"]))
+    out = _attend(q, k, v, call["prefix_k"], call["prefix_v"], len(q), _mask(call), call["scale"])
+    if out.grad_fn is not None:
+        out.grad_fn.register_hook(_once)
+    return _unbatch(out, call["q"].dim() == 3)
 
 
-class _Small(torch.autograd.Function):
-    """`forward` and `backward` with as little overhead as possible, because many small calls are host-bound."""
+def differentiable(call: Call) -> Callable[..., Tensor]:
+    """What gives out [B, T, H, D] alone, of q, k, v, prefix_k, prefix_v, in calls like this one, by operations that
+    torch differentiates by itself: small calls are many, and wait for the host. Packed rows are a batch of one line."""
+    mask, scale, rows = _mask(call), call["scale"], len(call["q"]) if call["q"].dim() == 4 else 1
 
-    @staticmethod
-    def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, mask: Tensor | None, scale: float
-    ) -> Tensor:
-        queries, keys, values = _batch(q), side_by_side(prefix_k, _batch(k)), side_by_side(prefix_v, _batch(v))
-        out, lse = piece.flash(queries, keys, values, 0.0, False, attn_mask=mask, scale=scale)
-        ctx.save_for_backward(queries, keys, values, out, lse)
-        ctx.options = mask, scale, prefix_k.shape[2], q.dim() == 3, ranges.current()
-        return _like(q, out)
+    def attend(q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor) -> Tensor:
+        return _attend(q, k, v, prefix_k, prefix_v, rows, mask, scale).transpose(1, 2)
 
-    @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> Any:
-        queries, keys, values, out, lse = ctx.saved_tensors
-        mask, scale, P, packed, name = ctx.options
-        with ranges.backward_of(name):
-            grads = piece.fused_backward(_batch(grad_out), queries, keys, values, out, lse, mask, False, scale)
-            parts = _parted(grads, P, packed, ctx.needs_input_grad)
-        return *(_Once.apply(*parts) if torch.is_grad_enabled() else parts), None, None
+    return attend
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Any, prefix_v: Any, rows: int, mask: Tensor | None, scale: float
+) -> Tensor:
+    keys, values = _beside(prefix_k, k, rows, mask), _beside(prefix_v, v, rows, mask)
+    return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=scale, enable_gqa=True)
+
+
+def _once(grads: Sequence[Tensor | None], _: Any) -> Sequence[Tensor | None] | None:
+    return _Once.apply(*grads) if torch.is_grad_enabled() else None
 
 
 class _Once(torch.autograd.Function):
@@ -97,16 +108,17 @@ class _Once(torch.autograd.Function):
 
 
 def _parted(
-    grads: tuple[Tensor, Tensor, Tensor], P: int, packed: bool, needs: Sequence[bool]
+    grads: tuple[Tensor, Tensor, Tensor], P: int, S: int, packed: bool, shared: bool, needs: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of queries, keys, values and the prefix's keys and values, from those of the concatenated tensors."""
     dq, dk, dv = grads
+    of_slots = _of_slots if shared else Tensor.contiguous
     return (
         _unbatch(dq, packed) if needs[0] else None,
-        _unbatch(dk[:, :, P:], packed) if needs[1] else None,
-        _unbatch(dv[:, :, P:], packed) if needs[2] else None,
-        _of_slots(dk, P) if needs[3] else None,
-        _of_slots(dv, P) if needs[4] else None,
+        _unbatch(dk[:, :, P : P + S], packed) if needs[1] else None,
+        _unbatch(dv[:, :, P : P + S], packed) if needs[2] else None,
+        of_slots(dk[:, :, :P]) if needs[3] else None,
+        of_slots(dv[:, :, :P]) if needs[4] else None,
     )
 
 
@@ -125,15 +137,24 @@ def _like(q: Tensor, out: Tensor) -> Tensor:
     return out if out.stride() == q.stride() else torch.empty_like(q).copy_(out)
 
 
-def side_by_side(prefix: Tensor | None, tokens: Tensor) -> Tensor:
-    """`[B, G, P + S, D]`"""
+def side_by_side(prefix: Tensor | None, tokens: Tensor, mask: Tensor | None) -> Tensor:
+    """`[B, G, P + S, D]`, and behind a mask the rest that it is made for."""
     assert prefix is not None
-    return torch.cat([prefix if len(tokens) == 1 else prefix.expand(len(tokens), -1, -1, -1), tokens], 2)
+    tokens = _batch(tokens)
+    return _beside(prefix, tokens, len(tokens), mask)
 
 
-def _of_slots(grad: Tensor, P: int) -> Tensor:
-    """The sum over rows, in order and in at least float32."""
-    grad = grad[:, :, :P]
+def _beside(prefix: Tensor, tokens: Tensor, rows: int, mask: Tensor | None) -> Tensor:
+    if len(prefix) != rows:
+        prefix = prefix.expand(rows, -1, -1, -1)
+    if mask is None:
+        return torch.cat((prefix, tokens), 2)
+    (B, G, S, D), P = tokens.shape, prefix.shape[2]
+    return torch.cat((prefix, tokens, _nothing((B, G, mask.shape[1] - P - S, D), tokens.dtype)), 2)
+
+
+def _of_slots(grad: Tensor) -> Tensor:
+    """The sum over rows, in at least float32 and in their order."""
     if len(grad) == 1:
         return grad
     return grad.sum(0, keepdim=True, dtype=torch.promote_types(grad.dtype, torch.float32)).to(grad.dtype)
@@ -151,25 +172,34 @@ def _mask(call: Call) -> Tensor | None:
     return _causal(q.shape[2], k.shape[2], prefix_k.shape[2], q.dtype)
 
 
-# Masks depend on sizes only, so recently used ones are cached.
+# These follow from numbers alone: kept, a few of those that are asked for again and again.
 
 
 @lru_cache(maxsize=16)
 def _causal(T: int, S: int, P: int, dtype: torch.dtype) -> Tensor:
-    """`[T, P + S]`: 0 where a slot or a key up to S − T + t is seen, −∞ elsewhere."""
-    with torch.inference_mode(False):
-        mask = torch.full((T, P + S), float("-inf"), dtype=dtype, device="cpu").triu_(P + S - T + 1)
-        mask[:, :P] = 0
-        return mask
+    """`[T, P + S + rest]`: 0 where a slot or a key up to S − T + t is seen, −∞ elsewhere."""
+    mask = _hidden(T, P + S, dtype)
+    mask.triu_(P + S - T + 1)[:, :P] = 0
+    return mask
 
 
 @lru_cache(maxsize=16)
 def _apart(ends: tuple[int, ...], P: int, causal: bool, dtype: torch.dtype) -> Tensor:
-    """`[N, P + N]`: 0 where a slot or a key of the same row is seen, −∞ elsewhere."""
+    """`[N, P + N + rest]`: 0 where a slot or a key of the same row is seen, −∞ elsewhere."""
+    mask = _hidden(ends[-1], P + ends[-1], dtype)
+    mask[:, :P] = 0
+    for start, stop in pairwise(ends):
+        of_row = mask[start:stop, P + start : P + stop]
+        of_row.triu_(1) if causal else of_row.zero_()
+    return mask
+
+
+def _hidden(queries: int, keys: int, dtype: torch.dtype) -> Tensor:
     with torch.inference_mode(False):
-        mask = torch.full((ends[-1], P + ends[-1]), float("-inf"), dtype=dtype, device="cpu")
-        mask[:, :P] = 0
-        for start, stop in pairwise(ends):
-            of_row = mask[start:stop, P + start : P + stop]
-            of_row.triu_(1) if causal else of_row.zero_()
-        return mask
+        return torch.full((queries, keys + -keys % _LANES), float("-inf"), dtype=dtype, device="cpu")
+
+
+@lru_cache(maxsize=16)
+def _nothing(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.zeros((), dtype=dtype, device="cpu").expand(shape)
