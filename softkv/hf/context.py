@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from softkv.hf.generation.prefill import Unpadded
-    from softkv.hf.heads import HeadLine
+    from softkv.hf.generation.prefill import PackedPrefill
+    from softkv.hf.heads import PackedHeads
     from softkv.hf.repeat import Lasting, OfPass
 
 LayerKV = tuple[Tensor, Tensor]

@@ -26,7 +26,7 @@ from softkv.hf.own_attention import OwnAttention
 from softkv.hf.past import InPast, PrefixedPast, columns_seen
 from softkv.hf.placement import check_rows_are_whole
 from softkv.hf.prefixes import SoftRows, behind
-from softkv.hf.probe import Probed
+from softkv.hf.probe import DecoderProbe
 from softkv.hf.repeat import Lasting, OfPass
 from softkv.hf.unhooking import unhook
 from softkv.ops.checks import transforms

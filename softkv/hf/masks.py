@@ -105,7 +105,7 @@ def key_state(
     if seen is None or (not part_filled and _all_real(seen)):
         # Where packed rows may have to be told apart, what is found of them is kept on the state of a pass; chunks
         # begin to cut with the number of keys.
-        lasts = pattern is not Pattern.CHUNKED and (q_length == 1 or (not packed and calls.under_way() is not None))
+        lasts = pattern is not Pattern.CHUNKED and (q_length == 1 or (not packed and call_scope.current() is not None))
         if not lasts or torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
             return _made(torch.empty(1, pattern, rows, 0, dtype=torch.int8, device=device), guarded)
         return _all_seen(pattern, rows, torch.device(device), guarded)
