@@ -64,9 +64,8 @@ def run(data: DataSet, title: str) -> dict[str, Any]:
         command = ["train", "-m", str(smollm2.obtain()), "--data", str(rows), "--answer", "label", "--cpu"]
         command += ["--method", METHODS[title], "--template", learner.model.method.template, "-o", f"{name}/run"]
         command += ["--dtype", str(base.dtype).removeprefix("torch.")]
-        said = subprocess.run(
-            [sys.executable, "-m", "softkv.cli", *command], check=True, capture_output=True, text=True
-        ).stdout
+        script = Path(sys.executable).with_name("softkv")
+        said = subprocess.run([script, *command], check=True, capture_output=True, text=True).stdout
         learner.model = softkv.load(base, f"{name}/run")
     hits, loss = learner.measure(learner.test)
     return scored(hits, loss) | {"steps": int(said.split(" steps")[0].split()[-1]), "machine": machine()}
