@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any
 
 import torch
@@ -28,7 +29,10 @@ class Heads(Subject):
         ids = torch.tensor(row.ids)
         prefix, tokens = soft.prefix(), soft.soft_tokens()
         if prefix is not None:
-            behind = truth.concatenated if truth.through_interface(bare) else truth.written_out
+            if truth.through_interface(bare):
+                behind = truth.concatenated
+            else:
+                behind = truth.behind if "past_key_values" in signature(bare.forward).parameters else truth.written_out
             return self.answers(behind(bare, prefix, ids[None]))[0]
         assert tokens is not None
         words = bare.get_input_embeddings()(ids.clamp(min=0))

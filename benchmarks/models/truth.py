@@ -26,7 +26,9 @@ def alone(bare: Any, soft: SoftPrompt, row: Row) -> Tensor:
     words = bare.get_input_embeddings()(torch.tensor(row.ids).clamp(min=0))
     tokens = soft.soft_tokens()
     if tokens is None:
-        return behind(bare, soft, torch.tensor([row.ids]))
+        prefix = soft.prefix()
+        assert prefix is not None
+        return behind(bare, prefix, torch.tensor([row.ids])).logits[0]
     if soft.placement == "inline":
         words = torch.stack([tokens[-i - 1] if i < 0 else words[at] for at, i in enumerate(row.ids)])
         return bare(inputs_embeds=words[None]).logits[0]
@@ -35,12 +37,10 @@ def alone(bare: Any, soft: SoftPrompt, row: Row) -> Tensor:
     return logits[[t + len(tokens) if t >= at - 1 else t for t in range(len(row.ids))]]
 
 
-def behind(bare: Any, soft: SoftPrompt, ids: Tensor) -> Tensor:
-    """Logits of ids behind a cache that holds the prefix."""
+def behind(bare: Any, prefix: Prefix, ids: Tensor) -> Any:
+    """The output for ids behind a cache that holds the prefix."""
     from transformers import DynamicCache
 
-    prefix = soft.prefix()
-    assert prefix is not None
     with torch.no_grad():
         filled = bare(input_ids=ids, use_cache=True).get("past_key_values")
     filled = getattr(filled, "self_attention_cache", filled)
@@ -50,10 +50,10 @@ def behind(bare: Any, soft: SoftPrompt, ids: Tensor) -> Tensor:
     layers = [number for number in layers if filled.layers[number].keys.dim() == 4]
     P, T = prefix.length, ids.shape[1]
     if type(filled) is not DynamicCache or runs(bare, ids) not in (0, len(layers)):  # 0: not through the interface
-        return concatenated(bare, prefix, ids).logits[0]
+        return concatenated(bare, prefix, ids)
     pairs = prefix.layers(len(layers))
     if any(held[number].keys.shape[1::2] != k.shape[1::2] for number, (k, _) in zip(layers, pairs, strict=True)):
-        return concatenated(bare, prefix, ids).logits[0]
+        return concatenated(bare, prefix, ids)
     for number, (k, v) in zip(layers, pairs, strict=True):
         cache.update(k, v[..., : filled.layers[number].values.shape[-1]], number)
     inputs = {
@@ -61,7 +61,7 @@ def behind(bare: Any, soft: SoftPrompt, ids: Tensor) -> Tensor:
         "position_ids": first(bare) + P + torch.arange(T)[None],
     }
     inputs = {name: value for name, value in inputs.items() if name in signature(bare.forward).parameters}
-    return bare(input_ids=ids, past_key_values=cache, use_cache=True, **inputs).logits[0]
+    return bare(input_ids=ids, past_key_values=cache, use_cache=True, **inputs)
 
 
 def first(bare: Any) -> int:
