@@ -58,9 +58,7 @@ _LIKE_BERT = _SIZES | {
     "max_position_embeddings": 96, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
 }  # fmt: skip
 # Those whose past carries prefixes.
-PAST: dict[str, tuple[str, dict[str, Any]]] = {
-    name: kind for name, kind in KINDS.items() if name != "Llama 4: chunks"
-} | {
+PAST: dict[str, tuple[str, dict[str, Any]]] = KINDS | {
     "Falcon: keys of each head": ("Falcon", _LIKE_FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2}),
     "GPT-NeoX Japanese": (
         "GPTNeoXJapanese",

@@ -213,14 +213,6 @@ def test_dropout_stays() -> None:
     assert {module.attention_dropout for module in base.modules() if hasattr(module, "attention_dropout")} == {0.5}
 
 
-def test_texts_as_keys_and_values_are_refused() -> None:
-    base = base_of("Llama 4: chunks")
-    before = state_of(base)
-    with pytest.raises(ValueError, match="chunked attention"):
-        softkv.bake(base, text="w7 w8", tokenizer=tokenizer())
-    assert_same_state(state_of(base), before)
-
-
 def test_positions_where_there_are_none() -> None:
     model, _ = attached("BLOOM: ALiBi", "prompt-tuning before")
     with pytest.raises(ValueError, match="takes no position_ids: leave them out"):
