@@ -416,8 +416,8 @@ def test_mistakes_are_one_line(
         ("method: lora", "'method' to 'lora': expected one of prompt-tuning, "),
         ("packing: maybe", "'packing' to 'maybe': "),
         ("loss: some", "'loss' to 'some': "),
-        ("7: 3", "7, which is no option"),
-        ("config: other.yaml", "'config', which is no option"),
+        ("7: 3", "7, which is not an option"),
+        ("config: other.yaml", "'config', which is not an option"),
     ],
 )
 def test_config_files_with_mistakes(line: str, sentence: str, tmp_path: Path) -> None:
