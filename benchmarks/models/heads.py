@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from inspect import signature
 from typing import Any
 
 import torch
@@ -30,10 +29,12 @@ class Heads(Subject):
         prefix, tokens = soft.prefix(), soft.soft_tokens()
         if prefix is not None:
             if truth.through_interface(bare):
-                behind = truth.concatenated
+                output = truth.concatenated(bare, prefix, ids[None])
+            elif truth.cache_of(bare.base_model, ids[None]) is not None:
+                output = truth.behind(bare, prefix, ids[None], bare.base_model)
             else:
-                behind = truth.behind if "past_key_values" in signature(bare.forward).parameters else truth.written_out
-            return self.answers(behind(bare, prefix, ids[None]))[0]
+                output = truth.written_out(bare, prefix, ids[None])
+            return self.answers(output)[0]
         assert tokens is not None
         words = bare.get_input_embeddings()(ids.clamp(min=0))
         if soft.placement == "inline":

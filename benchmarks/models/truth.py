@@ -37,13 +37,13 @@ def alone(bare: Any, soft: SoftPrompt, row: Row) -> Tensor:
     return logits[[t + len(tokens) if t >= at - 1 else t for t in range(len(row.ids))]]
 
 
-def behind(bare: Any, prefix: Prefix, ids: Tensor) -> Any:
-    """The output for ids behind a cache that holds the prefix."""
+def behind(bare: Any, prefix: Prefix, ids: Tensor, stack: Any = None) -> Any:
+    """The output for ids behind a cache that holds the prefix; of a model with a head that gives none to its `stack`,
+    too."""
     from transformers import DynamicCache
 
-    with torch.no_grad():
-        filled = bare(input_ids=ids, use_cache=True).get("past_key_values")
-    filled = getattr(filled, "self_attention_cache", filled)
+    stack = bare if stack is None else stack
+    filled = cache_of(stack, ids)
     cache = DynamicCache(config=bare.config)
     held = getattr(filled, "layers", [])
     layers = [number for number, layer in enumerate(held) if isinstance(getattr(layer, "keys", None), Tensor)]
@@ -60,8 +60,22 @@ def behind(bare: Any, prefix: Prefix, ids: Tensor) -> Any:
         "attention_mask": torch.ones(1, P + T, dtype=torch.long),
         "position_ids": first(bare) + P + torch.arange(T)[None],
     }
-    inputs = {name: value for name, value in inputs.items() if name in signature(bare.forward).parameters}
-    return bare(input_ids=ids, past_key_values=cache, use_cache=True, **inputs)
+    inputs = {name: value for name, value in inputs.items() if name in signature(stack.forward).parameters}
+    given = {"past_key_values": cache, "use_cache": True, **inputs}
+    hook = stack.register_forward_pre_hook(lambda _, args, kwargs: (args, kwargs | given), with_kwargs=True)
+    try:
+        return bare(input_ids=ids)
+    finally:
+        hook.remove()
+
+
+@torch.no_grad()
+def cache_of(stack: Any, ids: Tensor) -> Any:
+    """What a stack keeps of ids, or None."""
+    if "past_key_values" not in signature(stack.forward).parameters:
+        return None
+    filled = stack(input_ids=ids, use_cache=True).get("past_key_values")
+    return getattr(filled, "self_attention_cache", filled)
 
 
 def first(bare: Any) -> int:

@@ -207,8 +207,8 @@ class PromptedModel(GenerateMixin):
             raise ValueError(f"{type(self.base).__name__} takes no position_ids: leave them out")
         if self.is_causal and self._windowed and (keeps_cache or own is not None) and inputs.is_scattered:
             inputs = inputs.padded_left()
-        elif not self.is_causal and inputs.is_padded_in_front:
-            inputs = inputs.padded_right()
+        elif not self.is_causal:
+            inputs = self._padded_for_head(inputs)
         if not self._hooks.behaviour.pads and inputs.is_padded_in_front:
             self._hooks.check_pads()
         if soft.reading_prompts and not inputs.past:
@@ -224,8 +224,8 @@ class PromptedModel(GenerateMixin):
             inputs = inputs.embedded(tokens, self._hooks.embed)
         if tokens is not None and inserts:
             inputs = inputs.inserted(tokens)
-            if not self.is_causal and inputs.is_padded_in_front:  # because of blocks of different lengths
-                inputs = inputs.padded_right()
+            if not self.is_causal:  # blocks of different lengths leave padding
+                inputs = self._padded_for_head(inputs)
         if inputs.past:
             state = CacheState.required(soft, past_key_values)
             inputs = inputs.continuing(state, tokens, windowed=self._windowed)
@@ -276,6 +276,12 @@ class PromptedModel(GenerateMixin):
                 f"{soft.reading_prompts} must know where each row's prompt ends: give labels (-100 on the prompt) "
                 "or prompt_lengths"
             )
+
+    def _padded_for_head(self, inputs: Inputs) -> Inputs:
+        """Rows of an encoder, padded where its head does not look: heads pool the first column, XLNet's the last."""
+        if self.answers == "row" and getattr(self.base.config, "summary_type", None) == "last":
+            return inputs.padded_left() if inputs.is_scattered else inputs
+        return inputs.padded_right() if inputs.is_padded_in_front else inputs
 
     def _keeps_cache(self, cache: Any, use_cache: bool | None) -> bool:
         """Whether the base will keep a cache in this forward."""

@@ -33,6 +33,8 @@ class Given:
         query: its shape; and so on. In a step of decoding without gradients, `keys` and `values` don't count the keys.
         mask: kept, so that no other one gets its `id`.
         options: numbers and flags that the module gives.
+        layout: how the context lays out rows and their prefixes: packed rows (a line of them has the shape of one
+            row), and which prefix each row has.
         names: of its further keywords.
         asked: those of them that must stay None.
     """
@@ -44,6 +46,7 @@ class Given:
     device: torch.device
     mask: Tensor | None
     options: tuple[Any, ...]
+    layout: tuple[Any, ...]
     names: frozenset[str]
     asked: tuple[str, ...]
     grad: bool
@@ -71,7 +74,7 @@ class Given:
             keys, values = (*keys[:2], keys[3]), (*values[:2], values[3])
         return cls(
             query.shape, keys, values, (query.dtype, key.dtype, value.dtype), query.device, mask, options,
-            frozenset(others), asked, grad, _autocasts(query.device.type), context.backend, is_step,
+            _layout(context), frozenset(others), asked, grad, _autocasts(query.device.type), context.backend, is_step,
         )  # fmt: skip
 
     def again(
@@ -94,6 +97,7 @@ class Given:
         return (
             keys == self.keys
             and values == self.values
+            and all(a is b for a, b in zip(self.layout, _layout(context), strict=True))
             and others.keys() == self.names
             and (query.dtype, key.dtype, value.dtype) == self.dtypes
             and torch.is_grad_enabled() is self.grad
@@ -102,6 +106,10 @@ class Given:
             and _autocasts(self.device.type) == self.autocast
             and (not self.asked or _unasked(others, self.asked))
         )
+
+
+def _layout(context: SoftContext) -> tuple[Any, ...]:
+    return context.rows, context.restarts, context.lengths, context.index
 
 
 def _unasked(others: dict[str, Any], asked: tuple[str, ...]) -> bool:

@@ -208,3 +208,23 @@ def test_a_block_of_a_decoding_step_adds_two_copies() -> None:
     ours, bare = of_a_block(lambda base: attached(base=base)), of_a_block(lambda base: base)
     inside = {"aten::narrow", "aten::slice", "aten::as_strided", "aten::copy_", "aten::transpose"}  # of a copy
     assert {name: number for name, number in (ours - bare).items() if name not in inside} == {"aten::cat": 2}
+
+
+@torch.no_grad()
+def test_packed_rows_do_not_repeat_a_row_of_their_length() -> None:
+    """A prefill of padded prompts is packed: its line has the shape of one row, but not its visibility."""
+    prompts = torch.tensor([[0, 5, 6, 7], [8, 9, 10, 11], [0, 0, 12, 13]])
+    row = torch.arange(5, 5 + int((prompts > 0).sum()))[None]
+
+    def answers(model: Any) -> torch.Tensor:
+        out = model.generate(
+            prompts, attention_mask=(prompts > 0).long(), max_new_tokens=3, do_sample=False, output_logits=True,
+            return_dict_in_generate=True,
+        )  # fmt: skip
+        return torch.stack(out.logits)
+
+    model, other = (attached(softkv.PTuningV2(length=3)) for _ in range(2))
+    prompts_first, row_first = answers(model), other(row).logits
+    torch.testing.assert_close(model(row).logits, row_first)
+    torch.testing.assert_close(answers(other), prompts_first)
+    torch.testing.assert_close(answers(model), prompts_first)
