@@ -129,14 +129,14 @@ class AdapterMixin(ModelInterfaceMixin):
     def _check_reached(self, adapter: Any) -> None:
         """Refuse methods that need softkv's attention if the base keeps its own, and soft tokens if it reads ids."""
         own, method = self._hooks.own, getattr(adapter, "method", adapter)  # of a saved adapter
-        name = type(self.base).__name__
-        if getattr(method, "in_rows", False) and not self._hooks.behaviour.embeds:
+        name, in_rows = type(self.base).__name__, getattr(method, "in_rows", False)
+        if in_rows and not self._hooks.behaviour.embeds:
             raise ValueError(
                 f"{name} reads the ids of tokens beside their embeddings (per-layer embeddings), "
                 f"which soft tokens do not have: expected PrefixTuning or PTuningV2, got {type(method).__name__}"
                 + ("" if own is None else f" (softkv does not reach its attention: {own.reason})")
             )
-        if own is None or not isinstance(method, Method | Prefix) or getattr(method, "in_rows", False):
+        if own is None or in_rows or not isinstance(method, Method | Prefix):
             return
         if own.carrier is None:
             raise ValueError(

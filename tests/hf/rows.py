@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import DataCollatorWithFlattening
 
-from tests.hf.naive import Row, row_logits
+from tests.hf.naive import Row, close, row_logits
 from tests.hf.tiny import VOCAB, attach, model_of
 
 # Lengths and prompts of the rows, each with the reason it is awkward.
@@ -80,3 +80,23 @@ LAYOUTS: dict[str, Callable[[list[Row]], Batch]] = {
     "packed, restarting positions": lambda rows: packed(rows, lengths=False),
     "packed, cumulative lengths": lambda rows: packed(rows, lengths=True),
 }
+
+
+def sum_of(logits: list[Tensor], rows: list[Row]) -> Tensor:
+    return torch.stack([(one * direction(row, VOCAB)).sum() for one, row in zip(logits, rows, strict=True)]).sum()
+
+
+def assert_in_every_layout(
+    model: Any, rows: list[Row], wants: list[Tensor], gradients: dict[str, Tensor | None]
+) -> None:
+    """In every layout a soft model has the logits of rows alone, and the gradients of their `sum_of`."""
+    for layout, arrange in LAYOUTS.items():
+        model.zero_grad()
+        batch, parts = arrange(rows)
+        got = parts(model(**batch).logits)
+        for one, want in zip(got, wants, strict=True):
+            close(one, want.detach())
+        sum_of(got, rows).backward()
+        for key, parameter in model.soft.named_parameters():
+            assert parameter.grad is not None, (layout, key)
+            close(parameter.grad, gradients[key], 2e-5)

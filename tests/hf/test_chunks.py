@@ -17,7 +17,7 @@ from softkv.prefix import Prefix
 from tests.hf.continuations import batch_of
 from tests.hf.differing import behind
 from tests.hf.naive import Row, close
-from tests.hf.rows import LAYOUTS, direction, rows_for
+from tests.hf.rows import LAYOUTS, assert_in_every_layout, rows_for, sum_of
 from tests.hf.tiny import METHODS, TEXT, VOCAB, tokenizer
 
 CHUNK, N, E, STEPS = 4, 6, 8, 6
@@ -101,10 +101,6 @@ def rows_of(kind: str) -> list[Row]:
     return rows_for("p-tuning" if kind == "template" else kind)
 
 
-def sum_of(logits: list[Tensor], rows: list[Row]) -> Tensor:
-    return torch.stack([(one * direction(row, VOCAB)).sum() for one, row in zip(logits, rows, strict=True)]).sum()
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_in_every_layout(kind: str) -> None:
     model, rows = attached(KINDS[kind]), rows_of(kind)
@@ -112,16 +108,7 @@ def test_rows_in_every_layout(kind: str) -> None:
     sum_of(wants, rows).backward()
     parameters = dict(model.soft.named_parameters())
     gradients = {key: parameter.grad for key, parameter in parameters.items()}
-    for layout, arrange in LAYOUTS.items():
-        model.zero_grad()
-        batch, parts = arrange(rows)
-        got = parts(model(**batch).logits)
-        for one, want in zip(got, wants, strict=True):
-            close(one, want.detach())
-        sum_of(got, rows).backward()
-        for key, parameter in parameters.items():
-            assert parameter.grad is not None, (layout, key)
-            close(parameter.grad, gradients[key], 2e-5)
+    assert_in_every_layout(model, rows, wants, gradients)
 
 
 @pytest.mark.parametrize("kind", ["matrices", "of a text", "an encoder", "tokens before"])

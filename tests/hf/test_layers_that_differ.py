@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import DynamicCache
 
 import softkv
@@ -15,8 +14,8 @@ from softkv.prefix import Prefix
 from tests.hf.continuations import batch_of
 from tests.hf.differing import EMBEDS, MODELS, SHARING, fresh, greedy, row_logits
 from tests.hf.naive import Row, close
-from tests.hf.rows import LAYOUTS, direction, rows_for
-from tests.hf.tiny import METHODS, TEXT, VOCAB, tokenizer
+from tests.hf.rows import LAYOUTS, assert_in_every_layout, rows_for, sum_of
+from tests.hf.tiny import METHODS, TEXT, tokenizer
 
 N, E, C, STEPS = 5, 8, 32, 3
 LSTM = 2 * (4 * E // 2 * (C + E // 2 + 2))
@@ -49,10 +48,6 @@ def count_of(name: str, kind: str) -> int:
     return N * sum(slots)
 
 
-def sum_of(logits: list[Tensor], rows: list[Row]) -> Tensor:
-    return torch.stack([(one * direction(row, VOCAB)).sum() for one, row in zip(logits, rows, strict=True)]).sum()
-
-
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_block_reads_slots_of_its_own(name: str, kind: str) -> None:
@@ -70,16 +65,7 @@ def test_each_block_reads_slots_of_its_own(name: str, kind: str) -> None:
             raise AssertionError("these layers are alike")
         assert {key: tuple(parameter.shape) for key, parameter in parameters.items()} == shapes
         assert all(bool((gradient != 0).all()) for gradient in gradients.values() if gradient is not None)
-    for layout, arrange in LAYOUTS.items():
-        model.zero_grad()
-        batch, parts = arrange(rows)
-        got = parts(model(**batch).logits)
-        for one, want in zip(got, wants, strict=True):
-            close(one, want.detach())
-        sum_of(got, rows).backward()
-        for key, parameter in parameters.items():
-            assert parameter.grad is not None, (layout, key)
-            close(parameter.grad, gradients[key], 2e-5)
+    assert_in_every_layout(model, rows, wants, gradients)
 
 
 @pytest.mark.parametrize("name", MODELS)

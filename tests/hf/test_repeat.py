@@ -12,9 +12,11 @@ from torch.autograd import forward_ad
 
 import softkv
 import softkv.hf.attention
+from tests.hf.tiny import model_of
 from tests.robustness.models import attached, llama, scatter
 
 IDS = torch.tensor([[5, 6, 7], [8, 9, 10]])
+ROWS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
 
 
 @pytest.fixture
@@ -229,3 +231,37 @@ def test_packed_rows_do_not_repeat_a_row_of_their_length() -> None:
     torch.testing.assert_close(model(row).logits, row_first)
     torch.testing.assert_close(answers(other), prompts_first)
     torch.testing.assert_close(answers(model), prompts_first)
+
+
+@pytest.mark.parametrize("windowed", [False, True])
+@torch.no_grad()
+def test_one_block_is_checked(windowed: bool, checked: list[int]) -> None:
+    """One in a call, and none in further ones that are alike: a window's mask is looked at in each of them."""
+    again = [0] if windowed else []
+    model = softkv.attach(model_of("Mistral: a sliding window" if windowed else "Llama"), softkv.PTuningV2(length=3))
+    checked.clear()
+    model.generate(ROWS, max_new_tokens=1, do_sample=False)
+    assert checked == [0]
+    checked.clear()
+    cache = model(ROWS, use_cache=True).past_key_values
+    assert checked == again
+    checked.clear()
+    for _ in range(3):
+        model(ROWS[:, :1], past_key_values=cache)
+    assert checked == [0, *again, *again]
+    checked.clear()
+    model(ROWS[:, :3], past_key_values=cache)  # several tokens at once, as assisted decoding has them
+    assert checked == [0]
+
+
+@torch.no_grad()
+def test_another_autocast_dtype_is_another_call() -> None:
+    """Attention of a step is in the dtype of the autocast around it, not of an earlier step's."""
+    model, dtypes = softkv.attach(model_of("Llama"), softkv.PTuningV2(length=3)), []
+    cache = model(ROWS, use_cache=True).past_key_values
+    output = model.base.get_decoder().layers[0].self_attn.o_proj
+    output.register_forward_pre_hook(lambda _, args: dtypes.append(args[0].dtype))
+    for dtype in (torch.bfloat16, torch.float16, torch.bfloat16):
+        with torch.autocast("cpu", dtype):
+            model(ROWS[:, :1], past_key_values=cache)
+    assert dtypes == [torch.bfloat16, torch.float16, torch.bfloat16]

@@ -5,16 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 import softkv
 from softkv.io import checkpoint
 from softkv.methods.base import Method
 from tests.hf.continuations import batch_of
 from tests.hf.latent import DV, C, D, G, L, fresh, greedy, row_logits
-from tests.hf.naive import Row, close
-from tests.hf.rows import LAYOUTS, direction, rows_for
-from tests.hf.tiny import METHODS, TEXT, VOCAB, tokenizer
+from tests.hf.naive import close
+from tests.hf.rows import LAYOUTS, assert_in_every_layout, rows_for, sum_of
+from tests.hf.tiny import METHODS, TEXT, tokenizer
 
 MODELS = ["DeepseekV3", "MiniCPM3"]
 N, E, STEPS = 5, 8, 4
@@ -42,10 +41,6 @@ def attached(name: str, method: Method) -> softkv.SoftModel:
     return softkv.attach(base, method, tokenizer=tokenizer())
 
 
-def sum_of(logits: list[Tensor], rows: list[Row]) -> Tensor:
-    return torch.stack([(one * direction(row, VOCAB)).sum() for one, row in zip(logits, rows, strict=True)]).sum()
-
-
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("kind", LEARNED)
 def test_all_that_is_learned_has_an_effect(name: str, kind: str) -> None:
@@ -63,16 +58,7 @@ def test_all_that_is_learned_has_an_effect(name: str, kind: str) -> None:
         else:  # each row of a weight; of the rest, some may rest behind a ReLU
             last = key.split(".")[-2:] in (["2", "weight"], ["2", "bias"])
             assert bool(gradient.flatten(1).any(1).all() if last and gradient.dim() == 2 else gradient.any()), key
-    for layout, arrange in LAYOUTS.items():
-        model.zero_grad()
-        batch, parts = arrange(rows)
-        got = parts(model(**batch).logits)
-        for one, want in zip(got, wants, strict=True):
-            close(one, want.detach())
-        sum_of(got, rows).backward()
-        for key, parameter in parameters.items():
-            assert parameter.grad is not None, (layout, key)
-            close(parameter.grad, gradients[key], 2e-5)
+    assert_in_every_layout(model, rows, wants, gradients)
 
 
 @pytest.mark.parametrize("name", MODELS)
