@@ -82,6 +82,12 @@ def test_head_is_right(name: str) -> None:
     assert kind_of(record) == "right", summary(record)
 
 
+def test_a_head_that_pools_the_last_column_is_right() -> None:
+    methods = some("Prompt-tuning, before", "P-tuning")  # its attention takes no prefix
+    record = entries.check("rows", entries.entries("rows")["xlnet"], methods, peers=False)
+    assert kind_of(record) == "right", summary(record)
+
+
 @pytest.mark.parametrize("name", ["llama4_text", "modernbert-decoder", "recurrent_gemma"])
 def test_model_is_right_or_refused(name: str) -> None:
     record = entries.check("causal", entries.entries("causal")[name], some("P-tuning v2"), peers=False)
