@@ -27,3 +27,17 @@ def test_prefixes(family: str, head: str, method: str) -> None:
         for n, output in enumerate(outputs_of(model(**batch))):
             for row, got in enumerate(of_rows(output, batch, ROWS)):
                 close(got, wanted[row][n][0])
+
+
+def test_the_first_position_of_a_base_without_values() -> None:
+    """RoBERTa's rows begin past the row for padding, also where no pass can tell."""
+    config = transformers.RobertaConfig(
+        vocab_size=61, max_position_embeddings=24, hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=4, pad_token_id=3,
+    )  # fmt: skip
+    firsts = []
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            base = transformers.RobertaForMaskedLM(config)
+        firsts.append(softkv.attach(base, softkv.PTuningV2(length=4, init_std=0.1))._hooks.first)
+    assert firsts == [4, 4]
