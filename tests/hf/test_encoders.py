@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 
 import softkv
 from tests.hf.encoder_rows import ROWS, of_rows, padded
