@@ -24,12 +24,12 @@ from softkv.hf.local import two_sided_attention
 from softkv.hf.masks import Keys, Pattern, key_state
 from softkv.hf.packing import apart, rows_of_line
 from softkv.hf.placement import check_rows_are_whole
-from softkv.hf.repeat import Given, Lasting, accepted
+from softkv.hf.repeat import CallCache, CallKey, validated
 from softkv.ops.api import prefix_attention, prefix_attention_varlen
 from softkv.ranges import named
 
 NAME = "softkv"
-_BARE = SoftContext(repeats=Lasting(steps_alone=True))  # of a model without a soft prompt
+_BARE = SoftContext(kept_calls=CallCache(steps_only=True))  # of a model without a soft prompt
 
 
 def attention(
@@ -75,17 +75,17 @@ def _of_rows(
     options: tuple[Any, ...],
     others: dict[str, Any],
 ) -> Tensor:
-    """`[B, T, H, Dv]`, of rows that are alike: padded ones, or the packed ones of a line."""
-    given = None
-    if context.repeats is not None and not torch.compiler.is_compiling():
-        for checked in context.repeats.calls:
-            if checked.given.again(context, query, key, value, mask, options, others):
+    """`[B, T, H, Dv]` of padded rows or of packed rows without heads, by a validated call if an equal one is kept."""
+    call_key = None
+    if context.kept_calls is not None and not torch.compiler.is_compiling():
+        for checked in context.kept_calls.calls:
+            if checked.key.matches(context, query, key, value, mask, options, others):
                 attend = checked.attend(context, layer, module, query)
                 if attend is not None:
                     with named("attention, layer", layer):
                         return attend(query, key, value)
-        given = Given.of(context, (query, key, value), mask, options, others)
-    return _checked(module, context, layer, query, key, value, mask, given, *options, **others)
+        call_key = CallKey.of(context, (query, key, value), mask, options, others)
+    return _checked(module, context, layer, query, key, value, mask, call_key, *options, **others)
 
 
 def _checked(
@@ -96,7 +96,7 @@ def _checked(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    given: Given | None,
+    call_key: CallKey | None,
     dropout: float,
     scaling: float | None,
     sliding_window: int | None,
@@ -202,11 +202,11 @@ def _checked(
     if rows is not None:
         if window is not None and not causal:
             raise ValueError("packed rows expect no windows in bidirectional attention: pad them (PaddingCollator)")
-        if given is not None and rows is context.rows and HARMLESS.issuperset(kwargs):
-            again = accepted(context, layer, module, given, (query, key, value), rows, **options)
-            if again is not None:
+        if call_key is not None and rows is context.rows and HARMLESS.issuperset(kwargs):
+            reused = validated(context, layer, module, call_key, (query, key, value), rows, **options)
+            if reused is not None:
                 with named("attention, layer", layer):
-                    return again(query, key, value)
+                    return reused(query, key, value)
         attend: Callable[..., Any] = partial(
             prefix_attention_varlen,
             query[0].transpose(0, 1),
@@ -222,12 +222,12 @@ def _checked(
             return _attend(attend, context, layer, len(rows.cu_seqlens) - 1, like, counted).unsqueeze(0)
 
     op = prefix_attention if causal or window is None else two_sided_attention
-    if given is not None and op is prefix_attention and HARMLESS.issuperset(kwargs):
+    if call_key is not None and op is prefix_attention and HARMLESS.issuperset(kwargs):
         operands = query, key, value
-        again = accepted(context, layer, module, given, operands, None, keys.mask, keys.lengths, **options)
-        if again is not None:
+        reused = validated(context, layer, module, call_key, operands, None, keys.mask, keys.lengths, **options)
+        if reused is not None:
             with named("attention, layer", layer):
-                return again(query, key, value)
+                return reused(query, key, value)
     attend = partial(op, query, key, value, key_mask=keys.mask, key_lengths=keys.lengths, **options)
     with named("attention, layer", layer):
         return _attend(attend, context, layer, len(query), like, counted).transpose(1, 2)

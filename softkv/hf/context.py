@@ -16,7 +16,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from softkv.hf.generation.prefill import PackedPrefill
     from softkv.hf.heads import PackedHeads
-    from softkv.hf.repeat import Lasting, OfPass
+    from softkv.hf.repeat import CallCache, PassCalls
 
 LayerKV = tuple[Tensor, Tensor]
 
@@ -130,20 +130,20 @@ class SoftContext:
         slots: P of each row: one number, or `[B]`.
         rows: the packed rows of a batch of one line, or None.
         restarts: `[1, T]`, position ids that may restart, where a tracer can't tell packed rows by them; or None.
-        unpadded: the padding left out of them, to be put back.
-        heads: `[A, P, C]`, soft tokens in front of rows, which are to run in the same pass: their K and V in each block
-            follow those of `layers` in the bank.
-        line: the line of heads and rows that this pass runs, once it is made.
-        encoder: makes K, V per row inside each attention block (encoder-mode P-tuning v2).
-        order: numbers the attention blocks; None where none needs a number.
-        turns: how often each module that runs several times has begun to, in this forward pass.
-        capture: collects what reaches each attention block, in the order in which they run.
+        unpadded: the padding removed from the rows, restored in the output.
+        heads: `[A, P, C]`, soft tokens in front of rows that run in the same pass: their K and V in each block follow
+            those of `layers` in the bank.
+        line: the packed sequence of heads and rows that this pass runs, once it exists.
+        encoder: computes K, V per row inside each attention block (encoder-mode P-tuning v2).
+        order: numbers the attention blocks; None if no block needs a number.
+        turns: how often each module that runs several times per pass has started, in this pass.
+        capture: collects the inputs of each attention block, in the order in which they run.
         masses: collects the attention that prefixes take in each block (`softkv.hf.attention_mass`), or None.
-        repeats: calls of attention that were checked and that other blocks may repeat (`softkv.hf.repeat`); None: each
-            is looked at.
-        steps: of a cache, what each block runs in a decoding step, by its number.
-        bias: gives the position biases of the slots, `[1, H, T, P]`, of a block, T queries, the tokens before them and
-            P; None where slots have none.
+        kept_calls: validated calls of attention that other blocks may reuse (`softkv.hf.repeat`); None: every block is
+            validated.
+        steps: of a cache, the function that each block runs in a decoding step, by block number.
+        bias: returns the position biases of the slots, `[1, H, T, P]`, for a block, T, the number of tokens before the
+            queries, and P; None if slots have none.
         cross: in the decoder of an encoder-decoder, the context of its cross-attention.
     """
 
@@ -163,7 +163,7 @@ class SoftContext:
     turns: dict[nn.Module, int] = field(default_factory=dict)
     capture: list[BlockInputs] | None = None
     masses: dict[int, Tensor] | None = None
-    repeats: OfPass | Lasting | None = None
+    kept_calls: PassCalls | CallCache | None = None
     steps: dict[int, Any] | None = None
     bias: Callable[[nn.Module, int, int | Tensor, int], Tensor | None] | None = None
     cross: SoftContext | None = None

@@ -17,7 +17,7 @@ from torch import Tensor
 from softkv.hf.context import SoftContext
 from softkv.hf.masks import state_of_rows
 from softkv.hf.prefixes import behind
-from softkv.hf.repeat import OfPass
+from softkv.hf.repeat import PassCalls
 
 # Keywords of a decoder that are handled here, with the outputs that they request; others must not refer to single
 # tokens.
@@ -60,7 +60,7 @@ class PackedHeads:
             return None
         tokens = kwargs["inputs_embeds"] if kwargs.get("inputs_embeds") is not None else kwargs["input_ids"]
         A, P, _ = context.heads.shape
-        of_heads = SoftContext(backend=context.backend, repeats=OfPass())
+        of_heads = SoftContext(backend=context.backend, kept_calls=PassCalls())
         return cls((A, P), (tokens.shape[0], tokens.shape[1]), mask, of_heads)
 
     def lead(self, heads: Tensor, kwargs: dict[str, Any], embed: Callable[[Tensor], Tensor], first: int) -> None:

@@ -27,7 +27,7 @@ from softkv.hf.past import InPast, PrefixedPast, columns_seen
 from softkv.hf.placement import check_rows_are_whole
 from softkv.hf.prefixes import SoftRows, behind
 from softkv.hf.probe import DecoderProbe
-from softkv.hf.repeat import Lasting, OfPass
+from softkv.hf.repeat import CallCache, PassCalls
 from softkv.hf.unhooking import unhook
 from softkv.ops.checks import transforms
 from softkv.ranges import named
@@ -40,7 +40,7 @@ class DecoderHooks(DecoderProbe):
         super().__init__(base, backend)
         self._reads_blocks = False
         self._head: Any = None
-        self._lasting = Lasting()
+        self._call_cache = CallCache()
 
     def register(self) -> None:
         """Register the hooks on the decoder."""
@@ -130,9 +130,9 @@ class DecoderHooks(DecoderProbe):
             if compiles or masses is not None:
                 context = replace(context, order=self.order, turns={}, masses=masses)
             else:
-                lasting = None if transforms() else self._lasting  # under one, calls are looked at anew
-                steps = None if lasting is None else _steps(context, kwargs)
-                context = replace(context, order=self.order, turns={}, repeats=OfPass(lasting), steps=steps)
+                cache = None if transforms() else self._call_cache  # calls under torch.func are validated each time
+                steps = None if cache is None else _steps(context, kwargs)
+                context = replace(context, order=self.order, turns={}, kept_calls=PassCalls(cache), steps=steps)
         if not call.may_be_packed or context.rows is not None or context.line is not None:
             self._mark_unpadded(kwargs)
         kwargs["softkv_prefix"] = context
@@ -280,6 +280,6 @@ class DecoderHooks(DecoderProbe):
 
 
 def _steps(context: SoftContext, kwargs: dict[str, Any]) -> dict[int, Any] | None:
-    """Where what blocks run is kept for further steps of a cache."""
+    """The dict in which blocks keep the functions that they run in decoding steps of a cache; None without one."""
     state = CacheState.of(kwargs.get("past_key_values"))
     return None if state is None or context.encoder is not None or is_in_torch_dispatch_mode() else state.steps

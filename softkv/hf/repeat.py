@@ -1,5 +1,5 @@
-"""The fast path of attention: blocks of one forward pass make the same call, and so do further passes, so the checks
-and dispatch of the first one hold for the others."""
+"""The fast path of attention. All blocks of a forward pass make the same call of the op, and so do later passes, so a
+call that equals a validated one skips validation and dispatch."""
 
 from __future__ import annotations
 
@@ -20,23 +20,21 @@ from softkv.ops.operator import attention, load_engine, rows_of_memory
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 _NUMBERS = (int, float, type(None))
-_ASKED = ("s_aux", "position_bias", "output_attentions")  # keywords that change a call by being there
-_KEPT = 8
+_UNSUPPORTED = ("s_aux", "position_bias", "output_attentions")  # calls that set one of these are never reused
+_CACHE_SIZE = 8
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Given:
-    """What the way of a block through attention depends on, but for the module, the prefix, and values of tensors that
-    no check reads.
+class CallKey:
+    """Everything that validation and dispatch of a block's call depend on, except the module and its prefix.
 
     Attributes:
-        query: its shape; and so on. In a step of decoding without gradients, `keys` and `values` don't count the keys.
-        mask: kept, so that no other one gets its `id`.
-        options: numbers and flags that the module gives.
-        layout: how the context lays out rows and their prefixes: packed rows (a line of them has the shape of one
-            row), and which prefix each row has.
-        names: of its further keywords.
-        asked: those of them that must stay None.
+        query, keys, values: shapes. In a decoding step without gradients, `keys` and `values` leave out S, which grows.
+        mask: the mask itself, held so that its `id` is not reused.
+        options: numbers and flags passed by the module.
+        layout: packed rows (which a shape does not show) and the prefix of each row.
+        names: the other keywords passed by the module.
+        unset: those of them that must be None or False.
     """
 
     query: torch.Size
@@ -48,7 +46,7 @@ class Given:
     options: tuple[Any, ...]
     layout: tuple[Any, ...]
     names: frozenset[str]
-    asked: tuple[str, ...]
+    unset: tuple[str, ...]
     grad: bool
     autocast: torch.dtype | None
     backend: str | None
@@ -62,22 +60,23 @@ class Given:
         mask: Tensor | None,
         options: tuple[Any, ...],
         others: dict[str, Any],
-    ) -> Given | None:
-        """None where each block is looked at."""
-        asked = tuple(name for name in _ASKED if name in others)
-        if not _unasked(others, asked) or not all(isinstance(x, _NUMBERS) for x in options):
+    ) -> CallKey | None:
+        """The key of a call; None if every block must be validated separately."""
+        unset = tuple(name for name in _UNSUPPORTED if name in others)
+        if not _all_unset(others, unset) or not all(isinstance(x, _NUMBERS) for x in options):
             return None
         query, key, value = operands
         grad, keys, values = torch.is_grad_enabled(), tuple(key.shape), tuple(value.shape)
         is_step = query.shape[2] == 1 and not grad
-        if is_step:  # one more key each time
+        if is_step:
             keys, values = (*keys[:2], keys[3]), (*values[:2], values[3])
         return cls(
             query.shape, keys, values, (query.dtype, key.dtype, value.dtype), query.device, mask, options,
-            _layout(context), frozenset(others), asked, grad, _autocasts(query.device.type), context.backend, is_step,
+            _layout(context), frozenset(others), unset, grad, _autocast_dtype(query.device.type), context.backend,
+            is_step,
         )  # fmt: skip
 
-    def again(
+    def matches(
         self,
         context: SoftContext,
         query: Tensor,
@@ -87,7 +86,7 @@ class Given:
         options: tuple[Any, ...],
         others: dict[str, Any],
     ) -> bool:
-        """Whether a call is given the same."""
+        """Whether a call has this key."""
         if query.shape != self.query or mask is not self.mask or options != self.options:
             return False
         keys: tuple[int, ...] = key.shape
@@ -103,8 +102,8 @@ class Given:
             and torch.is_grad_enabled() is self.grad
             and query.device == self.device
             and context.backend == self.backend
-            and _autocasts(self.device.type) == self.autocast
-            and (not self.asked or _unasked(others, self.asked))
+            and _autocast_dtype(self.device.type) == self.autocast
+            and (not self.unset or _all_unset(others, self.unset))
         )
 
 
@@ -112,32 +111,32 @@ def _layout(context: SoftContext) -> tuple[Any, ...]:
     return context.rows, context.restarts, context.lengths, context.index
 
 
-def _unasked(others: dict[str, Any], asked: tuple[str, ...]) -> bool:
-    return all(others[name] is None or others[name] is False for name in asked)
+def _all_unset(others: dict[str, Any], names: tuple[str, ...]) -> bool:
+    return all(others[name] is None or others[name] is False for name in names)
 
 
-def _autocasts(device: str) -> torch.dtype | None:
-    if device == "meta" or not torch.is_autocast_enabled(device):  # where torch has no autocast, and raises
+def _autocast_dtype(device: str) -> torch.dtype | None:
+    if device == "meta" or not torch.is_autocast_enabled(device):  # torch raises for "meta"
         return None
     return torch.get_autocast_dtype(device)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class CheckedCall:
-    """A block's call of the attention op that the public function has validated.
+    """A validated call of the attention op by one block, which other blocks and passes may reuse.
 
     Attributes:
-        given: what it came from.
-        kind: type, config and `is_causal` of the module that made it.
-        call: its arguments, but for q, k, v and the prefix, which each block has of its own.
-        dtype: of these.
-        prefix: the shapes and the device of the prefix's K and V, or None without one.
-        engine: that runs it.
-        rows: the packed rows of a batch of one line, or None.
-        step: the engine's shorter way (`step`, without gradients, or `differentiable`), or None.
+        key: what the call depends on.
+        kind: the type, config and `is_causal` of the module that made it.
+        call: the arguments of the op, except q, k, v and the prefix, which differ from block to block.
+        dtype: of q, k, v and the prefix.
+        prefix: the shapes and the device of the prefix's K and V; None without a prefix.
+        engine: the name of the engine that runs it.
+        rows: the packed rows of a batch; None for padded rows.
+        step: the engine's faster path (`differentiable` with gradients, else `step`), or None.
     """
 
-    given: Given
+    key: CallKey
     kind: tuple[Any, ...]
     call: dict[str, Any]
     dtype: torch.dtype
@@ -147,38 +146,38 @@ class CheckedCall:
     step: Callable[..., Any] | None
 
     def attend(self, context: SoftContext, layer: int, module: nn.Module, query: Tensor) -> Attend | None:
-        """What gives `[B, T, H, Dv]` of another block's query `[B, H, T, D]`, key and value; None where the module or
-        its prefix is of another kind."""
+        """A function from another block's query `[B, H, T, D]`, key and value to `[B, T, H, Dv]`; None if the module or
+        its prefix does not match."""
         kv, steps = None if context.layers is None else context.layers[layer], context.steps
         if steps is not None:
             kept = steps.get(layer)
             if kept is not None and kept[0] is self and kept[1] is kv:
                 return cast(Attend, kept[2])
-        if _kind(module) != self.kind or _form(kv) != self.prefix:
+        if _kind(module) != self.kind or _prefix_shapes(kv) != self.prefix:
             return None
-        watched = type(query) is not Tensor or is_in_torch_dispatch_mode()
-        watched |= self.given.grad and torch.autograd._profiler_enabled()  # the general way names its backward
-        k, v = (None, None) if kv is None else (_ready(x, self.dtype) for x in kv)
-        if self.step is None or watched:
-            return self._general(k, v, watched)
-        if self.given.grad:
+        traced = type(query) is not Tensor or is_in_torch_dispatch_mode()
+        traced |= self.key.grad and torch.autograd._profiler_enabled()  # only the operator names its backward
+        k, v = (None, None) if kv is None else (_prepared(x, self.dtype) for x in kv)
+        if self.step is None or traced:
+            return self._by_operator(k, v, traced)
+        if self.key.grad:
             differentiable = self.step
             return lambda query, key, value: differentiable(query, key, value, k, v)
         attend = self.step(k, v)
-        if steps is not None and (kv is None or (k is kv[0] and v is kv[1])):  # a copy would not follow what is learned
+        if steps is not None and (kv is None or (k is kv[0] and v is kv[1])):  # a copy would miss optimizer steps
             steps[layer] = self, kv, attend
         return cast(Attend, attend)
 
-    def _general(self, prefix_k: Tensor | None, prefix_v: Tensor | None, watched: bool) -> Attend:
-        dtype, packed, alone = self.dtype, self.rows is not None, not (watched or self.given.grad)
+    def _by_operator(self, prefix_k: Tensor | None, prefix_v: Tensor | None, traced: bool) -> Attend:
+        dtype, packed, direct = self.dtype, self.rows is not None, not (traced or self.key.grad)
 
         def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             if packed:
                 query, key, value = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
             call = self.call.copy()
-            call["q"], call["k"], call["v"] = _ready(query, dtype), _ready(key, dtype), _ready(value, dtype)
+            call["q"], call["k"], call["v"] = (_prepared(x, dtype) for x in (query, key, value))
             call["prefix_k"], call["prefix_v"] = prefix_k, prefix_v
-            if alone:  # the operator has nothing to add
+            if direct:  # without gradients or tracing, the operator would only add overhead
                 out, _ = load_engine(self.engine).forward(**call)
             else:
                 out, _ = attention(cast(Call, call), self.engine, out_alone=True)
@@ -187,52 +186,52 @@ class CheckedCall:
         return attend
 
 
-class Lasting:
-    """Calls of forward passes that further passes may repeat, the newest first. Threads share it.
+class CallCache:
+    """Validated calls that later forward passes may reuse, the newest first. Shared by threads.
 
     Args:
-        steps_alone: keeps no others than those of decoding steps, where values of position ids mean nothing.
+        steps_only: keep decoding steps only, where position ids can't mark packed rows.
     """
 
-    def __init__(self, *, steps_alone: bool = False) -> None:
+    def __init__(self, *, steps_only: bool = False) -> None:
         self.calls: tuple[CheckedCall, ...] = ()
-        self.steps_alone = steps_alone
+        self.steps_only = steps_only
 
-    def keep(self, call: CheckedCall, *, lasts: bool) -> None:
-        if lasts and (call.given.is_step or not self.steps_alone):
-            self.calls = (call, *self.calls[: _KEPT - 1])
+    def keep(self, call: CheckedCall, *, across_passes: bool) -> None:
+        if across_passes and (call.key.is_step or not self.steps_only):
+            self.calls = (call, *self.calls[: _CACHE_SIZE - 1])
 
 
-class OfPass:
-    """Calls that the blocks of one forward pass may repeat."""
+class PassCalls:
+    """Validated calls that the other blocks of one forward pass may reuse, starting with those of a `CallCache`."""
 
-    def __init__(self, lasting: Lasting | None = None) -> None:
-        self.calls: tuple[CheckedCall, ...] = () if lasting is None else lasting.calls
-        self.lasting = lasting
+    def __init__(self, cache: CallCache | None = None) -> None:
+        self.calls: tuple[CheckedCall, ...] = () if cache is None else cache.calls
+        self.cache = cache
 
-    def keep(self, call: CheckedCall, *, lasts: bool) -> None:
+    def keep(self, call: CheckedCall, *, across_passes: bool) -> None:
         self.calls = (call, *self.calls)
-        if self.lasting is not None:
-            self.lasting.keep(call, lasts=lasts)
+        if self.cache is not None:
+            self.cache.keep(call, across_passes=across_passes)
 
 
 def _kind(module: nn.Module) -> tuple[Any, ...]:
     return type(module), id(getattr(module, "config", None)), getattr(module, "is_causal", True)
 
 
-def _ready(x: Tensor, dtype: torch.dtype) -> Tensor:
+def _prepared(x: Tensor, dtype: torch.dtype) -> Tensor:
     return rows_of_memory(x if x.dtype == dtype else x.to(dtype))
 
 
-def _form(kv: LayerKV | None) -> tuple[torch.Size, torch.Size, torch.device] | None:
+def _prefix_shapes(kv: LayerKV | None) -> tuple[torch.Size, torch.Size, torch.device] | None:
     return None if kv is None else (kv[0].shape, kv[1].shape, kv[0].device)
 
 
-def accepted(
+def validated(
     context: SoftContext,
     layer: int,
     module: nn.Module,
-    given: Given,
+    call_key: CallKey,
     operands: tuple[Tensor, Tensor, Tensor],
     rows: PackedRows | None,
     key_mask: Tensor | None = None,
@@ -245,12 +244,12 @@ def accepted(
     softcap: float | None,
     **others: Any,
 ) -> Attend | None:
-    """What runs a block's call of the op, checked as the public function does, and kept for the blocks that are called
-    alike. None for calls that are not kept.
+    """Validate a block's call as the public function does, keep it for equal calls, and return the function that runs
+    it; None for calls that can't be reused.
 
     Args:
-        operands: query, key and value `[B, ., T, D]` as the op takes them.
-        others: a backend, and sinks, of which there are none.
+        operands: query, key and value `[B, ., T, D]`, as the op takes them.
+        **others: ignored: the backend, which is the context's, and sinks, which are None here.
     """
     covers, kv = context.window_covers, None if context.layers is None else context.layers[layer]
     query, key, value = operands
@@ -258,7 +257,7 @@ def accepted(
     if query.numel() == 0 or query.is_meta or (kv is not None and (kv[0].numel() == 0 or kv[0].device != query.device)):
         return None
     reaches = window is not None or chunk is not None
-    if context.repeats is None or context.backend == "reference" or (reaches and isinstance(covers, Tensor)):
+    if context.kept_calls is None or context.backend == "reference" or (reaches and isinstance(covers, Tensor)):
         return None
     if rows is not None:
         query, key, value = query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1)
@@ -278,14 +277,14 @@ def accepted(
     (checks.check_dense if rows is None else checks.check_packed)(call)
     checks.refuse_transforms(call)
     engine = engine_for(context.backend, call)
-    of_others = {**call, **dict.fromkeys(("q", "k", "v", "prefix_k", "prefix_v"))}
-    shorter = None
-    if set(given.dtypes) == {query.dtype}:
-        shorter = getattr(load_engine(engine), "differentiable" if given.grad else "step", None)
-    step = None if shorter is None else shorter(call)
-    checked = CheckedCall(given, _kind(module), of_others, query.dtype, _form(kv), engine, rows, step)
-    # What is looked at in further passes: numbers alone.
-    numbers = not any(isinstance(x, Tensor) for x in of_others.values())
-    lasts = not reaches and numbers and is_constant(given.mask)
-    context.repeats.keep(checked, lasts=lasts)
+    shared = {**call, **dict.fromkeys(("q", "k", "v", "prefix_k", "prefix_v"))}
+    fast_path = None
+    if set(call_key.dtypes) == {query.dtype}:
+        fast_path = getattr(load_engine(engine), "differentiable" if call_key.grad else "step", None)
+    step = None if fast_path is None else fast_path(call)
+    checked = CheckedCall(call_key, _kind(module), shared, query.dtype, _prefix_shapes(kv), engine, rows, step)
+    # Tensors (masks, lengths, packed rows) may hold other values in the next pass.
+    numbers_only = not any(isinstance(x, Tensor) for x in shared.values())
+    across_passes = not reaches and numbers_only and is_constant(call_key.mask)
+    context.kept_calls.keep(checked, across_passes=across_passes)
     return checked.attend(context, layer, module, query)

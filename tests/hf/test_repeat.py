@@ -87,7 +87,7 @@ def fresh(model: Any, cache: Any, token: int) -> torch.Tensor:
     """A step of which nothing was kept."""
     cache._softkv_state.steps.clear()
     cache._softkv_state.context = None
-    model._hooks._lasting.calls = ()
+    model._hooks._call_cache.calls = ()
     return step(model, cache, token)
 
 

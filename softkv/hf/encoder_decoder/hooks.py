@@ -20,7 +20,7 @@ from softkv.hf.encoder_decoder.rows import encoded_mask, encoder_rows
 from softkv.hf.generation.cache_state import CacheState, past_length
 from softkv.hf.own_attention import OwnAttention
 from softkv.hf.positions import learned_positions
-from softkv.hf.repeat import OfPass
+from softkv.hf.repeat import PassCalls
 from softkv.hf.unhooking import unhook
 from softkv.methods.where import SITES, Site
 
@@ -155,9 +155,9 @@ class EncoderDecoderHooks:
         bias = self.biases.get(site)
         if bias is not None:
             check_counted(context, type(self.base).__name__)
-        repeats = None if torch.compiler.is_compiling() else OfPass()
+        kept_calls = None if torch.compiler.is_compiling() else PassCalls()
         bias = bias if context.window_covers is True else None
-        return replace(context, backend=self.backend, order=order, repeats=repeats, bias=bias)
+        return replace(context, backend=self.backend, order=order, kept_calls=kept_calls, bias=bias)
 
     def _place_tokens(
         self, call: EncoderDecoderCall, context: SoftContext, stack: Site, kwargs: dict[str, Any]
