@@ -119,11 +119,11 @@ def test_encoder_outputs(name: str) -> None:
     close(logits_of(model, None, mask, encoder_outputs=states), want)
     tokens = model.generate(encoder_outputs=states, attention_mask=mask, max_new_tokens=4)
     assert torch.equal(tokens, model.generate(ids, attention_mask=mask, max_new_tokens=4))
-    with pytest.raises(ValueError, match="expect rows with padding behind"):
+    with pytest.raises(ValueError, match="expect padding on the right"):
         logits_of(model, None, MASK, encoder_outputs=states)
     for kind in ("v2 everywhere", "prompt-tuning after"):
         other = attached(name, METHODS[kind])
-        with pytest.raises(ValueError, match="made without the soft prompt of the encoder"):
+        with pytest.raises(ValueError, match="computed without the soft prompt of the encoder"):
             other.generate(encoder_outputs=states, attention_mask=mask)
 
 
@@ -193,14 +193,14 @@ def test_whisper() -> None:
         truth = naive.generate(None, 2, 4, input_features=features[at : at + 1])
         assert row[: len(truth)] == truth or row == truth[-len(row) :]
     for method in (softkv.PromptTuning(length=2), softkv.PTuning(template="[P1] [X] [Y]")):
-        with pytest.raises(ValueError, match="reads no tokens that soft ones could join"):
+        with pytest.raises(ValueError, match="reads no tokens, so soft tokens"):
             softkv.attach(whisper(), method)
-    with pytest.raises(ValueError, match="does not reach the attention 'encoder'"):
+    with pytest.raises(ValueError, match="can't replace the attention 'encoder'"):
         softkv.attach(whisper(), softkv.PTuningV2(length=2, where="encoder"))
 
 
 REFUSED: dict[str, tuple[Any, str]] = {
-    "an encoder of prompts": (softkv.PTuningV2(length=2, encoder="lstm"), "no encoder of softkv's"),
+    "an encoder of prompts": (softkv.PTuningV2(length=2, encoder="lstm"), "prompt encoders don't support encoder-decoders"),
     "a position past the table": (softkv.PTuningV2(length=46), "need positions up to 51, but .* ends at 47"),
 }
 
@@ -235,16 +235,16 @@ def test_inputs_that_do_not_fit() -> None:
         ({"labels": labels}, "either input_ids or inputs_embeds"),
         ({"input_ids": IDS, "labels": labels[:2]}, r"labels expects \[3, 4\]"),
         ({"input_ids": IDS, "attention_mask": MASK[:, 1:], "labels": labels}, r"attention_mask expects \[3, 6\]"),
-        ({"input_ids": IDS, "labels": labels.flip(1)}, "labels expect -100 behind"),
+        ({"input_ids": IDS, "labels": labels.flip(1)}, "labels expect -100 only after"),
         (
             {"input_ids": IDS, "decoder_input_ids": IDS, "decoder_attention_mask": MASK},
-            "decoder_attention_mask expects padding behind",
+            "decoder_attention_mask expects padding on the right",
         ),
     ]
     for batch, message in cases:
         with pytest.raises(ValueError, match=message):
             model(**batch)
-    with pytest.raises(ValueError, match="BartEncoder alone can't be run"):
+    with pytest.raises(ValueError, match="BartEncoder can't run alone"):
         model.get_encoder()(IDS)
     with pytest.raises(ValueError, match="where expects some of 'encoder', 'decoder', 'cross'"):
         softkv.PTuningV2(length=2, where=("decoder", "head"))
@@ -321,7 +321,7 @@ def test_unknown_numbers_of_each_token_are_refused() -> None:
     model = attached("T5", METHODS["prompt-tuning before"])
     tokens = model._soft_rows(None, len(IDS), None).tokens(len(IDS), heads=True)
     given = {"input_ids": IDS, "attention_mask": MASK, "bbox": torch.zeros(*IDS.shape, 4)}
-    with pytest.raises(ValueError, match="bbox has a number for each token"):
+    with pytest.raises(ValueError, match="bbox has a value for each token"):
         encoder_rows(given, tokens, model._hooks.embed)
 
 

@@ -1,1 +1,1 @@
-"""Soft prompts on frozen encoder-decoders: prefixes in three kinds of attention, soft tokens in the encoder's rows."""
+"""Soft prompts on frozen encoder-decoders: prefixes at three attention sites, soft tokens in the encoder's rows."""

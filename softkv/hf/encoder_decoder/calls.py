@@ -21,24 +21,24 @@ Contexts = Mapping[Site, SoftContext]
 
 
 @dataclass(frozen=True)
-class Unchanged:
-    """The prompts of a `generate` whose columns stay as they are."""
+class UnchangedPrompts:
+    """The `prompts` of a `generate` that adds no columns to the given ids."""
 
     view: None = None
 
 
 @dataclass(frozen=True)
 class EncoderDecoderCall:
-    """One running `forward` or `generate`, as the pre-hooks see it.
+    """One running `forward` or `generate` of an encoder-decoder, as its pre-hooks see it.
 
     Attributes:
-        hooks: of the model that was called.
+        hooks: of the called SoftModel.
         soft: the soft prompts of its rows; None in a run of the bare stacks.
         contexts: the prefixes at each site.
         tokens: the soft tokens in the encoder's rows, or None.
-        rows: how many rows each stack reads whose tokens stand behind slots; known once it is entered.
-        read: how many rows the encoder has read at first, once it has.
-        ids: `[B, S]`, the ids that the encoder reads in place of those that reach it, or None.
+        rows: the number of rows in each stack that has a prefix, set when the stack starts.
+        read: the number of rows in the encoder's first run; empty before it.
+        ids: `[B, S]`, replaces the ids that reach the encoder, or None.
         prompts: of a `generate`.
         model: the SoftModel, in a `generate`.
     """
@@ -50,24 +50,24 @@ class EncoderDecoderCall:
     rows: dict[Site, int] = field(default_factory=dict)
     read: list[int] = field(default_factory=list)
     ids: Tensor | None = None
-    prompts: Unchanged | None = None
+    prompts: UnchangedPrompts | None = None
     model: Any = None
-    may_be_packed: ClassVar[bool] = False  # its rows are padded
+    may_be_packed: ClassVar[bool] = False  # encoder-decoders only take padded rows
 
     def context(self, site: Site) -> SoftContext:
         return self.contexts.get(site, SoftContext())
 
-    def check_whole(self, rows: int) -> None:
-        """Refuses to read some rows of a batch again, where it matters which: Whisper goes on with recordings that are
-        not at their end, or whose answer it rejects."""
+    def check_all_rows(self, rows: int) -> None:
+        """Refuse an encoder run on a subset of the batch if rows have different adapters. Whisper re-runs unfinished
+        recordings and those whose output it rejects, without their indices."""
         if self.soft is None or len(self.soft.names) == 1 or torch.compiler.is_compiling():
             return
         self.read[:] = self.read or [rows]
         if rows != self.read[0]:
             raise ValueError(
-                f"{type(self.hooks.base).__name__} goes on with some rows of a batch, of which it does not tell which: "
-                "expected one adapter for all rows, got several adapter_names (give the rows of each in a batch of "
-                "their own, or recordings of one window at one temperature)"
+                f"{type(self.hooks.base).__name__} re-runs some rows of a batch without saying which: expected one "
+                "adapter for all rows, got several adapter_names (use one batch per adapter, or recordings of a single "
+                "window at one temperature)"
             )
 
 
@@ -75,8 +75,8 @@ def contexts_of(soft: SoftRows, counts: Sequence[tuple[Site, int]], like: Tensor
     """The prefixes of a call at each site.
 
     Args:
-        counts: the sites of the model and how many blocks each has.
-        like: on the device and of the dtype of the model.
+        counts: the sites of the model, with the number of blocks at each.
+        like: a tensor with the device and dtype of the model.
     """
     prefixes: dict[Site, dict[str, Prefix]] = {site: {} for site, _ in counts}
     for name, each in soft.softs.items():
@@ -85,18 +85,18 @@ def contexts_of(soft: SoftRows, counts: Sequence[tuple[Site, int]], like: Tensor
             continue
         prefix = prefix.to(dtype=like.dtype)
         for site, layers in sections(counts, where_of(each.config) or ()).items():
-            prefixes[site][name] = prefix if len(prefix.k) == 1 else _part(prefix, layers)
+            prefixes[site][name] = prefix if len(prefix.k) == 1 else _layers_of(prefix, layers)
     return {site: soft.context(prefixes[site], blocks, like.device) for site, blocks in counts}
 
 
-def _part(prefix: Prefix, layers: slice) -> Prefix:
+def _layers_of(prefix: Prefix, layers: slice) -> Prefix:
     return Prefix(prefix.k[layers], prefix.v[layers], prefix.lengths, prefix.window_covers)
 
 
-def check_counted(context: SoftContext, name: str) -> None:
-    """Refuses rows whose slots a relative position bias would count differently."""
+def check_same_bias(context: SoftContext, name: str) -> None:
+    """Refuse rows whose slots would need different relative position biases."""
     if isinstance(context.window_covers, Tensor) or (context.window_covers and context.lengths is not None):
         raise ValueError(
-            f"rows of one batch expect prefixes of one length that the position biases of {name} all count or all "
-            "leave out (window_covers): give rows of such adapters in batches of their own"
+            f"relative position biases of {name} expect prefixes of one length and one window_covers in a batch, got "
+            "different ones: use one batch per adapter"
         )

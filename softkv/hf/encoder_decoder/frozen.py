@@ -25,9 +25,9 @@ class FrozenEncoderDecoder(FrozenBase):
     """The `FrozenModel` of an encoder-decoder.
 
     Args:
-        hooks: on it.
-        blocks: the attention blocks at each site that softkv reaches.
-        tokenizer: to initialise from a text, or None.
+        hooks: of the model.
+        blocks: the attention blocks at each site that softkv can replace.
+        tokenizer: for text inits, or None.
     """
 
     def __init__(
@@ -39,15 +39,15 @@ class FrozenEncoderDecoder(FrozenBase):
         super().__init__(hooks.base, [widths for each in self.widths.values() for widths in each], tokenizer)
 
     def at(self, where: Sequence[Site]) -> FrozenEncoderDecoder:
-        """The same model, of which only the attention at some sites is seen.
+        """The same model, restricted to the attention at some sites.
 
         Raises:
-            ValueError: where softkv does not reach it.
+            ValueError: if softkv can't replace the attention at one of them.
         """
         if missing := [site for site in where if site not in self.widths]:
             raise ValueError(
-                f"softkv does not reach the attention {', '.join(map(repr, missing))} of {type(self.model).__name__}: "
-                f"expected where to be some of {', '.join(map(repr, self.widths)) or 'none'}, got {tuple(where)}"
+                f"softkv can't replace the attention {', '.join(map(repr, missing))} of {type(self.model).__name__}: "
+                f"expected where to contain only {', '.join(map(repr, self.widths)) or 'nothing'}, got {tuple(where)}"
             )
         other = copy.copy(self)
         other.where = tuple(where)
@@ -57,17 +57,17 @@ class FrozenEncoderDecoder(FrozenBase):
 
     @torch.no_grad()
     def embed(self, ids: Tensor) -> Tensor:
-        """Frozen input embeddings, as large as the encoder takes them."""
+        """Frozen input embeddings, scaled as the encoder scales them."""
         return super().embed(ids) * self.hooks.embed_scale
 
     @torch.no_grad()
     def prefix_of(self, ids: Tensor, *, standing_in: bool = True) -> Prefix:
-        """The K/V of tokens that the encoder reads and the decoder writes: a start, not those tokens in context. In a
-        decoder with a smaller vocabulary of its own, other tokens stand for them."""
+        """The K/V of tokens read by both stacks, as initial values: they are not equivalent to those tokens in context.
+        A decoder with a smaller vocabulary reads the ids modulo its size."""
         if not self.hooks.reads_tokens:
             raise ValueError(
-                f"the encoder of {type(self.model).__name__} reads no tokens, from whose keys and values a prefix "
-                "would start: expected init_std=0.1 (a random start)"
+                f"the encoder of {type(self.model).__name__} reads no tokens that could initialise a prefix: expected "
+                "init_std=0.1 (random values)"
             )
         self.hooks.check_positions("encoder", len(ids) - 1)
         self.hooks.check_positions("decoder", len(ids) - 1)

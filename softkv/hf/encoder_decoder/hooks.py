@@ -14,8 +14,14 @@ from torch import Tensor, nn
 from softkv.hf import call_scope
 from softkv.hf.behaviour import Behaviour
 from softkv.hf.context import BlockOrder, SoftContext
-from softkv.hf.encoder_decoder.calls import EncoderDecoderCall, check_counted
-from softkv.hf.encoder_decoder.positions import SlotBiases, shifted, size_of, table_of, takes_ids
+from softkv.hf.encoder_decoder.calls import EncoderDecoderCall, check_same_bias
+from softkv.hf.encoder_decoder.positions import (
+    SlotBiases,
+    position_table,
+    shifted_output,
+    table_size,
+    takes_position_ids,
+)
 from softkv.hf.encoder_decoder.rows import encoded_mask, encoder_rows
 from softkv.hf.generation.cache_state import CacheState, past_length
 from softkv.hf.own_attention import OwnAttention
@@ -31,14 +37,15 @@ class EncoderDecoderHooks:
     Attributes:
         base: the frozen model.
         encoder, decoder: its stacks.
-        orders: the attention blocks at each site that softkv's attention reaches; known after `probe`.
+        orders: the attention blocks that softkv can replace, by site; set by the probe.
+        biases: the relative position biases of slots, by site; set by the probe.
         reads_tokens: whether the encoder reads tokens rather than audio or images.
         embed_scale: the factor that the encoder applies to embeddings of ids, outside the embedding layer.
-        behaviour: of the encoder; known after `probe`.
-        own: of a base that keeps its own attention.
+        behaviour: of the encoder; set by the probe.
+        own: of a base that keeps its own attention, else None.
     """
 
-    parallel = None  # `check_base` refuses those that are split over processes
+    parallel = None  # `check_base` refuses tensor parallelism
 
     def __init__(self, base: Any, backend: str | None) -> None:
         self.base, self.backend = base, backend
@@ -48,7 +55,7 @@ class EncoderDecoderHooks:
         self.reads_tokens, self.embed_scale = True, 1.0
         self.behaviour = Behaviour(packs=False, carries=False)
         self.own: OwnAttention | None = None
-        self._tables = {"encoder": table_of(self.encoder), "decoder": table_of(self.decoder)}
+        self._tables = {"encoder": position_table(self.encoder), "decoder": position_table(self.decoder)}
 
     @property
     def order(self) -> BlockOrder:
@@ -57,11 +64,11 @@ class EncoderDecoderHooks:
 
     @property
     def counts(self) -> list[tuple[Site, int]]:
-        """The sites and how many blocks each has."""
+        """The sites, with the number of blocks at each."""
         return [(site, len(self.orders[site])) for site in SITES if site in self.orders]
 
     def register(self) -> None:
-        """Hooks the stacks and their tables of positions."""
+        """Register the hooks on the stacks and their position tables."""
         self.encoder.register_forward_pre_hook(self._enter_encoder, with_kwargs=True)
         self.decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True)
         for table, hook in zip(self._tables.values(), (self._encoder_positions, self._decoder_positions), strict=True):
@@ -74,11 +81,11 @@ class EncoderDecoderHooks:
             block.register_forward_pre_hook(self._enter_cross, with_kwargs=True)
 
     def remove(self) -> None:
-        """Takes every hook off, whatever came between hooking and this."""
+        """Remove every hook, also after an interrupted registration."""
         unhook(self, (*self.encoder.modules(), *self.decoder.modules()))
 
     def run(self, call: EncoderDecoderCall, function: Callable[..., Any], **kwargs: Any) -> Any:
-        """Runs the base, or a part of it, as this call."""
+        """Run the base, or a part of it, as this call."""
         return call_scope.run(call, function, **kwargs)
 
     def embed(self, ids: Tensor, soft_tokens: Tensor) -> Tensor:
@@ -88,32 +95,33 @@ class EncoderDecoderHooks:
         return torch.where((ids < 0)[:, :, None], soft, embeds)
 
     def _current_call(self, kwargs: dict[str, Any] | None) -> EncoderDecoderCall | None:
-        """The running call, if it is of this model. (While a thread registers a hook, others may call it before torch
-        knows that it takes keywords: they are missing then.)"""
+        """The running call, if it belongs to this model. (`kwargs` is None if another thread calls a hook that is being
+        registered, before torch knows that it takes keywords.)"""
         call = call_scope.current()
         return None if kwargs is None or call is None or call.hooks is not self else call
 
     def _enter_encoder(self, encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
-        """Keyword pre-hook of the encoder: soft tokens, padding behind, positions behind the prefix, and the prefix."""
+        """Keyword pre-hook of the encoder: inserts soft tokens, moves padding to the right, shifts positions and passes
+        the prefix."""
         call = self._current_call(kwargs)
         if call is None:
             return None
-        kwargs = _named(encoder, args, kwargs)
+        kwargs = _as_keywords(encoder, args, kwargs)
         read = kwargs.get(self.base.main_input_name)
-        call.check_whole(len(_tokens(kwargs) if read is None else read))
+        call.check_all_rows(len(_tokens(kwargs) if read is None else read))
         if self.reads_tokens and call.soft is not None:
             kwargs |= {} if call.ids is None else {"input_ids": call.ids}
             kwargs = encoder_rows(kwargs, call.tokens, self.embed)
-        self._place(call, "encoder", kwargs)
+        self._pass_prefix(call, "encoder", kwargs)
         return (), kwargs
 
     def _enter_decoder(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
-        """Keyword pre-hook of the decoder: positions behind the prefix, the prefixes of both kinds of attention, and
-        the mask of what the encoder has read."""
+        """Keyword pre-hook of the decoder: shifts positions, and passes the prefixes of self- and cross-attention and
+        the mask of the encoder's rows."""
         call = self._current_call(kwargs)
         if call is None:
             return None
-        kwargs = _named(decoder, args, kwargs)
+        kwargs = _as_keywords(decoder, args, kwargs)
         states, cache = kwargs.get("encoder_hidden_states"), kwargs.get("past_key_values")
         if call.soft is not None and self.reads_tokens and states is not None:
             mask = kwargs.get("encoder_attention_mask")
@@ -123,7 +131,7 @@ class EncoderDecoderHooks:
             CacheState(
                 0, rows, call.soft.names if len(call.soft.names) == 1 else tuple(call.soft.names_of(rows))
             ).store_on(cache)
-        self._place(call, "decoder", kwargs)
+        self._pass_prefix(call, "decoder", kwargs)
         return (), kwargs
 
     def _enter_cross(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
@@ -134,57 +142,58 @@ class EncoderDecoderHooks:
             return None
         return args, kwargs | {"softkv_prefix": context.cross}
 
-    def _place(self, call: EncoderDecoderCall, stack: Site, kwargs: dict[str, Any]) -> None:
-        """Gives a stack its prefixes, and positions where it takes position ids."""
+    def _pass_prefix(self, call: EncoderDecoderCall, stack: Site, kwargs: dict[str, Any]) -> None:
+        """Add the prefixes of a stack to its keywords, and shift its position ids."""
         bare = SoftContext(backend=self.backend)
-        context, cross = self._prepared(call, stack), None
+        context, cross = self._site_context(call, stack), None
         if stack == "decoder":
-            cross = self._prepared(call, "cross")
+            cross = self._site_context(call, "cross")
         if context is None and cross is None:
             return
         if context is not None and (isinstance(context.slots, Tensor) or context.slots):
-            self._place_tokens(call, context, stack, kwargs)
+            self._shift_positions(call, context, stack, kwargs)
         context = context or bare
         kwargs["softkv_prefix"] = context if context.capture is not None else replace(context, cross=cross or bare)
 
-    def _prepared(self, call: EncoderDecoderCall, site: Site) -> SoftContext | None:
-        """The context of a site; None where softkv's attention is not reached."""
+    def _site_context(self, call: EncoderDecoderCall, site: Site) -> SoftContext | None:
+        """The context of the attention at a site; None if it has no prefix there."""
         order, context = self.orders.get(site), call.context(site)
         if context.layers is None or order is None:
             return context if context.capture is not None else None
         bias = self.biases.get(site)
         if bias is not None:
-            check_counted(context, type(self.base).__name__)
+            check_same_bias(context, type(self.base).__name__)
         kept_calls = None if torch.compiler.is_compiling() else PassCalls()
         bias = bias if context.window_covers is True else None
         return replace(context, backend=self.backend, order=order, kept_calls=kept_calls, bias=bias)
 
-    def _place_tokens(
+    def _shift_positions(
         self, call: EncoderDecoderCall, context: SoftContext, stack: Site, kwargs: dict[str, Any]
     ) -> None:
-        """Puts tokens behind the slots, where this is not the business of a table."""
+        """Shift the position ids of a stack by the number of slots. Stacks without position ids are shifted by the hook
+        on their position table."""
         module, table = (self.encoder, self.decoder)[stack == "decoder"], self._tables[stack]
         tokens = _tokens(kwargs)
         before = past_length(kwargs.get("past_key_values")) if stack == "decoder" else 0
         call.rows[stack] = len(tokens)
         slots = context.slots_of(len(tokens))
-        if table is None and takes_ids(module):
-            count = kwargs.get("position_ids")
-            if count is None:
-                count = torch.arange(before, before + tokens.shape[1], device=tokens.device)[None]
-            kwargs["position_ids"] = count + (slots if isinstance(slots, int) else slots[:, None])
-        if self._size(stack) is not None and not torch.compiler.is_compiling():
+        if table is None and takes_position_ids(module):
+            positions = kwargs.get("position_ids")
+            if positions is None:
+                positions = torch.arange(before, before + tokens.shape[1], device=tokens.device)[None]
+            kwargs["position_ids"] = positions + (slots if isinstance(slots, int) else slots[:, None])
+        if self._table_size(stack) is not None and not torch.compiler.is_compiling():
             slots = slots if isinstance(slots, int) else int(slots.max())
             self.check_positions(stack, before + tokens.shape[1] - 1 + slots)
 
-    def _size(self, stack: Site) -> int | None:
-        """How many positions a stack has; None where it computes them."""
+    def _table_size(self, stack: Site) -> int | None:
+        """The number of positions in a stack's table; None if it computes them."""
         table, module = self._tables[stack], (self.encoder, self.decoder)[stack == "decoder"]
-        return size_of(learned_positions(module) if table is None and takes_ids(module) else table)
+        return table_size(learned_positions(module) if table is None and takes_position_ids(module) else table)
 
     def check_positions(self, stack: Site, last: int) -> None:
-        """Raise where the table of a stack ends before a position."""
-        size = self._size(stack)
+        """Raise if a position is past the end of a stack's table."""
+        size = self._table_size(stack)
         if size is not None and last >= size:
             raise ValueError(
                 f"prefix and tokens of the {stack} need positions up to {last}, but the model's position table "
@@ -192,25 +201,25 @@ class EncoderDecoderHooks:
             )
 
     def _encoder_positions(self, table: nn.Module, args: Any, kwargs: Any, output: Any = None) -> Any:
-        return self._moved(table, args, kwargs, output, "encoder")
+        return self._table_output(table, args, kwargs, output, "encoder")
 
     def _decoder_positions(self, table: nn.Module, args: Any, kwargs: Any, output: Any = None) -> Any:
-        return self._moved(table, args, kwargs, output, "decoder")
+        return self._table_output(table, args, kwargs, output, "decoder")
 
-    def _moved(self, table: nn.Module, args: Any, kwargs: Any, output: Any, stack: Site) -> Any:
-        """Forward hook of a table of positions: those behind the prefix."""
+    def _table_output(self, table: nn.Module, args: Any, kwargs: Any, output: Any, stack: Site) -> Any:
+        """Forward hook of a position table: looks up positions after the prefix."""
         call = self._current_call(None if output is None else kwargs)
         if call is None or stack not in call.rows:
             return None
-        return shifted(table, args, kwargs, call.context(stack).slots_of(call.rows[stack]))
+        return shifted_output(table, args, kwargs, call.context(stack).slots_of(call.rows[stack]))
 
 
-def _named(stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> dict[str, Any]:
+def _as_keywords(stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> dict[str, Any]:
     return dict(zip(inspect.signature(stack.forward).parameters, args, strict=False)) | (kwargs or {})
 
 
 def _tokens(kwargs: dict[str, Any]) -> Tensor:
-    """Ids or embeddings, or what else a stack reads first."""
+    """The input of a stack: ids, embeddings, or the features of audio or images."""
     for name in ("inputs_embeds", "input_ids"):
         if kwargs.get(name) is not None:
             return kwargs[name]

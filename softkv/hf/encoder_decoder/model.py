@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from softkv.hf import call_scope, checks
-from softkv.hf.encoder_decoder.calls import EncoderDecoderCall, Unchanged, contexts_of
+from softkv.hf.encoder_decoder.calls import EncoderDecoderCall, UnchangedPrompts, contexts_of
 from softkv.hf.encoder_decoder.frozen import FrozenEncoderDecoder
 from softkv.hf.encoder_decoder.hooks import EncoderDecoderHooks
 from softkv.hf.encoder_decoder.probe import EncoderDecoderProbe
@@ -30,11 +30,11 @@ from softkv.prefix import Prefix
 class PromptedEncoderDecoder(PromptedModel):
     """A frozen encoder-decoder with one or more soft prompts. Other attributes come from the base.
 
-    Prefixes stand in the self-attention of the encoder, in that of the decoder, and in the attention from the decoder
-    to the encoder (`where` of a method); soft tokens stand in the encoder's rows.
+    Prefixes go to the self-attention of the encoder, the self-attention of the decoder, and cross-attention (`where` of
+    a method); soft tokens go to the encoder's rows.
     """
 
-    accepts_loss_kwargs = False  # its base's loss is a batch's mean, however many batches a step has
+    accepts_loss_kwargs = False  # the base's loss is a mean over one batch and ignores num_items_in_batch
     _hooks: EncoderDecoderHooks
     _frozen: FrozenEncoderDecoder
 
@@ -61,16 +61,17 @@ class PromptedEncoderDecoder(PromptedModel):
             hooks.own, blocks = OwnAttention(str(reason), takes_positions=False, causal=False), {}
         else:
             state.silence_dropout([each.block for of_site in blocks.values() for each in of_site])
-        probe.tokens()
+        probe.probe_inputs()
         if not blocks and not hooks.behaviour.embeds:
             raise UnsupportedAttention(
-                f"softkv reaches neither the attention of {type(self.base).__name__} nor its tokens"
+                f"softkv can neither replace the attention of {type(self.base).__name__} nor insert tokens into its "
+                "rows"
             )
         return FrozenEncoderDecoder(hooks, blocks, tokenizer)
 
     @property
     def base_shape(self) -> BaseShape:
-        """The sizes of the base that decide the shapes of learned parameters, as the active adapter sees it."""
+        """The sizes of the base that determine the shapes of learned parameters, for the active adapter's sites."""
         where = where_of(self.method)
         return self._frozen.shape if where is None else self._frozen.at(where).shape
 
@@ -80,7 +81,7 @@ class PromptedEncoderDecoder(PromptedModel):
 
     @property
     def embed_scale(self) -> float:
-        """What the encoder multiplies the embeddings of ids by, and not those that it is given."""
+        """The factor that the encoder applies to embeddings of ids, but not to `inputs_embeds`."""
         return self._hooks.embed_scale
 
     # Adapters ---------------------------------------------------------------------------------------------------------
@@ -89,8 +90,8 @@ class PromptedEncoderDecoder(PromptedModel):
         method = getattr(adapter, "method", adapter)
         if getattr(method, "in_rows", False) and not self._hooks.reads_tokens:
             raise ValueError(
-                f"the encoder of {type(self.base).__name__} reads no tokens that soft ones could join: expected "
-                f"PrefixTuning or PTuningV2, got {type(method).__name__}"
+                f"the encoder of {type(self.base).__name__} reads no tokens, so soft tokens can't be inserted: "
+                f"expected PrefixTuning or PTuningV2, got {type(method).__name__}"
             )
         super()._check_reached(adapter)
 
@@ -103,7 +104,7 @@ class PromptedEncoderDecoder(PromptedModel):
         if method.in_rows:
             return adapter, frozen
         if getattr(method, "encoder", None) is not None:
-            raise ValueError(f"{name} is an encoder-decoder, where prompts have no encoder of softkv's: leave it out")
+            raise ValueError(f"prompt encoders don't support encoder-decoders such as {name}: leave the encoder out")
         assert isinstance(frozen, FrozenEncoderDecoder)
         where = where_of(adapter)
         if where is None and adapter is method:
@@ -111,7 +112,8 @@ class PromptedEncoderDecoder(PromptedModel):
             adapter = replace(cast(Any, method), where=where)
         if not where:
             raise ValueError(
-                f"this adapter does not say where in {name} its prefix stands: it was made on another base"
+                f"this adapter has no attention sites (where) for the encoder-decoder {name}: it was trained on a "
+                "model with one stack"
             )
         return adapter, frozen.at(where)
 
@@ -130,26 +132,26 @@ class PromptedEncoderDecoder(PromptedModel):
         adapter_names: Sequence[str | None] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The base's forward with the soft prompt in place.
+        """The base's forward with the soft prompt.
 
         Args:
-            input_ids: `[B, S]`, of the encoder; negative ids are a template's soft tokens. Or `inputs_embeds`
-                `[B, S, C]`, `input_features` (Whisper's), or `encoder_outputs`.
-            attention_mask: `[B, S]` padding mask, padding on either side, or None.
-            decoder_input_ids: `[B, T]`; without them, the base makes them from the labels.
-            decoder_attention_mask: `[B, T]`, padding behind.
-            labels: `[B, T]`, -100 behind what a row writes.
-            adapter_names: the adapter of each row; None among them is the bare model. Without it, all rows have the
-                active one, or those that filled the cache.
-            **kwargs: whatever else the base's forward takes.
+            input_ids: int64 `[B, S]`, of the encoder; negative ids are a template's soft tokens. Or `inputs_embeds`
+                `[B, S, C]`, `input_features` (Whisper), or `encoder_outputs`.
+            attention_mask: `[B, S]` padding mask (padding on either side), or None.
+            decoder_input_ids: int64 `[B, T]`; None: the base shifts the labels.
+            decoder_attention_mask: `[B, T]`, padding on the right.
+            labels: `[B, T]`, -100 after the end of a row.
+            adapter_names: the adapter of each row; None in the list means the bare model. By default all rows use the
+                active adapter, or the adapters that filled the cache.
+            **kwargs: other arguments of the base's forward.
 
         Returns:
-            The base's output: `logits[:, t]` `[B, T, V]` answers label t. `encoder_last_hidden_state` is that of the
-            encoder's rows with soft tokens in them and padding behind.
+            The base's output: `logits[:, t]` of `[B, T, V]` predicts label t. `encoder_last_hidden_state` contains the
+            soft tokens in the encoder's rows, with padding on the right.
 
         Raises:
-            ValueError: when shapes don't fit together; on decoder rows padded in front; on `encoder_outputs` that soft
-                prompts of the encoder have not seen; on `output_attentions`.
+            ValueError: if shapes don't match; for left-padded decoder rows; for `encoder_outputs` computed without the
+                encoder's soft prompt; for `output_attentions`.
 
         Example:
             >>> sizes = {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 4, "vocab_size": 50}
@@ -158,7 +160,7 @@ class PromptedEncoderDecoder(PromptedModel):
             >>> model = softkv.attach(t5, softkv.PTuningV2(length=4, where=("decoder", "cross")))
             >>> output = model(torch.tensor([[5, 6, 1]]), labels=torch.tensor([[7, 1]]))
             >>> output.loss.backward()
-            >>> model.soft.k.grad.shape  # [L, 1, G, P, D]: two blocks of either kind
+            >>> model.soft.k.grad.shape  # [L, 1, G, P, D]: two blocks at either site
             torch.Size([4, 1, 4, 4, 8])
         """
         module = kwargs.pop("softkv_inner", self.base)
@@ -177,8 +179,8 @@ class PromptedEncoderDecoder(PromptedModel):
         self._check_options(kwargs)
         if module is not self.base and module is not self.base.base_model:
             raise ValueError(
-                f"soft prompts stand in both stacks of {type(self.base).__name__}, so {type(module).__name__} alone "
-                "can't be run: call the model, or disabled() for the bare one"
+                f"{type(module).__name__} can't run alone, because {type(self.base).__name__} has soft prompts in both "
+                "stacks: call the model, or use disabled() for the bare one"
             )
         cache = given.get("past_key_values")
         checks.check_cache(cache)
@@ -197,7 +199,7 @@ class PromptedEncoderDecoder(PromptedModel):
         return output.to_tuple() if return_dict is False else output
 
     def _check_inputs(self, given: dict[str, Any], past: int) -> int:
-        """The number of rows of a call, whose inputs fit together."""
+        """Check that the inputs of `forward` match each other, and return the number of rows."""
         ids, embeds, mask = (given.get(name) for name in ("input_ids", "inputs_embeds", "attention_mask"))
         encoded = given.get("encoder_outputs")
         if self._hooks.reads_tokens and encoded is None:
@@ -209,27 +211,25 @@ class PromptedEncoderDecoder(PromptedModel):
             if not isinstance(first, Tensor):
                 raise ValueError(f"SoftModel expects {self.base.main_input_name} or encoder_outputs, got neither")
             rows = len(first)
-        written = [name for name in ("labels", "decoder_input_ids", "decoder_inputs_embeds") if name in given]
-        if not written:
-            raise ValueError(
-                "SoftModel expects labels or decoder_input_ids, what an encoder-decoder writes: got neither"
-            )
-        width = given[written[-1]].shape[1]
-        for name in written:
+        targets = [name for name in ("labels", "decoder_input_ids", "decoder_inputs_embeds") if name in given]
+        if not targets:
+            raise ValueError("SoftModel of an encoder-decoder expects labels or decoder_input_ids, got neither")
+        width = given[targets[-1]].shape[1]
+        for name in targets:
             if given[name].shape[:2] != (rows, width):
                 raise ValueError(f"{name} expects [{rows}, {width}], got {checks.described(given[name])}")
-        labels = given["labels"] if written == ["labels"] else None
+        labels = given["labels"] if targets == ["labels"] else None
         if labels is not None and checks.is_readable(labels):
             ignored = labels == IGNORED
             if bool((ignored[:, 0] & ~ignored.all(1)).any()):
                 raise ValueError(
-                    "labels expect -100 behind what a row writes, got some in front: the decoder reads them"
+                    "labels expect -100 only after the end of a row, got some in front: the decoder reads the labels"
                 )
-        self._check_written(given.get("decoder_attention_mask"), rows, (width, past + width))
+        self._check_decoder_mask(given.get("decoder_attention_mask"), rows, (width, past + width))
         return rows
 
-    def _check_written(self, mask: Any, rows: int, widths: Sequence[int]) -> None:
-        """Refuses decoder rows that do not begin at their first column."""
+    def _check_decoder_mask(self, mask: Any, rows: int, widths: Sequence[int]) -> None:
+        """Refuse left-padded decoder rows."""
         if mask is None:
             return
         if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[0] != rows or mask.shape[1] not in widths:
@@ -237,23 +237,23 @@ class PromptedEncoderDecoder(PromptedModel):
             raise ValueError(f"decoder_attention_mask expects [{rows}, {columns}], got {checks.described(mask)}")
         if padded_in_front(mask):
             raise ValueError(
-                "decoder_attention_mask expects padding behind what a row has written: its positions are its columns"
+                "decoder_attention_mask expects padding on the right, got some on the left: the decoder's positions "
+                "are its columns"
             )
 
     def _tokens(self, soft: SoftRows, rows: int, given: dict[str, Any], past: int) -> RowTokens | None:
-        """The soft tokens in the encoder's rows, whose inputs are checked against them."""
+        """The soft tokens in the encoder's rows, after checking that the inputs leave room for them."""
         ids, mask, tokens = given.get("input_ids"), given.get("attention_mask"), soft.tokens(rows, heads=True)
         if given.get("encoder_outputs") is not None:
             if not past and (
                 tokens is not None or any("encoder" in (where_of(s.config) or ()) for s in soft.softs.values())
             ):
                 raise ValueError(
-                    "encoder_outputs were made without the soft prompt of the encoder: give input_ids, from which the "
-                    "encoder reads with it"
+                    "encoder_outputs were computed without the soft prompt of the encoder: give input_ids instead"
                 )
             if not past and isinstance(mask, Tensor) and mask.dim() == 2 and padded_in_front(mask):
                 raise ValueError(
-                    "encoder_outputs expect rows with padding behind, got an attention_mask with some in front"
+                    "encoder_outputs expect padding on the right, got an attention_mask with some on the left"
                 )
         elif isinstance(ids, Tensor) and self._hooks.reads_tokens:
             layout = RowLayout.of((rows, ids.shape[1]), mask, None, ids.device)
@@ -276,18 +276,29 @@ class PromptedEncoderDecoder(PromptedModel):
         adapter_names: Sequence[str | None] | None = None,
         **kwargs: Any,
     ) -> Any:
-        """The base's `generate` with the soft prompt in place.
+        """The base's `generate` with the soft prompt.
 
         Args:
-            inputs / input_ids: `[B, S]`, of the encoder; negative ids are a template's soft tokens. Or `inputs_embeds`,
-                `input_features`, `encoder_outputs`.
+            inputs / input_ids: int64 `[B, S]`, of the encoder; negative ids are a template's soft tokens. Or
+                `inputs_embeds`, `input_features`, `encoder_outputs`.
             generation_config: transformers' `GenerationConfig`; the base's own by default.
             attention_mask: `[B, S]`, padding on either side.
             adapter_names: the adapter of each row, as in `forward`.
-            **kwargs: whatever the base's `generate` takes.
+            **kwargs: other arguments of the base's `generate`.
 
         Returns:
-            What the base returns.
+            The base's output.
+
+        Raises:
+            ValueError: if shapes don't match, or an option would ignore the soft prompt.
+
+        Example:
+            >>> sizes = {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 4, "vocab_size": 50}
+            >>> config = transformers.T5Config(**sizes, decoder_start_token_id=0, eos_token_id=None)
+            >>> t5 = transformers.T5ForConditionalGeneration(config)
+            >>> model = softkv.attach(t5, softkv.PTuningV2(length=4))
+            >>> model.generate(torch.tensor([[5, 6, 1]]), max_new_tokens=3).shape
+            torch.Size([1, 4])
         """
         main = self.base.main_input_name
         ids = inputs if input_ids is None else input_ids
@@ -302,7 +313,7 @@ class PromptedEncoderDecoder(PromptedModel):
         cache = kwargs.get("past_key_values")
         checks.check_cache(cache)
         config = generation_config or self.base.generation_config
-        rows = self._check_read(given, kwargs)
+        rows = self._check_generate_inputs(given, kwargs)
         soft = self._soft_rows(adapter_names, rows, cache)
         tokens = self._tokens(soft, rows, given, past_length(cache))
         read = given.get("input_ids") if self._hooks.reads_tokens else None
@@ -311,21 +322,21 @@ class PromptedEncoderDecoder(PromptedModel):
             if bool((read < 0).any()):
                 if kwargs.get("encoder_no_repeat_ngram_size", getattr(config, "encoder_no_repeat_ngram_size", None)):
                     raise ValueError(
-                        "encoder_no_repeat_ngram_size looks at the ids that are read, and soft tokens have none: "
-                        "expected encoder_no_repeat_ngram_size=0 with PTuning"
+                        "encoder_no_repeat_ngram_size compares input ids, which soft tokens don't have: expected "
+                        "encoder_no_repeat_ngram_size=0 with PTuning"
                     )
-                # To logits processors a soft token looks like a token that the row holds anyway.
+                # For logits processors, soft tokens are replaced by a token that the row already contains.
                 given["input_ids"] = torch.where(read < 0, read.amax(1, keepdim=True).clamp(min=0), read)
         if kwargs.get("streamer") is not None:
             kwargs["streamer"] = processors.Streamer(kwargs["streamer"], None)
         call = EncoderDecoderCall(
-            self._hooks, soft, self._contexts(soft), tokens, ids=read, prompts=Unchanged(), model=self
+            self._hooks, soft, self._contexts(soft), tokens, ids=read, prompts=UnchangedPrompts(), model=self
         )
         processors.install(self.base)
         return self._hooks.run(call, self.base.generate, **given, **kwargs)
 
-    def _check_read(self, given: dict[str, Any], options: dict[str, Any]) -> int:
-        """The number of rows that are to be read, whose inputs fit together."""
+    def _check_generate_inputs(self, given: dict[str, Any], options: dict[str, Any]) -> int:
+        """Check the inputs and options of `generate`, and return the number of rows."""
         config = options.get("generation_config") or self.base.generation_config
         checks.check_ways(
             {name: options.get(name, getattr(config, name)) for name in ("cache_implementation", "token_healing")}
@@ -343,5 +354,5 @@ class PromptedEncoderDecoder(PromptedModel):
             raise ValueError(f"SoftModel.generate expects {self.base.main_input_name} or encoder_outputs, got neither")
         mask = options.get("decoder_attention_mask")
         if isinstance(mask, Tensor):
-            self._check_written(mask, rows, (mask.shape[-1],))
+            self._check_decoder_mask(mask, rows, (mask.shape[-1],))
         return rows

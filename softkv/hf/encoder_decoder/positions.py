@@ -1,5 +1,5 @@
-"""The positions of tokens behind a prefix, in the stacks of an encoder-decoder: as transformers gives them to tables of
-positions, or as position ids, or as relative biases."""
+"""Positions of tokens after a prefix in the stacks of an encoder-decoder: by position tables, position ids or relative
+biases."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ from torch import Tensor, nn
 _PAST = "past_key_values_length"
 
 
-def table_of(stack: nn.Module) -> nn.Module | None:
-    """The module that gives tokens their positions, where it can be told what stands in front of them."""
+def position_table(stack: nn.Module) -> nn.Module | None:
+    """The module that computes position embeddings, if it takes the number of preceding tokens."""
     found = getattr(stack, "embed_positions", None)
     return found if isinstance(found, nn.Module) and _PAST in inspect.signature(found.forward).parameters else None
 
 
-def size_of(table: nn.Module | None) -> int | None:
-    """How many positions a table has; None where it grows."""
+def table_size(table: nn.Module | None) -> int | None:
+    """The number of positions in a table; None if it is computed on demand."""
     return table.num_embeddings - int(getattr(table, "offset", 0)) if isinstance(table, nn.Embedding) else None
 
 
-def takes_ids(stack: nn.Module) -> bool:
-    """Whether a stack takes the positions of its tokens."""
+def takes_position_ids(stack: nn.Module) -> bool:
+    """Whether the forward of a stack has an argument `position_ids`."""
     return "position_ids" in inspect.signature(stack.forward).parameters
 
 
-def shifted(table: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], slots: int | Tensor) -> Tensor:
-    """What a table gives for tokens that stand `slots` positions later: one number, or `[B]`."""
+def shifted_output(table: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], slots: int | Tensor) -> Tensor:
+    """The output of a table for tokens shifted by `slots` positions: one number, or `[B]`."""
     given = dict(zip(inspect.signature(table.forward).parameters, args, strict=False)) | kwargs
     if isinstance(slots, int):
-        return _behind(table, given, slots)
+        return _shifted_by(table, given, slots)
     found: list[Tensor] = []
     for row in slots.tolist():
-        states = _behind(table, given, row)
+        states = _shifted_by(table, given, row)
         states = states if states.dim() == 3 else states[None]
         found.append(states[len(found) if len(states) == len(slots) else 0])
     return torch.stack(found)
 
 
-def _behind(table: nn.Module, given: dict[str, Any], slots: int) -> Tensor:
+def _shifted_by(table: nn.Module, given: dict[str, Any], slots: int) -> Tensor:
     if given.get("position_ids") is not None:
         return table.forward(**given | {"position_ids": given["position_ids"] + slots})
     return table.forward(**given | {_PAST: given.get(_PAST, 0) + slots})
@@ -50,17 +50,17 @@ def _behind(table: nn.Module, given: dict[str, Any], slots: int) -> Tensor:
 
 @dataclass(frozen=True)
 class SlotBiases:
-    """The relative position biases (T5's) of slots that count as the positions before the first token.
+    """The relative position biases (T5) of slots at the positions before the first token.
 
     Attributes:
-        first: the block whose biases the others of its stack take over.
+        first: the first block with biases, which the other blocks of its stack reuse.
     """
 
     first: nn.Module
 
     @classmethod
     def of(cls, blocks: list[nn.Module]) -> SlotBiases | None:
-        """None for blocks without such biases."""
+        """From the blocks of a stack; None if they have no such biases."""
         found = [block for block in blocks if _has_biases(block)]
         return cls(found[0]) if found else None
 
@@ -71,7 +71,7 @@ class SlotBiases:
         Args:
             block: an attention block.
             queries: T.
-            before: tokens in front of the queries, slots left out.
+            before: the number of tokens before the queries, without slots.
             slots: P.
         """
         holder: Any = block if _has_biases(block) else self.first

@@ -1,4 +1,5 @@
-"""The rows of an encoder: soft tokens put in, all padding behind, so that a row is the same however it is padded."""
+"""The rows of an encoder, with soft tokens inserted and all padding on the right, so that results don't depend on
+padding."""
 
 from __future__ import annotations
 
@@ -14,29 +15,29 @@ from softkv.hf.task_rows import TOKEN_TYPES
 
 _ROWS = ("input_ids", "inputs_embeds", "attention_mask")
 
-_SOFT_IS_0 = (*TOKEN_TYPES, "global_attention_mask")  # what is 0 of a soft token: its kind, whether all tokens see it
+_ZERO_FOR_SOFT = (*TOKEN_TYPES, "global_attention_mask")  # inputs per token that are 0 for soft tokens
 
 
 def encoder_rows(
     given: dict[str, Any], tokens: RowTokens | None, embed: Callable[[Tensor, Tensor], Tensor]
 ) -> dict[str, Any]:
-    """What the encoder is given, with the soft tokens in its rows and all padding behind.
+    """The keywords of the encoder, with soft tokens inserted into its rows and all padding on the right.
 
     Args:
-        given: by name: `input_ids` `[B, S]` (negative: soft tokens) or `inputs_embeds` `[B, S, C]`; `attention_mask`
-            `[B, S]`, padding anywhere, or None; and whatever else it takes, which moves with the tokens where it has
-            a number for each, `[B or 1, S, ...]`.
-        tokens: the soft tokens that the rows hold, or None.
-        embed: embeddings `[B, S, C]` of ids and the table of soft tokens.
+        given: the given keywords: `input_ids` `[B, S]` (negative: soft tokens) or `inputs_embeds` `[B, S, C]`;
+            `attention_mask` `[B, S]`, padding anywhere, or None; others with one value per token, `[B or 1, S, ...]`,
+            move with the tokens.
+        tokens: the soft tokens of the rows, or None.
+        embed: returns embeddings `[B, S, C]` of ids, given the table of soft tokens.
 
     Raises:
-        ValueError: for numbers that soft tokens have none of.
+        ValueError: for an input per token that has no value for soft tokens.
     """
     ids, embeds, mask = (given.get(name) for name in _ROWS)
     read = ids if embeds is None else embeds
     assert read is not None
     B, S = read.shape[:2]
-    beside = {name: x.expand(B, *x.shape[1:]) for name, x in given.items() if _of_tokens(name, x, (B, S))}
+    beside = {name: x.expand(B, *x.shape[1:]) for name, x in given.items() if _is_per_token(name, x, (B, S))}
     if tokens is not None:
         if ids is not None:
             embeds, ids = embed(tokens.in_table(ids), tokens.table), None
@@ -48,7 +49,7 @@ def encoder_rows(
                 mask = torch.ones(B, S, dtype=torch.long, device=embeds.device)
             embeds = insertion.embeddings(embeds, tokens.table)
             mask = mask if mask is None else insertion.attention_mask(mask)
-            beside = {name: _joined(name, x, insertion) for name, x in beside.items()}
+            beside = {name: _with_soft_tokens(name, x, insertion) for name, x in beside.items()}
     if mask is not None and padded_in_front(mask):
         order = right_order(mask)
         ids, embeds = (x if x is None else in_order(x, order) for x in (ids, embeds))
@@ -56,31 +57,31 @@ def encoder_rows(
     return given | beside | dict(zip(_ROWS, (ids, embeds, mask), strict=True))
 
 
-def _of_tokens(name: str, x: Any, shape: tuple[int, int]) -> bool:
-    """Whether a tensor has a number for each token: its kind, its position, its place on a page."""
+def _is_per_token(name: str, x: Any, shape: tuple[int, int]) -> bool:
+    """Whether an input has a value for each token: its type, its position, its bounding box."""
     if name in _ROWS or not isinstance(x, Tensor) or x.dim() not in (2, 3):
         return False
     return (name == "bbox" or not x.is_floating_point()) and x.shape[0] in (1, shape[0]) and x.shape[1] == shape[1]
 
 
-def _joined(name: str, x: Tensor, insertion: Insertion) -> Tensor:
-    """Numbers `[B, T']` of tokens `[B, S]` and the soft tokens among them."""
+def _with_soft_tokens(name: str, x: Tensor, insertion: Insertion) -> Tensor:
+    """An input `[B, S]` per token, extended to `[B, T']` by values for soft tokens."""
     if name == "position_ids":
         return insertion.positions(x)
-    if name not in _SOFT_IS_0:
+    if name not in _ZERO_FOR_SOFT:
         raise ValueError(
-            f"{name} has a number for each token, which soft tokens between them do not have: expected PTuning, whose "
-            "rows hold all soft tokens as ids, or a prefix"
+            f"{name} has a value for each token, but none for inserted soft tokens: expected PTuning, whose rows "
+            "contain all soft tokens as ids, or a prefix"
         )
     return x.new_zeros(len(x), insertion.source.shape[1]).scatter(1, insertion.token_at, x)
 
 
 def encoded_mask(mask: Tensor | None, tokens: RowTokens | None, shape: tuple[int, int]) -> Tensor | None:
-    """The padding mask `[R, S']` of an encoder's states, of that of the rows given.
+    """The padding mask `[R, S']` of the encoder's output, from the mask of its given rows.
 
     Args:
         mask: `[R, S]`, padding anywhere, or None.
-        tokens: the soft tokens that rows of the encoder held, or None; R is a multiple of these rows (beams).
+        tokens: the soft tokens inserted into the encoder's rows, or None; R is a multiple of these rows (beams).
         shape: (R, S').
     """
     rows, width = shape
