@@ -36,12 +36,11 @@ app = typer.Typer(add_completion=False)
 
 @dataclass(frozen=True)
 class MethodRun:
-    """A method with the start and the learning rate that make 40 steps worth watching."""
+    """A method and its initialisation; learning rates are the library's own, as in `softkv train`."""
 
     title: str
     method: str
     settings: dict[str, Any]
-    learning_rate: float
     peft: str | None  # PEFT's name of the same method
 
     def config(self) -> Any:
@@ -56,28 +55,24 @@ RUNS = {
         "PromptTuning",
         {"init": "text", "init_text": " Is the sentiment of this movie review positive or negative? It is"}
         | {"template": "[text] [Y]"},
-        5e-3,
         "PROMPT_TUNING",
     ),
     "p-tuning": MethodRun(
         "P-tuning",
         "PTuning",
         {"template": "Review: [text]\n[P1][P2][P3][P4] Sentiment, positive or negative: [P5][P6] [Y]"},
-        2e-3,
         "P_TUNING",
     ),
     "prefix-tuning": MethodRun(
         "Prefix-tuning",
         "PrefixTuning",
         {"length": 16, "template": f"{INSTRUCTION}[text]\nSentiment: [Y]"},
-        3e-2,
         None,
     ),
     "p-tuning-v2": MethodRun(
         "P-tuning v2",
         "PTuningV2",
         {"init": "text", "init_text": INSTRUCTION, "template": "[text]\nSentiment: [Y]"},
-        5e-3,
         "PREFIX_TUNING",
     ),
 }
@@ -147,7 +142,6 @@ def train(name: str, steps: int = 40) -> None:
         output_dir=str(folder),
         max_steps=steps,
         per_device_train_batch_size=BATCH,
-        learning_rate=run.learning_rate,
         warmup_steps=5,
         weight_decay=0.0,
         logging_steps=1,
@@ -170,7 +164,6 @@ def train(name: str, steps: int = 40) -> None:
         "train",
         {
             "title": run.title,
-            "learning_rate": run.learning_rate,
             "method": repr(soft_model.method),
             "parameters": soft_model.num_trainable(),
             "before": before,
@@ -197,7 +190,7 @@ def peft(name: str) -> None:
     method, length = soft_model.method, soft_model.method.length  # type: ignore[attr-defined]
     soft_model.detach()
     wrapped = in_peft(model, str(run.peft), length, encoder_size=256)
-    optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=run.learning_rate)
+    optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad])
     collate = DataCollatorForSeq2Seq(tokenizer)
     rows = movie_snippets.read("train")[: BATCH * (PEFT_STEPS + 1)]
     examples = [without_soft_tokens(example) for example in _examples(method, tokenizer, rows)]
