@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from softkv.hf import call_scope, checkpointing, checks
 from softkv.hf.choices import Choices
+from softkv.hf.column_losses import has_column_loss, with_next_token_loss
 from softkv.hf.context import layers_read
 from softkv.hf.frozen import BaseState, FrozenBase, UnsupportedAttention
 from softkv.hf.generation.cache_state import CacheState
@@ -78,6 +79,7 @@ class PromptedModel(GenerateMixin):
             self.register_load_state_dict_post_hook(ignore_missing_frozen)
             self.register_forward_pre_hook(say_prompt_lengths, with_kwargs=True)
             self.answers = answers_of(model)
+            self._has_column_loss = has_column_loss(model)
             self.add_adapter(FIRST, method, modules_to_save=modules_to_save)
         except BaseException:
             self.detach()
@@ -241,7 +243,8 @@ class PromptedModel(GenerateMixin):
             prompts = None if inputs.prompt_ends is None else inputs.layout.prompts(inputs.prompt_ends)
             context = self._hooks.encoding(context, soft, prompts, state.kv if keeps_cache else None, state.order)
         return_dict = kwargs.pop("return_dict", None)
-        options = kwargs if labels is None else kwargs | {"labels": labels}
+        own_loss = labels is not None and next_token and module is self.base and self._has_column_loss
+        options = kwargs if labels is None or own_loss else kwargs | {"labels": labels}
         embeds = soft_at = None  # not passed to a head that finds the ends of rows by ids
         if self.answers == "row" and self.is_causal and module is self.base:
             embeds = inputs.embeds
@@ -256,6 +259,8 @@ class PromptedModel(GenerateMixin):
         if not inputs.past and output.get("past_key_values") is not None:
             state.store_on(output.past_key_values)
         output = inputs.in_columns_given(output)
+        if own_loss:
+            output = with_next_token_loss(output, cast(Tensor, labels), kwargs.get("num_items_in_batch"))
         return output.to_tuple() if return_dict is False else output
 
     def _head_in_rows(self, inputs: Inputs, options: dict[str, Any]) -> bool:

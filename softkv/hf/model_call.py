@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -30,6 +30,7 @@ class ModelCall:
         embeds: `[B, T, C]`, embeddings that the decoder reads instead of its ids, or None.
         soft_at: `[B, T]`, the columns where it does, in a wrapper that puts images into others; None: all.
         kept: the positions whose logits are needed, if transformers has no argument for it.
+        position_ids: of the running forward, if the decoder's table of positions does not get them otherwise.
     """
 
     hooks: DecoderProbe
@@ -42,6 +43,7 @@ class ModelCall:
     embeds: Tensor | None = None
     soft_at: Tensor | None = None
     kept: Tensor | None = None
+    position_ids: list[Tensor] = field(default_factory=list)
 
     @property
     def may_be_packed(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ class Positions:
         first: that of a row's first token.
         columns: how many, slots among them, the base treats by their columns as it does by positions; None for any
             number. (Llama 4 scales queries of farther columns in its layers without rotation.)
+        counts: the table of a decoder that takes no position ids and counts columns instead (BART's), or None.
     """
 
     base: Any
@@ -32,13 +34,19 @@ class Positions:
     follow_length: bool
     first: int = 0
     columns: int | None = None
+    counts: nn.Embedding | None = None
 
     @classmethod
     def of_decoder(cls, base: Any, decoder: nn.Module) -> Positions:
         config = base.config.get_text_config()
         table, follow = learned_positions(decoder), rotations_follow_length(config)
         held = None if table is None else table.num_embeddings - int(getattr(table, "offset", 0))
-        return cls(base, held, follow, columns=_columns_alike(config))
+        return cls(base, held, follow, columns=_columns_alike(config), counts=_counting_table(decoder))
+
+    def looked_up(self, positions: Tensor) -> Tensor:
+        """What a table that counts columns holds for positions `[B, T]`: `[B, T, C]`."""
+        assert self.counts is not None
+        return nn.Embedding.forward(self.counts, positions + int(getattr(self.counts, "offset", 0)))
 
     def of(self, call: ModelCall, context: SoftContext, kwargs: dict[str, Any]) -> Tensor:
         """Position ids of a forward: each row counts from its first real token, after its prefix."""
@@ -127,6 +135,13 @@ def _rotations(config: Any) -> list[dict[str, Any]]:
     """The rotary parameters of each kind of layer."""
     rope = getattr(config, "rope_parameters", None) or {}
     return [each for each in (rope, *rope.values()) if isinstance(each, dict) and "rope_type" in each]
+
+
+def _counting_table(decoder: nn.Module) -> nn.Embedding | None:
+    table = getattr(decoder, "embed_positions", None)
+    if not isinstance(table, nn.Embedding) or "position_ids" in inspect.signature(decoder.forward).parameters:
+        return None
+    return table if "past_key_values_length" in inspect.signature(table.forward).parameters else None
 
 
 def learned_positions(decoder: nn.Module) -> nn.Embedding | None:

@@ -280,7 +280,8 @@ class DecoderProbe:
 
     def _check_positions_are_taken(self, name: str) -> None:
         """Tokens stand behind a prefix by their position ids: a decoder must take them."""
-        if "position_ids" not in inspect.signature(self.decoder.forward).parameters:
+        taken = "position_ids" in inspect.signature(self.decoder.forward).parameters
+        if not taken and self.positions.counts is None:
             raise UnsupportedAttention(
                 f"{name} takes no position_ids, so softkv can't place its tokens behind a prefix"
             )
@@ -288,7 +289,7 @@ class DecoderProbe:
     def _first_position(self) -> int:
         """The position id of a row's first token: RoBERTa's stands past its table's row for padding."""
         table = learned_positions(self.decoder)
-        if table is None:
+        if table is None or self.positions.counts is not None:
             return 0
         if device_of(self.base).type == "meta":
             return 0 if table.padding_idx is None else table.padding_idx + 1

@@ -62,9 +62,21 @@ def _run(model: Any, embeds: Tensor, cache: Any = None, P: int = 0, window_cover
     ).logits[0]
 
 
+class _Expecting(DynamicCache):
+    """A cache that counts the slots that each block will get: some models place tokens by its length."""
+
+    def __init__(self, slots: int) -> None:
+        super().__init__()
+        self.slots = slots
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return super().get_seq_length(layer_idx) or self.slots
+
+
 def _run_encoded(model: Any, soft: SoftPrompt, embeds: Tensor, prompt: int) -> Tensor:
     """The K/V of each block are put into the cache just before the block runs."""
-    cache, handles = DynamicCache(), []
+    P = soft.config.length  # type: ignore[attr-defined]
+    cache, handles = _Expecting(P), []
 
     def enter(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
@@ -75,7 +87,7 @@ def _run_encoded(model: Any, soft: SoftPrompt, embeds: Tensor, prompt: int) -> T
         if hasattr(module, "layer_idx") and type(module).__name__.endswith("Attention"):
             handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
     try:
-        return _run(model, embeds, cache, soft.config.length)  # type: ignore[attr-defined]
+        return _run(model, embeds, cache, P)
     finally:
         for handle in handles:
             handle.remove()

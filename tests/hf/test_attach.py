@@ -237,22 +237,6 @@ SIZES = {
     "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None,
 }  # fmt: skip
 
-# What softkv attention can't do for these models, said when a soft prompt is attached.
-_BART = {"d_model": 32, "decoder_layers": 1, "decoder_attention_heads": 4, "decoder_ffn_dim": 48, "dropout": 0.0}
-OTHERS = {
-    "Bart": (transformers.BartConfig, _BART | {"is_encoder_decoder": False, "is_decoder": True}, "no position_ids"),
-}
-
-
-@pytest.mark.parametrize("name", OTHERS)
-def test_models_that_do_not_fit(name: str) -> None:
-    kind, more, message = OTHERS[name]
-    model = transformers.AutoModelForCausalLM.from_config(kind(**SIZES, **more), attn_implementation="eager")
-    before = state_of(model)
-    with pytest.raises(ValueError, match=message):
-        softkv.attach(model, METHODS["p-tuning v2"])
-    assert_same_state(state_of(model), before)
-
 
 def test_a_bidirectional_model() -> None:
     """What makes K and V from a prompt has none to read in it: all its tokens see each other."""

@@ -20,6 +20,8 @@ ROWS = rows_for("no soft tokens")
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_equals_eager(name: str, layout: str) -> None:
+    if "packed" in layout and name.startswith("Bart"):
+        pytest.skip("the bare model places packed rows by their columns")
     batch, parts = LAYOUTS[layout](ROWS)
     # Eager is no truth on packed rows: OPT's lets them see each other.
     truth = LAYOUTS["right-padded"](ROWS) if "packed" in layout else (batch, parts)

@@ -1,4 +1,4 @@
-"""Tiny random models of nine architectures, and the methods to put on them."""
+"""Tiny random models of ten architectures, and the methods to put on them."""
 
 from typing import Any
 
@@ -62,6 +62,24 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
             "dropout": 0.0,
             "attention_dropout": 0.0,
             "init_std": 0.25,
+        },
+    ),
+    "Bart: no position ids": (
+        "Bart",
+        _OLD
+        | {
+            "d_model": 32,
+            "encoder_layers": 2,
+            "decoder_layers": 2,
+            "decoder_attention_heads": 4,
+            "decoder_ffn_dim": 48,
+            "max_position_embeddings": 96,
+            "dropout": 0.0,
+            "attention_dropout": 0.0,
+            "init_std": 0.25,
+            "forced_eos_token_id": None,
+            "is_decoder": True,
+            "is_encoder_decoder": False,
         },
     ),
     "GPT2: learned positions": (
