@@ -1,8 +1,9 @@
 """Host time of the wrapper: what a `SoftModel` adds to the bare model if arithmetic takes almost no time.
 
-A Llama of 8 layers, hidden size 32, two rows, one thread, process time: decoding steps compared with the bare model's,
-training steps (padded and packed) compared with the floor, the same tokens with backward to the input embeddings and
-without a prompt. Rounds are interleaved; the lower quartile of the steps of all rounds is printed.
+A Llama of 8 layers, hidden size 32, two rows, one thread, process time: decoding steps and `generate` compared with the
+bare model's, training steps (padded and packed) compared with the floor, the same tokens with backward to the input
+embeddings and without a prompt, and with PEFT's prefix tuning. Rounds are interleaved; the lower quartile of the steps
+of all rounds is printed.
 
     python -m benchmarks.host
 """
@@ -19,10 +20,20 @@ import transformers
 import softkv
 
 from .machine import machine
-from .results import FOLDER, write_json
+from .peft_peer import in_peft
+from .results import FOLDER, read_json, write_json
 
-LAYERS, ROUNDS, STEPS = 8, 15, 20
+LAYERS, SLOTS, ROUNDS, STEPS, NEW_TOKENS = 8, 8, 15, 20, 24
 RESULTS = FOLDER / "host.json"
+TABLE = """\
+`python -m benchmarks.host`: a Llama of {layers} layers and hidden size 32, whose arithmetic takes almost no time;
+P-tuning v2 and PEFT's prefix tuning with {slots} slots. Milliseconds of process time on one thread, lower quartile.
+{device}.
+
+| | bare | softkv | PEFT | softkv / bare | PEFT / bare |
+|---|---:|---:|---:|---:|---:|
+{body}
+"""
 
 
 def llama() -> Any:
@@ -48,6 +59,16 @@ def decoding(model: Any) -> Callable[[], None]:
     return step
 
 
+def generating(model: Any) -> Callable[[], None]:
+    ids = torch.arange(24).view(2, 12) + 2
+    mask = torch.ones_like(ids)
+
+    def step() -> None:
+        model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False)
+
+    return step
+
+
 def training(model: Any, packed: bool, embeds: bool) -> Callable[[], None]:
     ids = torch.arange(64).view(4, 16) + 2
     cu = torch.arange(0, 65, 16, dtype=torch.int32)
@@ -66,12 +87,12 @@ def training(model: Any, packed: bool, embeds: bool) -> Callable[[], None]:
     return step
 
 
-def measured(steps: dict[str, Callable[[], None]]) -> dict[str, float]:
+def measured(runs: dict[str, Callable[[], None]], steps: int = STEPS) -> dict[str, float]:
     """Milliseconds of each."""
-    seen: dict[str, list[float]] = {name: [] for name in steps}
+    seen: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(ROUNDS):
-        for name, step in steps.items():
-            for _ in range(STEPS):
+        for name, step in runs.items():
+            for _ in range(steps):
                 start = time.process_time()
                 step()
                 seen[name].append(1e3 * (time.process_time() - start))
@@ -82,25 +103,56 @@ def main() -> None:
     torch.set_num_threads(1)
 
     def attached() -> Any:
-        return softkv.attach(llama(), softkv.PTuningV2(length=8)).eval()
+        return softkv.attach(llama(), softkv.PTuningV2(length=SLOTS)).eval()
 
-    times = measured({"decoding, bare": decoding(llama()), "decoding, softkv": decoding(attached())}) | measured(
+    def in_peer() -> Any:
+        return in_peft(llama(), "PREFIX_TUNING", SLOTS, 0).eval()
+
+    generate = {
+        "generate, bare": generating(llama()),
+        "generate, softkv": generating(attached()),
+        "generate, PEFT": generating(in_peer()),
+    }
+    times = measured({"decoding, bare": decoding(llama()), "decoding, softkv": decoding(attached())})
+    times |= {name: time / NEW_TOKENS for name, time in measured(generate, steps=2).items()}
+    times |= measured(
         {
             "training, floor": training(llama(), packed=False, embeds=True),
             "training, softkv": training(attached(), packed=False, embeds=False),
             "training, softkv packed": training(attached(), packed=True, embeds=False),
+            "training, PEFT": training(in_peer(), packed=False, embeds=False),
         }
     )
     added = 1e3 * (times["decoding, softkv"] - times["decoding, bare"]) / LAYERS
     ratios = {
         "decoding, added us a layer": added,
         "decoding, softkv / bare": times["decoding, softkv"] / times["decoding, bare"],
+        "generate, softkv / bare": times["generate, softkv"] / times["generate, bare"],
         "training, softkv / floor": times["training, softkv"] / times["training, floor"],
         "training packed, softkv / floor": times["training, softkv packed"] / times["training, floor"],
     }
     for name, value in (times | ratios).items():
         print(f"{name:32} {value:8.2f}")
     write_json(RESULTS, {"machine": machine(), "ms": times, "ratios": ratios})
+
+
+def table() -> str:
+    """For docs/benchmarks.md."""
+    record = read_json(RESULTS)
+    ms, machine = record["ms"], record["machine"]
+    rows = {
+        "decoding step": ("decoding, bare", "decoding, softkv", None),
+        "`generate`, a token": ("generate, bare", "generate, softkv", "generate, PEFT"),
+        "training step, padded rows": ("training, floor", "training, softkv", "training, PEFT"),
+        "training step, packed rows": ("training, floor", "training, softkv packed", None),
+    }
+    body = []
+    for title, (bare, ours, peer) in rows.items():
+        cells = [f"{ms[bare]:.2f}", f"{ms[ours]:.2f}", f"{ms[peer]:.2f}" if peer else "—"]
+        cells += [f"{ms[ours] / ms[bare]:.2f}", f"{ms[peer] / ms[bare]:.2f}" if peer else "—"]
+        body.append(f"| {title} | {' | '.join(cells)} |")
+    device = f"{machine['cpu']}, torch {machine['torch']}, {machine['date'][:10]}"
+    return TABLE.format(layers=LAYERS, slots=SLOTS, device=device, body="\n".join(body))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import encoders, gpu_tables, learning_report, static_bounds, trainers
+from . import encoders, gpu_tables, host, learning_report, static_bounds, trainers
 from .figures import geometric_means, of_peak
 from .models import page as models
 from .results import FOLDER, read_json
@@ -284,6 +284,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "step-profile": _step_profile,
     "trainers": trainers.table,
     "generate": _generate,
+    "host": host.table,
     "adapters-generation": lambda: _adapters("generation", "generating 8 tokens each, greedy"),
     "adapters-forward": lambda: _adapters("forward", "one forward pass"),
     "attention-training": lambda: _attention("training", f"training shapes; {CAT}"),
