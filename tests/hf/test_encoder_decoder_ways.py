@@ -200,7 +200,10 @@ def test_whisper() -> None:
 
 
 REFUSED: dict[str, tuple[Any, str]] = {
-    "an encoder of prompts": (softkv.PTuningV2(length=2, encoder="lstm"), "prompt encoders don't support encoder-decoders"),
+    "an encoder of prompts": (
+        softkv.PTuningV2(length=2, encoder="lstm"),
+        "prompt encoders don't support encoder-decoders",
+    ),
     "a position past the table": (softkv.PTuningV2(length=46), "need positions up to 51, but .* ends at 47"),
 }
 
