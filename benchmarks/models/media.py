@@ -40,8 +40,8 @@ def _image() -> Media:
     return {"pixel_values": _normal(1, 3, IMAGE, IMAGE)}
 
 
-def _sized() -> Media:
-    return _image() | {"image_sizes": torch.tensor([[IMAGE, IMAGE]])}
+def _wide() -> Media:
+    return {"pixel_values": _normal(1, 3, IMAGE, 2 * IMAGE), "image_sizes": torch.tensor([[IMAGE, 2 * IMAGE]])}
 
 
 def _tiles(number: int) -> Media:
@@ -76,7 +76,7 @@ CLASSES: dict[str, Callable[[], Media]] = {
     "LlavaForConditionalGeneration": _image,
     "LlavaNextForConditionalGeneration": _sized_tiles,
     "LlavaOnevisionForConditionalGeneration": _sized_tiles,
-    "Mistral3ForConditionalGeneration": _sized,
+    "Mistral3ForConditionalGeneration": _wide,
     "PaliGemmaForConditionalGeneration": _image,
     "Qwen2AudioForConditionalGeneration": _masked_sound,
     "Qwen2VLForConditionalGeneration": partial(_patches, 3 * 2 * 8 * 8),
