@@ -105,7 +105,7 @@ class AdapterMixin(ModelInterfaceMixin):
             )
         if not self.is_causal and soft.encodes_rows:
             raise ValueError(
-                f"{type(self.base).__name__} is bidirectional, its rows have no prompt that comes before an answer: "
+                f"{type(self.base).__name__} is bidirectional, so no prompt in its rows precedes an answer: "
                 "leave the encoder out"
             )
         if self.is_causal and soft.placement == "after" and self.answers in ("token", "span"):

@@ -136,7 +136,7 @@ def _checked(
         context.capture.append(BlockInputs(module, key, value, chunk or window, causal))
 
     device = query.device.type
-    autocasts = device != "meta" and torch.is_autocast_enabled(device)  # where torch has no autocast, and raises
+    autocasts = device != "meta" and torch.is_autocast_enabled(device)  # torch raises for "meta"
     dtype = torch.get_autocast_dtype(device) if autocasts else query.dtype
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     like: dict[str, Any] = {"dtype": dtype, "device": query.device}
@@ -247,7 +247,7 @@ def _reach(module: nn.Module, name: str, given: int | None = None) -> int:
     """The size of a window, or of chunks."""
     size = given if given is not None else getattr(getattr(module, "config", None), name, None)
     if size is None:
-        raise ValueError(f"{type(module).__name__} has a mask of windows or chunks, but tells its attention no {name}")
+        raise ValueError(f"{type(module).__name__} has a mask of windows or chunks, but passes its attention no {name}")
     return int(size)
 
 
@@ -259,8 +259,8 @@ def _slots(context: SoftContext, layer: int) -> int:
 def _attend(
     attend: Callable[..., Any], context: SoftContext, layer: int, rows: int, like: dict[str, Any], counted: bool
 ) -> Tensor:
-    """Attention of one block with the context's prefixes. Where windows or chunks count the slots of some and not of
-    others, it runs once for either kind.
+    """Attention of one block with the context's prefixes. If windows or chunks count the slots of some prefixes only,
+    it runs once for each kind.
 
     Args:
         counted: whether they count any.

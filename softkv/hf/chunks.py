@@ -1,4 +1,4 @@
-"""Chunked attention (Llama 4) where keys are hidden, or a cache has dropped some: what each query sees, as a matrix."""
+"""Chunked attention (Llama 4) as a mask matrix, for rows with hidden keys or a cache that has dropped keys."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from softkv.hf.masks import Keys
 
 
 def counted_slots(context: SoftContext, rows: int) -> int | Tensor:
-    """How many slots stand before the first token where chunks are counted: of all rows, or `[rows]`. Those of real
-    tokens do, learned ones are seen from every chunk."""
+    """The number of slots that chunks count: one for all rows, or `[rows]`. Slots of a text are counted; learned ones
+    are visible from every chunk."""
     covers = context.window_covers
     if context.layers is None or covers is False:
         return 0
@@ -27,12 +27,12 @@ def counted_slots(context: SoftContext, rows: int) -> int | Tensor:
 def chunked(
     keys: Keys, chunk: int, counted: int | Tensor, queries: int, key: Tensor, slots: int
 ) -> tuple[Tensor, Tensor]:
-    """What each of T queries sees, of the keys bool `[B, 1, T, S]` and of slots `[B, T, P]`.
+    """The keys, bool `[B, 1, T, S]`, and the slots, bool `[B, T, P]`, that each of T queries sees.
 
     Args:
-        keys: what a mask says of them.
-        chunk: its size.
-        counted: how many slots stand before a row's first token.
+        keys: the keys according to a mask.
+        chunk: the size of a chunk.
+        counted: the number of slots that chunks count, from `counted_slots`.
         queries: T.
         key: `[B, G, S, D]`.
         slots: P.

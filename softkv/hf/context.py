@@ -37,7 +37,7 @@ class BlockInputs(NamedTuple):
 
 
 def layers_read(blocks: Sequence[BlockInputs]) -> tuple[int, ...]:
-    """The number of the block whose keys and values each block reads; empty where each has its own."""
+    """The number of the block whose keys and values each block reads; empty if every block has its own."""
     first = {id(each.key): number for number, each in reversed(list(enumerate(blocks)))}
     return tuple(first[id(each.key)] for each in blocks) if len(first) < len(blocks) else ()
 

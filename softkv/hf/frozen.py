@@ -130,13 +130,13 @@ class BaseState:
 
     @staticmethod
     def of(model: Any) -> BaseState:
-        """That of a model that is held."""
+        """The state of a model to which soft prompts are attached."""
         state: BaseState = model.__dict__[_ATTRIBUTE]
         return state
 
     @staticmethod
     def keep_own_attention(model: Any, reason: UnsupportedAttention) -> None:
-        """Gives a frozen model its own attention back, until it is released.
+        """Restore the own attention of a frozen model until it is released.
 
         Raises:
             UnsupportedAttention: with the reason, if other holders of the model need softkv's attention.
@@ -160,7 +160,7 @@ class BaseState:
             delattr(model, _ATTRIBUTE)
 
     def silence_dropout(self, blocks: Iterable[nn.Module]) -> None:
-        """Sets the attention dropout of the given attention modules to 0, with one warning."""
+        """Set the attention dropout of the given attention modules to 0, with one warning."""
         found = [
             (holder, name, probability)
             for block in blocks

@@ -23,7 +23,7 @@ from softkv.hf.key_state import UnpaddedMask
 from softkv.hf.layout import RowLayout
 from softkv.hf.model_call import ModelCall
 from softkv.hf.own_attention import OwnAttention
-from softkv.hf.past import InPast, PrefixedPast, columns_seen
+from softkv.hf.past import InPast, PrefixedPast, as_padding_mask
 from softkv.hf.placement import check_rows_are_whole
 from softkv.hf.prefixes import SoftRows, behind
 from softkv.hf.probe import DecoderProbe
@@ -54,10 +54,10 @@ class DecoderHooks(DecoderProbe):
             self._head = head.register_forward_pre_hook(self._enter_head)
 
     def fall_back(self, reason: UnsupportedAttention) -> OwnAttention:
-        """Lets the base keep its own attention.
+        """Let the base keep its own attention.
 
         Raises:
-            UnsupportedAttention: if other holders need softkv's attention, or rows can't take soft tokens either.
+            UnsupportedAttention: if other holders need softkv's attention, or rows can't contain soft tokens either.
         """
         self.remove()
         BaseState.keep_own_attention(self.base, reason)
@@ -150,9 +150,9 @@ class DecoderHooks(DecoderProbe):
         return self.positions.looked_up(call.position_ids[0])
 
     def _enter_own(self, own: OwnAttention, call: ModelCall, decoder: nn.Module, kwargs: dict[str, Any]) -> None:
-        """Positions and prefixes of a decoder that keeps its own attention, where it takes any."""
-        if own.causal and isinstance(own.carrier, InPast):  # whose layers have no windows that a mask would hold
-            kwargs["attention_mask"] = columns_seen(kwargs.get("attention_mask"))
+        """Add positions and the prefix to the keywords of a decoder that keeps its own attention."""
+        if own.causal and isinstance(own.carrier, InPast):  # its layers have no windows, so no mask contains any
+            kwargs["attention_mask"] = as_padding_mask(kwargs.get("attention_mask"))
         if own.takes_positions:
             kwargs["position_ids"] = self.positions.of(call, call.context, kwargs)
         elif self.positions.table is not None:
@@ -204,7 +204,7 @@ class DecoderHooks(DecoderProbe):
             return None
         if self.own is not None:
             past = kwargs.get("past_key_values")
-            return past.leave(output, self.layers) if isinstance(past, PrefixedPast) else None
+            return past.restore_cache(output, self.layers) if isinstance(past, PrefixedPast) else None
         context = kwargs["softkv_prefix"]
         if context.line is not None:
             return context.line.leave(output)

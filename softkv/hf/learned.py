@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from softkv.hf.sharded import as_held
+from softkv.hf.sharded import sharded_like
 
 if TYPE_CHECKING:
     from softkv.hf.model import PromptedModel
@@ -117,7 +117,7 @@ def put_learned(base: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Copy values into the learned parameters of a base, after `check_learned`."""
     known = learned_in(base)
     for name, tensor in tensors.items():
-        known[name].copy_(as_held(tensor, known[name]))
+        known[name].copy_(sharded_like(tensor, known[name]))
 
 
 def _some(names: list[str]) -> str:

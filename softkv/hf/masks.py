@@ -60,12 +60,12 @@ def key_state(
 ) -> Tensor:
     """Which keys exist and which are visible, in the most compact form, identified by the dtype:
 
-    - int8 `[1, pattern, rows, 0]`: all exist and are seen.
-    - int32 `[1, pattern, rows, 1]`: so many exist, and are seen.
-    - int8 `[B, pattern, rows, S]`: 0 does not exist, 1 exists but is hidden, 2 is seen.
-    - int64 `[B, chunked, rows, S]`: the position of each key in its row, less than 0 where it is not seen or (the
-      least) does not exist: chunks are counted from a row's first token, which a cache may have dropped.
-    - bool `[B, 1, T, S]`: what each query sees, where a model adds a mask of its own (blocks of an image).
+    - int8 `[1, pattern, rows, 0]`: all exist and are visible.
+    - int32 `[1, pattern, rows, 1]`: the number of keys that exist; these are visible.
+    - int8 `[B, pattern, rows, S]`: 0 does not exist, 1 exists but is hidden, 2 is visible.
+    - int64 `[B, chunked, rows, S]`: the position of each key in its row, negative if it is hidden, the minimum if it
+      does not exist. Chunks are counted from a row's first token, which a cache may have dropped.
+    - bool `[B, 1, T, S]`: the keys that each query sees, if a model adds its own mask (blocks of an image).
 
     `pattern` is a `Pattern`; `rows` is 2 for packed rows, which position ids describe. It has four axes because
     transformers passes such masks through `generate`, compiled decoding and checkpointing unchanged.
@@ -116,7 +116,8 @@ def key_state(
 
 
 def _check_not_counted() -> None:
-    """Raise where chunks count the slots of a prefix, which is told where attention is called, not in a matrix."""
+    """Raise if chunks count the slots of a prefix: a mask matrix, made before attention is called, can't include
+    them."""
     context = getattr(call_scope.current(), "context", None)
     if isinstance(context, SoftContext) and context.window_covers is not False:
         raise ValueError(
@@ -125,19 +126,19 @@ def _check_not_counted() -> None:
         )
 
 
-_NOWHERE = -(2**31)  # of a key that does not exist yet
+_NOWHERE = -(2**31)  # the position of a key that does not exist yet
 
 
 def _positions(
     mask: Tensor | None, offset: int | Tensor, length: int, end: int | Tensor, device: torch.device
 ) -> Tensor:
-    """int64 `[B or 1, S]`, the positions of keys in their rows, as a key state holds them.
+    """int64 `[B or 1, S]`, the positions of keys in their rows, in the form of a key state.
 
     Args:
-        mask: `[B, columns]`, the real tokens, those too that a cache has dropped; None for all.
+        mask: `[B, columns]`, the real tokens, including those that a cache has dropped; None for all.
         offset: the column of the first key.
         length: S.
-        end: how many keys exist.
+        end: the number of keys that exist.
     """
     at = torch.arange(length, device=device)
     column = (at + offset)[None]
@@ -160,7 +161,7 @@ _constant: set[int] = set()
 
 
 def is_constant(state: Tensor | None) -> bool:
-    """Whether a key state is that of every pass of its pattern in which all keys are seen."""
+    """Whether a key state is the shared one for passes of its pattern in which every key is visible."""
     return state is None or id(state) in _constant
 
 
@@ -245,12 +246,12 @@ class Keys(NamedTuple):
     """The keys according to a mask: a key state, a 2-D padding mask, or a matrix of what each query sees.
 
     Attributes:
-        pattern: None where it says nothing of it.
-        packed: whether packed rows are kept apart.
-        mask: `[B, S]`, the keys that are seen, or None for all.
-        lengths: `[B]`, how many keys exist, or None for all.
-        at: `[B or 1, S]`, the position of each key in its row, where a cache may have dropped keys; or None.
-        allowed: bool or added to scores, `[B or 1, H or 1, T or 1, S]`, what each query sees.
+        pattern: None if the mask does not determine it.
+        packed: whether packed rows are separated.
+        mask: `[B, S]`, the visible keys, or None for all.
+        lengths: `[B]`, the number of keys that exist, or None for all.
+        at: `[B or 1, S]`, the position of each key in its row if a cache may have dropped keys; else None.
+        allowed: `[B or 1, H or 1, T or 1, S]`, the keys that each query sees: bool, or additive on the scores.
     """
 
     pattern: Pattern | None = None
@@ -296,14 +297,14 @@ class Keys(NamedTuple):
         return None if self.pattern is None else self.pattern not in _BIDIRECTIONAL
 
     def positions(self, rows: int, keys: int, device: torch.device) -> Tensor:
-        """`[rows, keys]`: the position of each key, counted from its row's first one that is seen."""
+        """`[rows, keys]`: the position of each key, counted from the first visible one of its row."""
         if self.at is not None:
             return self.at.expand(rows, -1)
         at = torch.arange(keys, device=device).expand(rows, -1)
         return at if self.mask is None else at - self.mask.int().argmax(1)[:, None]
 
     def matrix(self, causal: bool, window: int | None, queries: int, keys: Tensor) -> Tensor:
-        """bool `[B or 1, 1, T, S]`: what each of T queries sees of keys `[B, G, S, D]`."""
+        """bool `[B or 1, 1, T, S]`: which keys `[B, G, S, D]` each of T queries sees."""
         at = torch.arange(keys.shape[2], device=keys.device)
         end = at.new_tensor([len(at)]) if self.lengths is None else self.lengths
         query = end[:, None, None] - queries + torch.arange(queries, device=at.device)[:, None]  # [B or 1, T, 1]

@@ -1,5 +1,5 @@
-"""Bases whose attention softkv can't take the place of. They keep it; soft tokens inside rows steer them, and prefixes
-where these can be carried to it. A few tokens run through the decoder tell what it does with them."""
+"""Bases whose attention softkv can't replace. They support soft tokens inside rows, and prefixes if there is a carrier
+(`softkv.hf.past`, `softkv.hf.relative_attention`). Their properties are measured by running a few tokens."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ from softkv.hf.relative_attention import InScores
 
 @dataclass(frozen=True)
 class OwnAttention:
-    """
+    """The properties of a base that keeps its own attention.
+
     Attributes:
-        reason: why softkv can't replace it.
+        reason: why softkv can't replace its attention.
         takes_positions: whether the decoder takes position ids.
-        causal: whether tokens see none that follow.
-        embeds: whether embeddings say all about tokens.
-        carrier: what takes prefixes to its attention, or None.
-        widths: (G, D, Dv) of each of its attention blocks, where there is a carrier.
+        causal: whether tokens see only earlier ones.
+        embeds: whether embeddings represent tokens completely.
+        carrier: brings prefixes to its attention; None if it supports none.
+        widths: (G, D, Dv) of each attention block, if there is a carrier.
     """
 
     reason: str
@@ -70,7 +71,8 @@ class OwnAttention:
         others = run(torch.ones_like(ids), input_ids=torch.cat([ids[:, :half].flip(1), ids[:, half:]], 1))
         if ids.unique().numel() == TOKENS and others is not None and torch.equal(others[0, half:], row[0, half:]):
             raise UnsupportedAttention(
-                f"no token of {type(base).__name__} sees those before it: soft tokens can't steer it"
+                f"softkv.attach expects a model whose tokens see earlier ones, got {type(base).__name__}: soft tokens "
+                "would have no effect"
             )
         first = run(torch.ones_like(ids[:, :half]), input_ids=ids[:, :half])
         return replace(

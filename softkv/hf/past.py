@@ -1,7 +1,7 @@
-"""Prefixes on bases that keep their own attention and read their past from `past_key_values`: for the length of a
-forward pass, slots stand there in front of each row's tokens. The cache itself holds tokens alone, as everywhere.
+"""Prefixes on bases that keep their own attention but read `past_key_values`. During a forward pass the decoder gets a
+cache that returns the slots in front of each row's tokens; the real cache still contains tokens only.
 
-To such a base slots are tokens in front of the row: ALiBi gives them distances, windows count them.
+Such a base treats slots as tokens in front of the row: ALiBi gives them distances, and windows count them.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from softkv.hf.unhooking import unhook
 
 
 class PrefixedPast(Cache):
-    """What a decoder sees as its past in one forward pass: the slots of each row, and the tokens of a cache.
+    """A cache for one forward pass: the slots of each row, followed by the tokens of the real cache.
 
-    Slots stand just before the row's first real token, behind its padding: some bases count columns.
+    Slots are inserted between a row's left padding and its first real token, because some bases count columns.
 
     Attributes:
-        tokens: what keeps the tokens, or None where nothing does.
-        mask: `[B, P + S]`, the columns that are seen, or None for all.
-        blocks: the attention blocks that have read it, by their numbers.
+        tokens: the real cache, or None without one.
+        mask: `[B, P + S]`, the visible columns, or None for all.
+        blocks: the numbers of the attention blocks that have read the cache.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class PrefixedPast(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """The keys `[B, G, P + S, D]` and values `[B, G, P + S, Dv]` of a block, with those of new tokens."""
+        """Keys `[B, G, P + S, D]` and values `[B, G, P + S, Dv]` of a block, including the new tokens."""
         self.blocks.add(layer_idx)
         key, value = key_states, value_states
         if self._context.capture is not None:
@@ -102,16 +102,16 @@ class PrefixedPast(Cache):
     def is_compileable(self) -> bool:
         return self.tokens is not None and self.tokens.is_compileable
 
-    def leave(self, output: Any, layers: int) -> Any:
-        """The decoder's output with the cache that was given, or made, in place of this.
+    def restore_cache(self, output: Any, layers: int) -> Any:
+        """The decoder's output with the real cache instead of this one.
 
         Raises:
-            ValueError: when some of so many attention blocks have left the prefix out.
+            ValueError: if not all of `layers` attention blocks have read the prefix.
         """
         if len(self.blocks) < layers:
             raise ValueError(
-                f"{type(self._decoder).__name__} gave its past to {len(self.blocks)} of {layers} attention blocks, so "
-                "the prefix would be left out: gradient_checkpointing_disable() it"
+                f"{type(self._decoder).__name__} passed its cache to only {len(self.blocks)} of {layers} attention "
+                "blocks, and the others would ignore the prefix: call gradient_checkpointing_disable()"
             )
         if isinstance(output, tuple):
             return tuple(self.tokens if each is self else each for each in output if each is not self or self.tokens)
@@ -119,7 +119,7 @@ class PrefixedPast(Cache):
 
 
 def slots_of(context: SoftContext, rows: int) -> Tensor:
-    """bool `[rows, P]`: the slots that each row has."""
+    """bool `[rows, P]`: the slots in use of each row."""
     assert context.layers is not None
     k = next(iter(context.layers.values()))[0]
     real, index = torch.ones(len(k), k.shape[2], dtype=torch.bool, device=k.device), context.index_of(rows)
@@ -130,9 +130,9 @@ def slots_of(context: SoftContext, rows: int) -> Tensor:
     return real.expand(rows, -1)
 
 
-def columns_seen(mask: Any) -> Any:
-    """The padding mask `[B, S]` of a causal mask `[B, 1, T, S]`, as transformers makes it for static caches: the last
-    query sees every real column. Others are given back."""
+def as_padding_mask(mask: Any) -> Any:
+    """The padding mask `[B, S]` of a causal mask `[B, 1, T, S]`, as made for static caches: the columns
+    visible to the last query. Other masks are returned unchanged."""
     if not isinstance(mask, Tensor) or mask.dim() != 4:
         return mask
     last = mask[:, 0, -1]
@@ -141,11 +141,11 @@ def columns_seen(mask: Any) -> Any:
 
 @dataclass(frozen=True)
 class InPast:
-    """Gives a decoder prefixes in its past.
+    """Passes prefixes to a decoder in its `past_key_values`.
 
     Attributes:
-        decoder: the base's.
-        causal: whether tokens see none that follow.
+        decoder: the base's decoder.
+        causal: whether tokens see only earlier ones.
     """
 
     decoder: Any
@@ -153,29 +153,32 @@ class InPast:
 
     @classmethod
     def of(cls, decoder: Any, causal: bool) -> InPast | None:
-        """None where the decoder takes no past, or one that holds other things than the keys of all tokens."""
+        """None if the decoder takes no cache, or its cache holds anything but the keys and values of all tokens."""
         if "past_key_values" not in inspect.signature(decoder.forward).parameters:
             return None
         held = DynamicCache(config=decoder.config).layers
         return cls(decoder, causal) if all(type(layer) is DynamicLayer for layer in held) else None
 
     def register(self, hooks: Any) -> None:
-        """Hooks the layers that may be checkpointed."""
+        """Hook the layers that support gradient checkpointing."""
         for module in self.decoder.modules():
             if isinstance(module, GradientCheckpointingLayer):
                 module.register_forward_pre_hook(self._enter_layer, with_kwargs=True)
 
     def remove(self, hooks: Any) -> None:
-        """Ends `register`. May be repeated."""
+        """Undo `register`. May be repeated."""
         unhook(self, self.decoder.modules())
 
     def enter(self, decoder: Any, context: SoftContext, kwargs: dict[str, Any]) -> None:
-        """Puts a prefix into the arguments of a forward of the decoder, or of a view of it."""
+        """Replace the cache and mask in the keywords of the decoder's forward by those with the prefix."""
         embeds, mask, cache = (kwargs.get(name) for name in ("inputs_embeds", "attention_mask", "past_key_values"))
         tokens = kwargs["input_ids"] if embeds is None else embeds
         recomputes = decoder.training and checkpointing.is_on(decoder)
         if recomputes and cache is not None:
-            raise ValueError("gradient checkpointing runs blocks twice, which would fill a cache twice: leave it out")
+            raise ValueError(
+                "past_key_values expects no gradient checkpointing, which would add every token to the cache twice: "
+                "leave the cache out"
+            )
         use_cache = kwargs.get("use_cache")
         if use_cache is None:
             use_cache = getattr(decoder.config, "use_cache", False)
@@ -185,8 +188,8 @@ class InPast:
         kwargs |= {"past_key_values": past, "attention_mask": past.mask}
 
     def _enter_layer(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Keyword pre-hook: transformers takes a past, by its name, from layers that are checkpointed, as caches would
-        be filled twice. This one is only read."""
+        """Keyword pre-hook of a checkpointed layer: passes the cache by position. transformers removes the keyword
+        `past_key_values` from such layers, because recomputation would fill a cache twice; this one is only read."""
         if not (layer.training and layer.gradient_checkpointing):
             return None
         if not any(isinstance(each, PrefixedPast) for each in kwargs.values()):

@@ -21,12 +21,12 @@ class Positions:
 
     Attributes:
         base: the frozen model.
-        table: how many a learned table holds, None where they are computed.
-        follow_length: whether what is made of them depends on the length of a pass.
-        first: that of a row's first token.
-        columns: how many, slots among them, the base treats by their columns as it does by positions; None for any
-            number. (Llama 4 scales queries of farther columns in its layers without rotation.)
-        counts: the table of a decoder that takes no position ids and counts columns instead (BART's), or None.
+        table: the number of positions in a learned table; None if they are computed.
+        follow_length: whether rotations depend on the length of a pass.
+        first: the position of a row's first token.
+        columns: the largest number of columns, including slots, up to which the base ignores in which column a token
+            is; None for any number. (Llama 4 scales the queries of later columns in its layers without rotation.)
+        counts: the position table of a decoder that takes no position ids but counts columns (BART), or None.
     """
 
     base: Any
@@ -92,11 +92,11 @@ class Positions:
         )
 
     def _check_columns(self, width: int, slots: int | Tensor) -> None:
-        """Raise where the base would tell tokens by the columns of a batch."""
+        """Raise if the base would treat tokens differently by their columns in the batch."""
         most = int(slots.max()) if isinstance(slots, Tensor) else slots
         if self.columns is not None and width + most > self.columns:
             raise ValueError(
-                f"{type(self.base).__name__} scales queries by the columns they stand in, padding among them: expected "
+                f"{type(self.base).__name__} scales queries by their columns, including padding: expected "
                 f"slots and columns of up to {self.columns}, where all are alike, got {width + most}"
             )
 
@@ -119,7 +119,7 @@ def computed_positions(config: Any) -> int | None:
 
 
 def _columns_alike(config: Any) -> int | None:
-    """Up to how many columns of a batch a model scales queries alike, where it scales them by columns."""
+    """The number of columns up to which a model scales all queries equally; None if it does not scale by columns."""
     if not getattr(config, "attn_temperature_tuning", False) or all(getattr(config, "no_rope_layers", None) or [1]):
         return None
     return int(config.floor_scale) - 1

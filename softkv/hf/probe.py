@@ -1,4 +1,4 @@
-"""The probe at attach time: a few tokens run through the decoder show its blocks, and what it does with tokens."""
+"""The probe at attach time: running a few tokens through the decoder shows its attention blocks and its properties."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ from softkv.hf.tensor_parallel import TensorParallel, check_even
 from softkv.hf.vocabulary import named_ids
 
 # Errors of models that don't work with softkv's attention; softkv's own refusals are ValueErrors.
-_OBSCURE = (AttributeError, AssertionError, LookupError, NotImplementedError, RuntimeError, TypeError)
+_MODEL_ERRORS = (AttributeError, AssertionError, LookupError, NotImplementedError, RuntimeError, TypeError)
 
 
 class DecoderProbe:
-    """A base's decoder, and what a few tokens tell of it.
+    """A base's decoder and its measured properties.
 
     Attributes:
         base: the frozen model.
-        order: its attention blocks; known after `probe`.
-        behaviour: what it does with tokens; known after `probe`.
-        own: of a base that keeps its own attention.
-        positions: of its tokens.
-        parallel: the processes that the base is split over; known after `probe`.
-        word: of a wrapper around a text model, the id of a word, which stands in for soft tokens; else None.
+        order: its attention blocks; set by `probe`.
+        behaviour: its properties; set by `probe`.
+        own: of a base that keeps its own attention, else None.
+        positions: the positions of its tokens.
+        parallel: the processes over which the base is split; set by `probe`.
+        word: if the base wraps a text model, the id of a word, used as placeholder for soft tokens; else None.
     """
 
     def __init__(self, base: Any, backend: str | None) -> None:
@@ -56,26 +56,26 @@ class DecoderProbe:
 
     @property
     def layers(self) -> int:
-        """The number of attention blocks that prefixes come to."""
+        """The number of attention blocks that can have a prefix."""
         return len(self.order) if self.own is None else len(self.own.widths)
 
     @property
     def carries(self) -> bool:
-        """Whether the keys and values of what stands in front of a row stand for it."""
+        """Whether the K/V of what is in front of a row represent it completely."""
         in_past = self.own is not None and self.own.causal and isinstance(self.own.carrier, InPast)
         return in_past or self.behaviour.carries
 
     @property
     def takes_restarts(self) -> bool:
-        """Whether packed rows need nothing but attention that keeps them apart, and their position ids."""
+        """Whether position ids that restart suffice to run packed rows."""
         return self.behaviour.packs and not self.positions.first
 
     def run(self, call: ModelCall, function: Callable[..., Any], **kwargs: Any) -> Any:
-        """Runs the base, or a part of it, as this call."""
+        """Run the base, or a part of it, as this call."""
         return call_scope.run(call, function, **kwargs)
 
     def capture(self, decoder: nn.Module | None = None, **inputs: Tensor) -> list[BlockInputs]:
-        """What reaches the attention blocks in a forward pass of the bare decoder (or of a view of it)."""
+        """The inputs of the attention blocks in a forward pass of the bare decoder, or of a view of it."""
         context = SoftContext(backend=self.backend, capture=[])
         tokens = next(iter(inputs.values()))
         self.positions.check(self.first + tokens.shape[1] - 1)
@@ -88,32 +88,32 @@ class DecoderProbe:
 
     @property
     def first(self) -> int:
-        """The position of the first token of a row."""
+        """The position id of a row's first token."""
         return self.positions.first + self._first_of_wrapper
 
     def _position_in_wrapper(self) -> int:
-        """The position that a wrapper gives a row's first token: PaliGemma's is 1."""
+        """The position id that a wrapper gives a row's first token (1 in PaliGemma)."""
         if self.word is None or device_of(self.base).type == "meta":
             return 0
         read: list[Any] = []
         view = in_evaluation(self.base)
-        note = decoder_of(view).register_forward_pre_hook(
+        handle = decoder_of(view).register_forward_pre_hook(
             lambda _, args, kwargs: read.append(kwargs.get("position_ids")), with_kwargs=True
         )
         try:
             with torch.no_grad():
                 call_scope.run(None, view, input_ids=self._few_tokens())
-        except (*_OBSCURE, ValueError):  # it does not run without images
+        except (*_MODEL_ERRORS, ValueError):  # wrappers that need images
             return 0
         finally:
-            note.remove()
+            handle.remove()
         return int(read[0].flatten()[0]) if read and isinstance(read[0], Tensor) else 0
 
     def probe(self) -> list[BlockInputs]:
-        """Runs a few tokens through the decoder to see its attention blocks, and what it does with tokens.
+        """Run a few tokens through the decoder, and return the inputs of its attention blocks.
 
         Raises:
-            UnsupportedAttention: when softkv can't take the place of its attention.
+            UnsupportedAttention: if softkv can't replace its attention.
         """
         name, device, view = type(self.base).__name__, device_of(self.base), in_evaluation(self.decoder)
         self._first_of_wrapper = self._position_in_wrapper()
@@ -121,14 +121,14 @@ class DecoderProbe:
         context = SoftContext(backend=self.backend, capture=[])
         assert context.capture is not None
         try:
-            # Without values, transformers can't look whether rows are packed: a mask says that they are not.
+            # On "meta", transformers can't read position ids to detect packed rows; with a mask it does not try.
             masks = {"attention_mask": torch.ones_like(ids)} if device.type == "meta" else {}
             row = self._hidden(view, context, input_ids=ids, **masks)
         except TypeError as error:
             if "softkv_prefix" not in str(error):
                 raise self._not_run(error) from error
             context.capture.clear()
-        except (*_OBSCURE, ValueError) as error:
+        except (*_MODEL_ERRORS, ValueError) as error:
             if _raised_in("softkv.hf.", error):
                 raise UnsupportedAttention(str(error).partition(": use attn_implementation")[0]) from error
             if _raised_in("softkv.", error):
@@ -160,11 +160,11 @@ class DecoderProbe:
                     self.behaviour = replace(self.behaviour, packs=False)
                 if not self.behaviour.packs:
                     self.behaviour = replace(self.behaviour, pads=self._pads(view, ids, row))
-            except _OBSCURE as error:
+            except _MODEL_ERRORS as error:
                 raise self._not_run(error) from error
         else:
             layers = self.base.config.get_text_config().num_hidden_layers
-            alone = len(blocks) == layers  # attention is all there is, as far as can be told without values
+            alone = len(blocks) == layers  # no layers with other state, as far as shapes show
             self.behaviour = Behaviour(packs=alone, carries=alone and causal)
         if row.device.type != "meta":
             self.behaviour = replace(self.behaviour, embeds=self._embeds(view, ids, row))
@@ -173,18 +173,17 @@ class DecoderProbe:
         return blocks
 
     def keep_own_attention(self, reason: UnsupportedAttention) -> OwnAttention:
-        """Runs a few tokens through a decoder that keeps its own attention.
+        """Probe a decoder that keeps its own attention.
 
         Raises:
-            UnsupportedAttention: when soft tokens can't be put into its rows either.
+            UnsupportedAttention: if its rows can't contain soft tokens either.
         """
         self._first_of_wrapper = self._position_in_wrapper()
         own = OwnAttention.of(self.decoder, self.base, self._few_tokens(), str(reason))
         if own is None:
             raise UnsupportedAttention(
-                "softkv.attach expects attention that it can take the place of, or a model that takes inputs_embeds, "
-                "keeps its past in past_key_values and sees no padding in front, "
-                f"got {type(self.base).__name__} ({reason})"
+                "softkv.attach expects attention that it can replace, or a model that takes inputs_embeds, caches in "
+                f"past_key_values and ignores left padding, got {type(self.base).__name__} ({reason})"
             )
         self.own = own
         self.behaviour = Behaviour(packs=False, carries=False, embeds=own.embeds)
@@ -194,7 +193,7 @@ class DecoderProbe:
             if carrier is None:
                 continue
             carrier.register(self)
-            blocks = self._carried(replace(own, carrier=carrier))
+            blocks = self._capture_with_carrier(replace(own, carrier=carrier))
             if blocks:
                 self.own = own = replace(own, carrier=carrier, widths=tuple(block.widths for block in blocks))
                 break
@@ -202,9 +201,9 @@ class DecoderProbe:
             self.own = own
         return own
 
-    def _carried(self, own: OwnAttention) -> list[BlockInputs]:
-        """What reaches the attention blocks of a base that keeps its own attention: none, unless the second half of a
-        row is the same behind the keys and values of the first as behind its tokens."""
+    def _capture_with_carrier(self, own: OwnAttention) -> list[BlockInputs]:
+        """The inputs of the attention blocks of a base that keeps its own attention. Empty if the carrier does not
+        work: if the second half of a row differs after the K/V of the first half."""
         self.own, view, ids = own, in_evaluation(self.decoder), self._few_tokens()
         context, half = SoftContext(backend=self.backend, capture=[]), TOKENS // 2
         assert context.capture is not None
@@ -216,30 +215,31 @@ class DecoderProbe:
             bare = call_scope.run(None, view, input_ids=ids)
             if not same(row[0], (bare if isinstance(bare, Tensor) else bare[0])[0]):
                 return []
-            if isinstance(own.carrier, InScores):  # what has no position there can't stand for tokens
+            if isinstance(own.carrier, InScores):  # slots without position terms can't be equivalent to tokens
                 return blocks
             layers = {at: (block.key[:, :, :half], block.value[:, :, :half]) for at, block in enumerate(blocks)}
             pad = (1, 0) if own.causal else (0, 1)
             mask, behind = F.pad(torch.ones_like(ids[:, half:]), pad), F.pad(ids[:, half:], pad, value=int(ids[0, 0]))
             prefixed = SoftContext(layers, slots=half, backend=self.backend)
             got = self._hidden(view, prefixed, input_ids=behind, attention_mask=mask)
-        except (*_OBSCURE, ValueError):
+        except (*_MODEL_ERRORS, ValueError):
             return []
         return blocks if same(got[0][mask[0].bool()], row[0, half:]) else []
 
     def _words(self) -> list[int]:
-        """Up to `TOKENS` ids of words: RoBERTa gives padding a position of its own, wrappers look for images by ids."""
+        """Up to `TOKENS` ids without special meaning: padding has its own position in RoBERTa, and wrappers find images
+        by ids."""
         table = self.base.get_input_embeddings()
-        named = {*named_ids(self.base.config), getattr(table, "padding_idx", None)}  # MPNet's is not its config's
+        named = {*named_ids(self.base.config), getattr(table, "padding_idx", None)}  # MPNet's differs from its config's
         size = getattr(table, "num_embeddings", len(table.weight))
         return list(islice((token for token in range(1, size) if token not in named), TOKENS)) or [0]
 
     def _few_tokens(self) -> Tensor:
-        """Ids `[1, TOKENS]` of words."""
+        """Ids `[1, TOKENS]` without special meaning."""
         return torch.tensor([self._words() * TOKENS], device=device_of(self.base))[:, :TOKENS]
 
     def _pads(self, decoder: nn.Module, ids: Tensor, row: Tensor) -> bool:
-        """Whether a row behind padding is the same row: some states take padding for tokens."""
+        """Whether left padding does not change a row: some models' states treat padding as tokens."""
         half = TOKENS // 2
         mask, positions = F.pad(torch.ones_like(ids), (half, 0)), torch.arange(TOKENS, device=ids.device)
         padded = {"input_ids": F.pad(ids, (half, 0), value=int(ids[0, 0])), "attention_mask": mask}
@@ -248,21 +248,21 @@ class DecoderProbe:
         return same(got[0, half:], row[0])
 
     def check_pads(self) -> None:
-        """Raise where padding in front of a row would change it."""
+        """Raise if left padding changes rows of this model."""
         if not self.behaviour.pads:
             raise ValueError(
-                f"{type(self.base).__name__} takes padding in front of a row for tokens, in states beside its "
-                "attention: expected rows of one length, or padding behind them and use_cache=False"
+                f"{type(self.base).__name__} treats left padding as tokens, in state outside its attention: expected "
+                "rows of one length, or right padding and use_cache=False"
             )
 
     def _embeds(self, decoder: nn.Module, ids: Tensor, row: Tensor) -> bool:
-        """Whether embeddings in place of ids give the same row."""
+        """Whether embeddings instead of ids give the same hidden states."""
         embeds = nearly_embedded(self.base, ids, row.dtype)
         if embeds is None:
             return False
         try:
             got = self._hidden(decoder, SoftContext(backend=self.backend, capture=[]), inputs_embeds=embeds)
-        except (*_OBSCURE, ValueError):
+        except (*_MODEL_ERRORS, ValueError):
             return False
         return same(got[0], row[0])
 
@@ -274,20 +274,18 @@ class DecoderProbe:
     def _not_run(self, error: Exception) -> UnsupportedAttention:
         check_even(self.base)
         return UnsupportedAttention(
-            f"softkv.attach could not run {type(self.base).__name__} with attention of softkv's on token ids alone: "
+            f"softkv.attach could not run {type(self.base).__name__} on token ids with softkv's attention: "
             f"{type(error).__name__}: {error}"
         )
 
     def _check_positions_are_taken(self, name: str) -> None:
-        """Tokens stand behind a prefix by their position ids: a decoder must take them."""
+        """Raise if the decoder neither takes position ids, which move tokens after a prefix, nor counts columns."""
         taken = "position_ids" in inspect.signature(self.decoder.forward).parameters
         if not taken and self.positions.counts is None:
-            raise UnsupportedAttention(
-                f"{name} takes no position_ids, so softkv can't place its tokens behind a prefix"
-            )
+            raise UnsupportedAttention(f"{name} takes no position_ids, so softkv can't move its tokens after a prefix")
 
     def _first_position(self) -> int:
-        """The position id of a row's first token: RoBERTa's stands past its table's row for padding."""
+        """The position id of a row's first token (RoBERTa's positions start after the padding index)."""
         table = learned_positions(self.decoder)
         if table is None or self.positions.counts is not None:
             return 0
@@ -295,25 +293,25 @@ class DecoderProbe:
             return 0 if table.padding_idx is None else table.padding_idx + 1
         read: list[int] = []
 
-        def look(_: nn.Module, args: Any) -> None:
+        def record(_: nn.Module, args: Any) -> None:
             if args and isinstance(args[0], Tensor):
                 read.append(int(args[0].flatten()[0]))
 
         token = int(self._few_tokens()[0, 0])
         ids = torch.full((1, 1), token, device=device_of(self.base))
-        note = table.register_forward_pre_hook(look)
+        handle = table.register_forward_pre_hook(record)
         try:
             view = in_evaluation(self.decoder)
             with torch.no_grad():
                 call_scope.run(None, view, input_ids=ids)
                 call_scope.run(None, view, input_ids=ids, position_ids=torch.zeros_like(ids))
         finally:
-            note.remove()
+            handle.remove()
         return read[0] - read[1] if len(read) == 2 else 0
 
 
 def _raised_in(package: str, error: Exception) -> bool:
-    """Whether an error was raised by softkv itself."""
+    """Whether an error was raised in a module whose name starts with `package`."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

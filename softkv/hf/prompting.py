@@ -55,8 +55,8 @@ class PromptMixin(AdapterMixin):
         are put into the rows as `heads`).
 
         Args:
-            state: of the cache that is filled or continued. It keeps what was computed for its rows, which calls that
-                continue them without gradients use again.
+            state: of the cache that is filled or continued. Results computed for its rows are stored there and reused
+                by calls without gradients.
             beside: whether soft tokens before the input run in one pass with it.
             shape: (B, T) of rows that are not packed.
         """
@@ -82,18 +82,18 @@ class PromptMixin(AdapterMixin):
                 prefixes[name] = prefix.to(dtype=self.base.dtype)
                 if torch.is_grad_enabled() and shape is not None and not torch.compiler.is_compiling():
                     prefixes[name] = self._of_each_row(soft, prefixes[name], shape)
-                if not isinstance(prefixes[name].k, nn.Parameter):  # learned matrices cost nothing to read again
+                if not isinstance(prefixes[name].k, nn.Parameter):  # reading learned matrices again is free
                     remembered[name] = prefixes[name]
             context = soft.context(prefixes, self._hooks.layers, self.device, leading)
         context = replace(context, backend=self.backend)
-        alike = all(isinstance(prefix.k, Tensor) for prefix in read.values())  # not of layers that differ
+        alike = all(isinstance(prefix.k, Tensor) for prefix in read.values())  # one tensor for all layers
         if kept is not None and alike and not leading and not soft.encodes:
             kept.context = ReadContext(context, soft, {name: Source.of(prefix) for name, prefix in read.items()})
         return context
 
     def _of_each_row(self, soft: SoftRows, prefix: Prefix, shape: tuple[int, int]) -> Prefix:
-        """One for each row, where a pass that derives its gradient is so small that the op copies prefixes: their
-        gradients are then summed over rows once, for all layers."""
+        """A copy of the prefix per row if the op would copy it anyway, in small passes with gradients: the gradients
+        are then summed over rows once for all layers."""
         k, v = prefix.k, prefix.v
         if soft.alone is None or self._hooks.own is not None or self.backend not in (None, "torch"):
             return prefix

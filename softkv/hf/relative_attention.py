@@ -1,7 +1,7 @@
-"""Prefixes on encoders whose scores have relative positions of their own (DeBERTa, MPNet): their attention modules keep
-their projections and biases, and the prefix is an operand of its own beside them.
+"""Prefixes on encoders with relative positions in their scores (DeBERTa, MPNet). Their attention modules keep their
+projections and position terms; softkv computes the softmax, with the prefix as a separate operand.
 
-Slots join the softmax without terms of position, scaled as the products of tokens are.
+Scores of slots have no position terms and the same scale as the content scores of tokens.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from softkv.hf.dense import masked_attention
 
 @dataclass(frozen=True)
 class BlockOperands:
-    """Attention of one block.
+    """The operands of one block's attention.
 
     Attributes:
         query, key, value: `[B, H, T, D]`.
-        allowed: bool or added to the scores, `[B, 1, 1 or T, T]`.
+        allowed: `[B, 1, 1 or T, T]`, bool, or additive on the scores.
         bias: added to the scores, `[B or 1, H, T, T]`, or None.
-        scale: of the products of queries and keys.
-        leave: from what is attended, `[B, T, H·D]`, to the module's output.
+        scale: multiplies the products of queries and keys.
+        output: returns the module's output, given the result of attention, `[B, T, H·D]`.
     """
 
     query: Tensor
@@ -37,7 +37,7 @@ class BlockOperands:
     allowed: Tensor
     bias: Tensor | None
     scale: float
-    leave: Callable[[Tensor], tuple[Any, ...]]
+    output: Callable[[Tensor], tuple[Any, ...]]
 
 
 def _of_deberta(
@@ -49,13 +49,12 @@ def _of_deberta(
     relative_pos: Tensor | None = None,
     rel_embeddings: Tensor | None = None,
 ) -> BlockOperands:
-    """Disentangled attention: products of contents, of contents and positions, and of positions and contents, which
-    share one scale."""
-    asking, H = hidden_states if query_states is None else query_states, module.num_attention_heads
+    """Disentangled attention: content-to-content, content-to-position and position-to-content scores with one scale."""
+    query_input, H = hidden_states if query_states is None else query_states, module.num_attention_heads
     query, key, value = (
         projection(states).unflatten(2, (H, -1)).transpose(1, 2)
         for projection, states in (
-            (module.query_proj, asking),
+            (module.query_proj, query_input),
             (module.key_proj, hidden_states),
             (module.value_proj, hidden_states),
         )
@@ -77,7 +76,7 @@ def _of_mpnet(
     output_attentions: bool = False,
     **others: Any,
 ) -> BlockOperands:
-    """Biases by relative position, which all blocks share."""
+    """Attention with a relative position bias shared by all blocks."""
     query, key, value = (
         projection(hidden_states).unflatten(2, (module.num_attention_heads, -1)).transpose(1, 2)
         for projection in (module.q, module.k, module.v)
@@ -88,7 +87,7 @@ def _of_mpnet(
     return BlockOperands(query, key, value, attention_mask, position_bias, scale, lambda out: (module.o(out),))
 
 
-# By the names of their attention modules.
+# By the class name of the attention module.
 _READERS: dict[str, Callable[..., BlockOperands]] = {
     "DisentangledSelfAttention": _of_deberta,
     "MPNetSelfAttention": _of_mpnet,
@@ -97,23 +96,23 @@ _READERS: dict[str, Callable[..., BlockOperands]] = {
 
 @dataclass(frozen=True)
 class InScores:
-    """Gives the attention modules of an encoder prefixes.
+    """Adds prefixes to the scores of an encoder's attention modules.
 
     Attributes:
-        modules: its attention modules.
+        modules: the attention modules.
     """
 
     modules: tuple[nn.Module, ...]
 
     @classmethod
     def of(cls, decoder: nn.Module) -> InScores | None:
-        """None where its attention is not known, or others have put their own on it."""
+        """None if the attention modules are unknown, or another library has replaced their `forward`."""
         modules = tuple(module for module in decoder.modules() if type(module).__name__ in _READERS)
         foreign = any(getattr(vars(each).get("forward"), "func", _attend) is not _attend for each in modules)
         return cls(modules) if modules and not foreign else None
 
     def register(self, hooks: Any) -> None:
-        """Has the modules serve calls of a soft model, beside those of others."""
+        """Replace the `forward` of the modules for calls of one SoftModel, in addition to those registered before."""
         for number, module in enumerate(self.modules):
             forward = vars(module).get("forward")
             if forward is None:
@@ -121,7 +120,7 @@ class InScores:
             forward.args[2].append(hooks)
 
     def remove(self, hooks: Any) -> None:
-        """Ends `register`. May be repeated."""
+        """Undo `register`. May be repeated."""
         for module in self.modules:
             forward = vars(module).get("forward")
             if forward is None:
@@ -131,27 +130,27 @@ class InScores:
                 del module.forward
 
     def enter(self, decoder: Any, context: SoftContext, kwargs: dict[str, Any]) -> None:
-        """Looks at a forward of the encoder that a prefix goes with."""
+        """Refuse gradient checkpointing in a forward of the encoder with a prefix."""
         if context.layers is not None and decoder.training and checkpointing.is_on(decoder):
             raise ValueError(
-                f"{type(decoder).__name__} keeps its own attention, to which no prefix comes in a recomputed pass: "
-                "gradient_checkpointing_disable() it"
+                f"{type(decoder).__name__} keeps its own attention, where recomputed blocks would ignore the prefix: "
+                "call gradient_checkpointing_disable()"
             )
 
 
 def _attend(module: Any, number: int, served: list[Any], *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-    """The forward of an attention module: its own, but in calls whose rows have prefixes."""
+    """Replaces the forward of an attention module: runs the original one, except in calls with a prefix."""
     call = call_scope.current()
     context = call.context if call is not None and any(call.hooks is each for each in served) else None
     if context is None or (context.layers is None and context.capture is None):
         return type(module).forward(module, *args, **kwargs)
-    this = _READERS[type(module).__name__](module, *args, **kwargs)
-    query, key, value = this.query, this.key, this.value
+    operands = _READERS[type(module).__name__](module, *args, **kwargs)
+    query, key, value = operands.query, operands.key, operands.value
     if context.capture is not None:
         context.capture.append(BlockInputs(module, key, value, None, False))
     prefix = context.of_layer(number, len(query), query.dtype, query.device)
     out = masked_attention(
-        query, key, value, this.allowed, this.bias, prefix, scale=this.scale, softcap=None, sinks=None,
+        query, key, value, operands.allowed, operands.bias, prefix, scale=operands.scale, softcap=None, sinks=None,
         backend=context.backend,
     )  # fmt: skip
-    return this.leave(out.transpose(1, 2).flatten(2))
+    return operands.output(out.transpose(1, 2).flatten(2))

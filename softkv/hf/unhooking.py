@@ -1,4 +1,4 @@
-"""Taking hooks off modules, whatever came between hooking and this."""
+"""Removal of forward hooks by their owner, which also works after an interrupted registration."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 
 def unhook(owner: Any, modules: Iterable[nn.Module]) -> None:
-    """Takes off every forward hook and pre-hook that is a method of `owner`."""
+    """Remove every forward hook and pre-hook that is a method of `owner`."""
     for module in modules:
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             for number in [number for number, hook in hooks.items() if getattr(hook, "__self__", None) is owner]:

@@ -1,4 +1,4 @@
-"""Tiny random models whose attention softkv can't take the place of."""
+"""Tiny random models whose attention softkv can't replace."""
 
 import inspect
 from typing import Any

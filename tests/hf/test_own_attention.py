@@ -226,7 +226,7 @@ def test_decoders_that_count_padding_are_refused() -> None:
     )  # fmt: skip
     base = transformers.MvpForCausalLM(config)
     before = state_of(base)
-    with pytest.raises(ValueError, match=r"sees no padding in front, got Mvp"):
+    with pytest.raises(ValueError, match=r"ignores left padding, got Mvp"):
         softkv.attach(base, METHODS["prompt-tuning before"])
     assert_same_state(state_of(base), before)
 
@@ -268,6 +268,6 @@ def test_models_without_attention_are_refused() -> None:
         transformers.MambaConfig(vocab_size=61, hidden_size=16, num_hidden_layers=1, state_size=4)
     )
     before = state_of(base)
-    with pytest.raises(ValueError, match=r"keeps its past in past_key_values .*, got MambaForCausalLM"):
+    with pytest.raises(ValueError, match=r"caches in past_key_values .*, got MambaForCausalLM"):
         softkv.attach(base, METHODS["prompt-tuning before"])
     assert_same_state(state_of(base), before)

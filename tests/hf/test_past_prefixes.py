@@ -266,7 +266,7 @@ def test_refusals() -> None:
     model, _ = attached("Falcon")
     model.train().gradient_checkpointing_enable()
     cache = transformers.DynamicCache(config=model.config)
-    with pytest.raises(ValueError, match="would fill a cache twice"):
+    with pytest.raises(ValueError, match="would add every token to the cache twice"):
         model(torch.tensor([[1, 20]]), past_key_values=cache)
 
 
@@ -278,7 +278,7 @@ def test_a_block_that_leaves_the_past_out_is_noticed() -> None:
     block = model.base.model.layers[1].self_attn
     forward = block.forward
     block.forward = lambda *args, **kwargs: forward(*args, **(kwargs | {"past_key_values": None}))
-    with pytest.raises(ValueError, match="gave its past to 1 of 2 attention blocks"):
+    with pytest.raises(ValueError, match="passed its cache to only 1 of 2 attention blocks"):
         model(torch.tensor([[20]]))
 
 

@@ -22,7 +22,7 @@ from softkv.prefix import Prefix
 
 
 class FrozenEncoderDecoder(FrozenBase):
-    """The `FrozenModel` of an encoder-decoder.
+    """The `softkv.methods.base.FrozenModel` of an encoder-decoder.
 
     Args:
         hooks: of the model.

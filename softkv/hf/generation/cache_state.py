@@ -24,7 +24,7 @@ _ATTRIBUTE = "_softkv_state"
 
 
 class Source(NamedTuple):
-    """What tells whether a prefix still holds the same memory: what is learned is changed in place, or replaced."""
+    """Identifies the memory of a prefix: parameters may be replaced instead of updated in place."""
 
     k: Tensor
     v: Tensor
@@ -51,14 +51,14 @@ def _memory(prefix: Prefix) -> tuple[Any, ...]:
 
 
 class ReadContext(NamedTuple):
-    """The context of a forward pass without gradients, and what it was made of."""
+    """The context of a forward pass without gradients, and its inputs."""
 
     context: SoftContext
     soft: SoftRows
     sources: dict[str, Source]
 
     def made_of(self, soft: SoftRows, prefixes: dict[str, Prefix], backend: str | None) -> bool:
-        """Whether these would give the same again."""
+        """Whether the context was made from these soft prompts and prefixes."""
         if soft != self.soft or backend != self.context.backend or prefixes.keys() != self.sources.keys():
             return False
         return all(source.still(prefixes[name]) for name, source in self.sources.items())
@@ -75,9 +75,9 @@ class CacheState:
         mask: `[B, T + k]`, the real tokens among the cache's columns, including soft tokens.
         kv: encoder mode, the K/V `[A, G, P, D or Dv]` of each block.
         order: which row of that batch each row of the cache is, or None while they are the same.
-        unread: columns of its prompts that a `generate` has still to read.
-        steps: what each block runs in a decoding step, by its number (`softkv.hf.repeat`).
-        prefixes: computed prefixes of its adapters, made without gradients for these rows.
+        unread: the number of prompt columns that a `generate` has not yet read.
+        steps: the function that each block runs in a decoding step, by block number (`softkv.hf.repeat`).
+        prefixes: prefixes computed without gradients for these rows, by adapter.
         context: of the last forward without gradients.
     """
 
@@ -176,8 +176,7 @@ class CacheState:
 
 
 def check_contiguous(mask: Tensor, T: int) -> None:
-    """Refuse real tokens in the last T columns of a mask `[B, S]` if padding separates them from earlier real
-    tokens."""
+    """Refuse a mask `[B, S]` in which padding separates the last T columns from earlier real tokens."""
     if torch.compiler.is_compiling():
         return
     real = mask.bool()
