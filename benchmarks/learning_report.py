@@ -67,9 +67,10 @@ def command_table() -> str:
         data, title = name.split("/")
         titles = [one for one in CONTESTANTS if one.split(",")[0] == title]
         known = [found for one in titles if (found := _of(records, data, one))]
-        best = max(statistics.fmean(one["correct"] / one["rows"] for one in found) for found in known)
+        best = max((statistics.fmean(one["correct"] / one["rows"] for one in found) for found in known), default=None)
         reached = Accuracy(run["correct"], run["rows"])
-        body.append(f"| {title} | {data} | {reached} | {best:.3f} | {100 * reached.value / best:.0f} % |")
+        beside = "— | —" if best is None else f"{best:.3f} | {100 * reached.value / best:.0f} %"
+        body.append(f"| {title} | {data} | {reached} | {beside} |")
     first = next(iter(runs.values()))
     steps = " or ".join(sorted({str(run["steps"]) for run in runs.values()}))
     return COMMAND.format(steps=steps, device=_device(first), body="\n".join(body))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -196,6 +197,10 @@ class CallCache:
     def __init__(self, *, steps_only: bool = False) -> None:
         self.calls: tuple[CheckedCall, ...] = ()
         self.steps_only = steps_only
+
+    def __reduce__(self) -> Any:
+        """Copies of a model validate their own calls."""
+        return partial(CallCache, steps_only=self.steps_only), ()
 
     def keep(self, call: CheckedCall, *, across_passes: bool) -> None:
         if across_passes and (call.key.is_step or not self.steps_only):

@@ -1,5 +1,6 @@
 """Calls of attention that were checked once are taken over where nothing else differs, and nowhere else."""
 
+import copy
 from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
@@ -265,3 +266,15 @@ def test_another_autocast_dtype_is_another_call() -> None:
         with torch.autocast("cpu", dtype):
             model(ROWS[:, :1], past_key_values=cache)
     assert dtypes == [torch.bfloat16, torch.float16, torch.bfloat16]
+
+
+@torch.no_grad()
+def test_copies_after_a_pass() -> None:
+    """Calls kept by passes are not copied: a copy, as averages of weights need it, checks its own."""
+    model = softkv.attach(model_of("Llama"), softkv.PTuningV2(length=3))
+    want = model(ROWS).logits
+    copied = copy.deepcopy(model)
+    assert torch.equal(copied(ROWS).logits, want)
+    assert not copied._hooks._call_cache.calls or copied._hooks._call_cache is not model._hooks._call_cache
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    assert torch.equal(averaged(ROWS).logits, want)
