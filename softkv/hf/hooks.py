@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from softkv.hf import attention_mass, call_scope, kept_logits
+from softkv.hf import attention_mass, call_scope, checkpointing, kept_logits
 from softkv.hf.context import LayerKV, RowEncoder, RowPrompts, SoftContext
 from softkv.hf.frozen import BaseState, UnsupportedAttention
 from softkv.hf.generation.cache_state import CacheState, past_length
@@ -214,6 +214,11 @@ class DecoderHooks(DecoderProbe):
         """A forward inside `generate`: adds soft embeddings of the prompt, and the encoder of its rows."""
         ids, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
         tokens = ids if ids is not None else kwargs["inputs_embeds"]
+        if cache is not None and self.decoder.training and checkpointing.is_on(self.decoder):
+            raise ValueError(
+                "gradient checkpointing keeps no cache in training mode, so generate would see the last token alone: "
+                "call eval() first, or give use_cache=False"
+            )
         B, T = tokens.shape[:2]
         prompt = prompts.ids if prompts.embeds is None else prompts.embeds
         assert prompt is not None

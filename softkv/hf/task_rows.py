@@ -20,7 +20,12 @@ Answers = Literal["next token", "target", "token", "span", "row", "choice", "oth
 
 @torch.no_grad()
 def answers_of(model: Any) -> Answers:
-    """What the logits of a model predict; "other" if it has none, or they have another shape."""
+    """What the logits of a model predict; "other" if it has none, or they have another shape.
+
+    Raises:
+        ValueError: for heads whose answers softkv can't align with tokens: those of pretraining, which answer for tokens
+            and rows at once (BERT), or with one number per token (ELECTRA).
+    """
     if model.can_generate():
         return "target" if model.config.is_encoder_decoder else "next token"
     output = _probed(model, 1, 2)
@@ -30,9 +35,19 @@ def answers_of(model: Any) -> Answers:
     if "start_logits" in output and output.start_logits.shape == (1, 2):
         return "span"
     logits = output.get("logits")
+    if "prediction_logits" in output or (logits is not None and logits.shape == (1, 2) and _counts_tokens(model)):
+        raise ValueError(
+            f"{type(model).__name__} has a head for pretraining, whose answers softkv can't align with tokens: expected "
+            "a head for masked language modelling or classification (AutoModelForMaskedLM, ...)"
+        )
     if logits is None or logits.dim() not in (2, 3) or len(logits) != 1:
         return "other"
     return "row" if logits.dim() == 2 else "token" if logits.shape[1] == 2 else "other"
+
+
+def _counts_tokens(model: Any) -> bool:
+    output = _probed(model, 1, 3)
+    return output is not None and output.logits.shape == (1, 3)
 
 
 def _probed(model: Any, *shape: int) -> Any:

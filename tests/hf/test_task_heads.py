@@ -6,8 +6,10 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 
 import softkv
+from tests.hf.base_state import assert_same_state, state_of
 from tests.hf.encoder_rows import ROWS, of_rows, padded
 from tests.hf.encoders import DECODERS, PAD, TABLE, encoder, outputs_of, row_output
 from tests.hf.naive import close
@@ -212,3 +214,15 @@ def test_peft(family: str, head: str, kind: str, tmp_path: Path) -> None:
         back = peft.PeftModel.from_pretrained(encoder(family, head), tmp_path / "back").eval()
         for got, want in zip(answers(back), wanted, strict=True):
             close(got, want)
+
+
+@pytest.mark.parametrize("head", ["BertForPreTraining", "ElectraForPreTraining"])
+@pytest.mark.parametrize("method", [softkv.PromptTuning(length=2), softkv.PTuningV2(length=2, init="random")])
+def test_heads_of_pretraining_are_refused(head: str, method: Any) -> None:
+    kind = getattr(transformers, head)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    base = kind(kind.config_class(vocab_size=61, **sizes))
+    before = state_of(base)
+    with pytest.raises(ValueError, match="has a head for pretraining"):
+        softkv.attach(base, method)
+    assert_same_state(state_of(base), before)

@@ -116,3 +116,14 @@ def test_trainer_runs(tmp_path: Any) -> None:
     assert trainer.evaluate()["eval_loss"] > 0
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]) == name.startswith("base."), name
+
+
+def test_generate_while_layers_are_recomputed() -> None:
+    """In training mode their cache is dropped: without a word, tokens would be wrong."""
+    model, ids = attach("Llama", "p-tuning v2").train(), torch.tensor([[5, 6, 7]])
+    want = model.generate(ids, max_new_tokens=4, do_sample=False)
+    model.activation_checkpointing_enable()
+    with pytest.raises(ValueError, match=r"gradient checkpointing keeps no cache.*call eval\(\) first"):
+        model.generate(ids, max_new_tokens=4, do_sample=False)
+    assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False, use_cache=False), want)
+    assert torch.equal(model.eval().generate(ids, max_new_tokens=4, do_sample=False), want)
