@@ -22,6 +22,15 @@ def is_on(model: Any) -> bool:
     return False
 
 
+def check_keeps_cache(decoder: Any, cache: Any) -> None:
+    """Raise where a decoder would drop a cache in training mode, without a word."""
+    if cache is not None and decoder.training and is_on(decoder):
+        raise ValueError(
+            "gradient checkpointing keeps no cache in training mode, so generate would see the last token alone: "
+            "call eval() first, or give use_cache=False"
+        )
+
+
 def enable(model: Any, kwargs: dict[str, Any] | None = None, **options: Any) -> None:
     """Enable it; `kwargs` are those of `torch.utils.checkpoint.checkpoint`."""
     if hasattr(model, "activation_checkpointing_enable"):

@@ -214,11 +214,7 @@ class DecoderHooks(DecoderProbe):
         """A forward inside `generate`: adds soft embeddings of the prompt, and the encoder of its rows."""
         ids, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
         tokens = ids if ids is not None else kwargs["inputs_embeds"]
-        if cache is not None and self.decoder.training and checkpointing.is_on(self.decoder):
-            raise ValueError(
-                "gradient checkpointing keeps no cache in training mode, so generate would see the last token alone: "
-                "call eval() first, or give use_cache=False"
-            )
+        checkpointing.check_keeps_cache(self.decoder, cache)
         B, T = tokens.shape[:2]
         prompt = prompts.ids if prompts.embeds is None else prompts.embeds
         assert prompt is not None

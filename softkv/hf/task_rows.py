@@ -23,8 +23,8 @@ def answers_of(model: Any) -> Answers:
     """What the logits of a model predict; "other" if it has none, or they have another shape.
 
     Raises:
-        ValueError: for heads whose answers softkv can't align with tokens: those of pretraining, which answer for tokens
-            and rows at once (BERT), or with one number per token (ELECTRA).
+        ValueError: for heads whose answers softkv can't align with tokens: those of pretraining, which answer for
+            tokens and rows at once (BERT), or with one number per token (ELECTRA).
     """
     if model.can_generate():
         return "target" if model.config.is_encoder_decoder else "next token"
@@ -37,8 +37,8 @@ def answers_of(model: Any) -> Answers:
     logits = output.get("logits")
     if "prediction_logits" in output or (logits is not None and logits.shape == (1, 2) and _counts_tokens(model)):
         raise ValueError(
-            f"{type(model).__name__} has a head for pretraining, whose answers softkv can't align with tokens: expected "
-            "a head for masked language modelling or classification (AutoModelForMaskedLM, ...)"
+            f"{type(model).__name__} has a head for pretraining, whose answers softkv can't align with tokens: "
+            "expected a head for masked language modelling or classification (AutoModelForMaskedLM, ...)"
         )
     if logits is None or logits.dim() not in (2, 3) or len(logits) != 1:
         return "other"

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from softkv.hf import call_scope
+from softkv.hf import call_scope, checkpointing
 from softkv.hf.behaviour import Behaviour
 from softkv.hf.context import BlockOrder, SoftContext
 from softkv.hf.encoder_decoder.calls import EncoderDecoderCall, check_same_bias
@@ -123,6 +123,7 @@ class EncoderDecoderHooks:
             return None
         kwargs = _as_keywords(decoder, args, kwargs)
         states, cache = kwargs.get("encoder_hidden_states"), kwargs.get("past_key_values")
+        checkpointing.check_keeps_cache(decoder, cache)
         if call.soft is not None and self.reads_tokens and states is not None:
             mask = kwargs.get("encoder_attention_mask")
             kwargs["encoder_attention_mask"] = encoded_mask(mask, call.tokens, (states.shape[0], states.shape[1]))
