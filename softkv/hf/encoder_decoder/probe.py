@@ -62,7 +62,7 @@ class EncoderDecoderProbe:
         except _MODEL_ERRORS as error:
             raise UnsupportedAttention(
                 f"softkv.attach expects an encoder-decoder whose stacks take the arguments of transformers' own, got "
-                f"{self.name}: {type(error).__name__}: {error}"
+                f"{self.name}"
             ) from error
 
     def _run_base(self, base: Any) -> tuple[Tensor, Tensor]:
