@@ -47,8 +47,8 @@ class DecoderHooks(DecoderProbe):
         self.decoder.register_forward_pre_hook(self._enter_decoder, with_kwargs=True)
         # Run before hooks of others, which must see the rows as given.
         self.decoder.register_forward_hook(self._leave_decoder, with_kwargs=True, prepend=True)
-        if self.positions.counts is not None:
-            self.positions.counts.register_forward_hook(self._leave_positions)
+        if self.positions.counting_table is not None:
+            self.positions.counting_table.register_forward_hook(self._leave_positions)
         head = self.base.get_output_embeddings()
         if head is not None and not kept_logits.by_model(self.base):
             self._head = head.register_forward_pre_hook(self._enter_head)
@@ -137,7 +137,7 @@ class DecoderHooks(DecoderProbe):
                 context = replace(context, order=self.order, turns={}, kept_calls=PassCalls(cache), steps=steps)
         if not call.may_be_packed or context.rows is not None or context.line is not None:
             self._mark_unpadded(kwargs)
-        if self.positions.counts is not None:
+        if self.positions.counting_table is not None:
             call.position_ids[:] = [kwargs["position_ids"]] if "position_ids" in kwargs else []
         kwargs["softkv_prefix"] = context
         return (), kwargs

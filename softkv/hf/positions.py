@@ -14,6 +14,8 @@ from softkv.hf.layout import packed_positions, token_positions
 from softkv.hf.masks import padding_mask
 from softkv.hf.model_call import ModelCall
 
+PAST_LENGTH = "past_key_values_length"  # the argument of some position tables for the number of preceding tokens
+
 
 @dataclass
 class Positions:
@@ -26,7 +28,7 @@ class Positions:
         first: the position of a row's first token.
         columns: the largest number of columns, including slots, up to which the base ignores in which column a token
             is; None for any number. (Llama 4 scales the queries of later columns in its layers without rotation.)
-        counts: the position table of a decoder that takes no position ids but counts columns (BART), or None.
+        counting_table: the position table of a decoder that takes no position ids but counts columns (BART), or None.
     """
 
     base: Any
@@ -34,19 +36,21 @@ class Positions:
     follow_length: bool
     first: int = 0
     columns: int | None = None
-    counts: nn.Embedding | None = None
+    counting_table: nn.Embedding | None = None
 
     @classmethod
     def of_decoder(cls, base: Any, decoder: nn.Module) -> Positions:
         config = base.config.get_text_config()
-        table, follow = learned_positions(decoder), rotations_follow_length(config)
-        held = None if table is None else table.num_embeddings - int(getattr(table, "offset", 0))
-        return cls(base, held, follow, columns=_columns_alike(config), counts=_counting_table(decoder))
+        size, follow = table_size(learned_positions(decoder)), rotations_follow_length(config)
+        counting = None if takes_position_ids(decoder) else position_table(decoder)
+        if not isinstance(counting, nn.Embedding):
+            counting = None
+        return cls(base, size, follow, columns=_columns_alike(config), counting_table=counting)
 
     def looked_up(self, positions: Tensor) -> Tensor:
-        """What a table that counts columns holds for positions `[B, T]`: `[B, T, C]`."""
-        assert self.counts is not None
-        return nn.Embedding.forward(self.counts, positions + int(getattr(self.counts, "offset", 0)))
+        """The embeddings `[B, T, C]` that `counting_table` holds for positions `[B, T]`."""
+        assert self.counting_table is not None
+        return nn.Embedding.forward(self.counting_table, positions + int(getattr(self.counting_table, "offset", 0)))
 
     def of(self, call: ModelCall, context: SoftContext, kwargs: dict[str, Any]) -> Tensor:
         """Position ids of a forward: each row counts from its first real token, after its prefix."""
@@ -137,11 +141,22 @@ def _rotations(config: Any) -> list[dict[str, Any]]:
     return [each for each in (rope, *rope.values()) if isinstance(each, dict) and "rope_type" in each]
 
 
-def _counting_table(decoder: nn.Module) -> nn.Embedding | None:
-    table = getattr(decoder, "embed_positions", None)
-    if not isinstance(table, nn.Embedding) or "position_ids" in inspect.signature(decoder.forward).parameters:
-        return None
-    return table if "past_key_values_length" in inspect.signature(table.forward).parameters else None
+def position_table(stack: nn.Module) -> nn.Module | None:
+    """The module that computes position embeddings, if it takes the number of preceding tokens."""
+    found = getattr(stack, "embed_positions", None)
+    return (
+        found if isinstance(found, nn.Module) and PAST_LENGTH in inspect.signature(found.forward).parameters else None
+    )
+
+
+def table_size(table: nn.Module | None) -> int | None:
+    """The number of positions in a table; None if it is computed on demand."""
+    return table.num_embeddings - int(getattr(table, "offset", 0)) if isinstance(table, nn.Embedding) else None
+
+
+def takes_position_ids(stack: nn.Module) -> bool:
+    """Whether the forward of a stack has an argument `position_ids`."""
+    return "position_ids" in inspect.signature(stack.forward).parameters
 
 
 def learned_positions(decoder: nn.Module) -> nn.Embedding | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
@@ -21,7 +20,7 @@ from softkv.hf.model_call import ModelCall
 from softkv.hf.own_attention import OwnAttention
 from softkv.hf.past import InPast
 from softkv.hf.placement import device_of
-from softkv.hf.positions import Positions, learned_positions
+from softkv.hf.positions import Positions, learned_positions, takes_position_ids
 from softkv.hf.relative_attention import InScores
 from softkv.hf.tensor_parallel import TensorParallel, check_even
 from softkv.hf.vocabulary import named_ids
@@ -280,14 +279,13 @@ class DecoderProbe:
 
     def _check_positions_are_taken(self, name: str) -> None:
         """Raise if the decoder neither takes position ids, which move tokens after a prefix, nor counts columns."""
-        taken = "position_ids" in inspect.signature(self.decoder.forward).parameters
-        if not taken and self.positions.counts is None:
+        if not takes_position_ids(self.decoder) and self.positions.counting_table is None:
             raise UnsupportedAttention(f"{name} takes no position_ids, so softkv can't move its tokens after a prefix")
 
     def _first_position(self) -> int:
         """The position id of a row's first token (RoBERTa's positions start after the padding index)."""
         table = learned_positions(self.decoder)
-        if table is None or self.positions.counts is not None:
+        if table is None or self.positions.counting_table is not None:
             return 0
         if device_of(self.base).type == "meta":
             return 0 if table.padding_idx is None else table.padding_idx + 1

@@ -46,6 +46,7 @@ def answers_of(model: Any) -> Answers:
 
 
 def _counts_tokens(model: Any) -> bool:
+    """Whether a head that gave two numbers for two tokens gives three for three."""
     output = _probed(model, 1, 3)
     return output is not None and output.logits.shape == (1, 3)
 

@@ -15,17 +15,11 @@ from softkv.hf import call_scope, checkpointing
 from softkv.hf.behaviour import Behaviour
 from softkv.hf.context import BlockOrder, SoftContext
 from softkv.hf.encoder_decoder.calls import EncoderDecoderCall, check_same_bias
-from softkv.hf.encoder_decoder.positions import (
-    SlotBiases,
-    position_table,
-    shifted_output,
-    table_size,
-    takes_position_ids,
-)
+from softkv.hf.encoder_decoder.positions import SlotBiases, shifted_output
 from softkv.hf.encoder_decoder.rows import encoded_mask, encoder_rows
 from softkv.hf.generation.cache_state import CacheState, past_length
 from softkv.hf.own_attention import OwnAttention
-from softkv.hf.positions import learned_positions
+from softkv.hf.positions import learned_positions, position_table, table_size, takes_position_ids
 from softkv.hf.repeat import PassCalls
 from softkv.hf.unhooking import unhook
 from softkv.methods.where import SITES, Site

@@ -10,23 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_PAST = "past_key_values_length"
-
-
-def position_table(stack: nn.Module) -> nn.Module | None:
-    """The module that computes position embeddings, if it takes the number of preceding tokens."""
-    found = getattr(stack, "embed_positions", None)
-    return found if isinstance(found, nn.Module) and _PAST in inspect.signature(found.forward).parameters else None
-
-
-def table_size(table: nn.Module | None) -> int | None:
-    """The number of positions in a table; None if it is computed on demand."""
-    return table.num_embeddings - int(getattr(table, "offset", 0)) if isinstance(table, nn.Embedding) else None
-
-
-def takes_position_ids(stack: nn.Module) -> bool:
-    """Whether the forward of a stack has an argument `position_ids`."""
-    return "position_ids" in inspect.signature(stack.forward).parameters
+from softkv.hf.positions import PAST_LENGTH
 
 
 def shifted_output(table: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], slots: int | Tensor) -> Tensor:
@@ -45,7 +29,7 @@ def shifted_output(table: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 def _shifted_by(table: nn.Module, given: dict[str, Any], slots: int) -> Tensor:
     if given.get("position_ids") is not None:
         return table.forward(**given | {"position_ids": given["position_ids"] + slots})
-    return table.forward(**given | {_PAST: given.get(_PAST, 0) + slots})
+    return table.forward(**given | {PAST_LENGTH: given.get(PAST_LENGTH, 0) + slots})
 
 
 @dataclass(frozen=True)

@@ -49,9 +49,8 @@ class EncoderDecoderProbe:
         needed = {"input_ids", "inputs_embeds", "attention_mask"}
         takes = inspect.signature(hooks.encoder.forward).parameters.keys()
         hooks.reads_tokens = base.main_input_name == "input_ids" and needed <= takes
-        special = {
-            getattr(base.config, f"{name}_token_id", None) for name in ("pad", "eos")
-        }  # heads and positions treat them differently
+        # Heads and positions treat these differently.
+        special = {getattr(base.config, f"{name}_token_id", None) for name in ("pad", "eos")}
         ids = [token for token in range(SOURCE + 5) if token not in special][:SOURCE]
         vocabulary = base.get_input_embeddings().num_embeddings
         self.ids = torch.tensor([ids], device=device) % vocabulary
