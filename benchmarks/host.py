@@ -14,11 +14,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import torch
-import transformers
-
-import softkv
-
 from .machine import machine
 from .peft_peer import in_peft
 from .results import FOLDER, read_json, write_json
@@ -37,6 +32,9 @@ P-tuning v2 and PEFT's prefix tuning with {slots} slots. Milliseconds of process
 
 
 def llama() -> Any:
+    import torch
+    import transformers
+
     config = transformers.LlamaConfig(
         vocab_size=99, hidden_size=32, intermediate_size=48, num_hidden_layers=LAYERS, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=512, pad_token_id=0, eos_token_id=None,
@@ -47,6 +45,8 @@ def llama() -> Any:
 
 def decoding(model: Any) -> Callable[[], None]:
     """One token of each of two rows behind 12, again and again."""
+    import torch
+
     ids = torch.arange(24).view(2, 12) + 2
     with torch.no_grad():
         cache = model(ids, use_cache=True).past_key_values
@@ -60,6 +60,9 @@ def decoding(model: Any) -> Callable[[], None]:
 
 
 def generating(model: Any) -> Callable[[], None]:
+    """Greedy generation of `NEW_TOKENS` tokens after 12, in two rows."""
+    import torch
+
     ids = torch.arange(24).view(2, 12) + 2
     mask = torch.ones_like(ids)
 
@@ -70,6 +73,8 @@ def generating(model: Any) -> Callable[[], None]:
 
 
 def training(model: Any, packed: bool, embeds: bool) -> Callable[[], None]:
+    import torch
+
     ids = torch.arange(64).view(4, 16) + 2
     cu = torch.arange(0, 65, 16, dtype=torch.int32)
     batch: dict[str, Any] = {"input_ids": ids, "labels": ids}
@@ -100,6 +105,10 @@ def measured(runs: dict[str, Callable[[], None]], steps: int = STEPS) -> dict[st
 
 
 def main() -> None:
+    import torch
+
+    import softkv
+
     torch.set_num_threads(1)
 
     def attached() -> Any:

@@ -144,6 +144,11 @@ def peers_table() -> str:
     return learning_peers.differences_table(_records())
 
 
+def variants_table() -> str:
+    """Variants less the defaults."""
+    return learning_peers.variants_table(_records())
+
+
 def times_table() -> str:
     """How soon softkv's methods are where PEFT's end."""
     return learning_peers.times_table(_records())

@@ -300,6 +300,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **gpu_tables.TABLES,
     "learning": learning_report.learning_table,
     "learning-peers": learning_report.peers_table,
+    "learning-variants": learning_report.variants_table,
     "learning-times": learning_report.times_table,
     "learning-command": learning_report.command_table,
     "learning-rates": learning_report.rates_table,
