@@ -385,3 +385,14 @@ def test_copies_and_two_models_on_one_base() -> None:
     two.detach()
     assert torch.equal(logits_of(one), want)
     assert torch.equal(logits_of(copy.deepcopy(one)), want)
+
+
+def test_generate_while_layers_are_recomputed() -> None:
+    """The decoder would drop its cache in training mode, and go on from the last token alone."""
+    model, options = attached("T5", METHODS["v2 everywhere"]).train(), {"attention_mask": MASK, "max_new_tokens": 4}
+    want = model.generate(IDS, **options)
+    model.activation_checkpointing_enable()
+    with pytest.raises(ValueError, match=r"gradient checkpointing keeps no cache.*call eval\(\) first"):
+        model.generate(IDS, **options)
+    assert torch.equal(model.generate(IDS, **options, use_cache=False), want)
+    assert torch.equal(model.eval().generate(IDS, **options), want)

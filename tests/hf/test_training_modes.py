@@ -8,6 +8,7 @@ import transformers
 from torch import Tensor
 
 import softkv
+from softkv.hf import checkpointing
 from tests.hf.naive import close
 from tests.hf.rows import LAYOUTS, rows_for
 from tests.hf.tiny import METHODS, attach, model_of, tokenizer
@@ -127,3 +128,14 @@ def test_generate_while_layers_are_recomputed() -> None:
         model.generate(ids, max_new_tokens=4, do_sample=False)
     assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False, use_cache=False), want)
     assert torch.equal(model.eval().generate(ids, max_new_tokens=4, do_sample=False), want)
+
+
+def test_whether_layers_are_recomputed_is_as_the_base_says() -> None:
+    for base in (model_of("Llama"), model_of("GPT2: learned positions")):
+        for change in (base.activation_checkpointing_enable, base.activation_checkpointing_disable):
+            assert checkpointing.is_on(base) == base.is_activation_checkpointing
+            change()
+            assert checkpointing.is_on(base) == base.is_activation_checkpointing
+        base.activation_checkpointing_enable(every_n_layers=2)
+        assert checkpointing.is_on(base)
+        assert base.is_activation_checkpointing
