@@ -48,6 +48,7 @@ class DecoderHooks(DecoderProbe):
         # Run before hooks of others, which must see the rows as given.
         self.decoder.register_forward_hook(self._leave_decoder, with_kwargs=True, prepend=True)
         if self.positions.counting_table is not None:
+            self.positions.counting_table.register_forward_pre_hook(self._enter_positions, with_kwargs=True)
             self.positions.counting_table.register_forward_hook(self._leave_positions)
         head = self.base.get_output_embeddings()
         if head is not None and not kept_logits.by_model(self.base):
@@ -141,6 +142,14 @@ class DecoderHooks(DecoderProbe):
             call.position_ids[:] = [kwargs["position_ids"]] if "position_ids" in kwargs else []
         kwargs["softkv_prefix"] = context
         return (), kwargs
+
+    def _enter_positions(self, table: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Any:
+        """Keyword pre-hook of a table that counts columns, of which there may be more than it has positions: packed
+        rows, or padding."""
+        call = call_scope.current()
+        if kwargs is None or call is None or call.hooks is not self or not call.position_ids:
+            return None
+        return args, kwargs | {"position_ids": torch.zeros_like(call.position_ids[0][0])}
 
     def _leave_positions(self, table: nn.Module, args: tuple[Any, ...], output: Any = None) -> Tensor | None:
         """Forward hook of a table that counts columns: each row counts from its first real token, after its prefix."""

@@ -43,7 +43,7 @@ class Positions:
         config = base.config.get_text_config()
         size, follow = table_size(learned_positions(decoder)), rotations_follow_length(config)
         counting = None if takes_position_ids(decoder) else position_table(decoder)
-        if not isinstance(counting, nn.Embedding):
+        if not isinstance(counting, nn.Embedding) or not takes_position_ids(counting):
             counting = None
         return cls(base, size, follow, columns=_columns_alike(config), counting_table=counting)
 
@@ -155,7 +155,7 @@ def table_size(table: nn.Module | None) -> int | None:
 
 
 def takes_position_ids(stack: nn.Module) -> bool:
-    """Whether the forward of a stack has an argument `position_ids`."""
+    """Whether the forward of a stack, or of a table, has an argument `position_ids`."""
     return "position_ids" in inspect.signature(stack.forward).parameters
 
 

@@ -1,11 +1,13 @@
 """Every method on every architecture: logits and gradients of padded and packed batches are those of each row alone."""
 
+from functools import partial
+
 import pytest
 import torch
 
 import softkv
-from tests.hf.naive import close
-from tests.hf.rows import LAYOUTS, direction, rows_for, truth
+from tests.hf.naive import close, greedy, row_logits
+from tests.hf.rows import LAYOUTS, direction, padded, rows_for, truth
 from tests.hf.tiny import METHODS, NAMES, VOCAB, attach, model_of
 
 
@@ -47,3 +49,32 @@ def test_a_head_in_every_row_is_the_same(name: str) -> None:
         sum((got * direction(row, VOCAB)).sum() for got, row in total).backward()
         close(model.soft.embeddings.grad, gradients["embeddings"])
         model.zero_grad()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["p-tuning v2", "prompt-tuning before", "prompt-tuning after"])
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("Bart: no position ids", "max_position_embeddings"),
+        ("OPT: learned positions, a narrow embedding", "max_position_embeddings"),
+        ("GPT2: learned positions", "n_positions"),
+    ],
+)
+def test_more_columns_than_positions(name: str, size: str, method: str) -> None:
+    """Packed rows and padding fit where each row does."""
+    model, bare, rows = attach(name, method, **{size: 20}), model_of(name, "eager", **{size: 20}), rows_for(method)
+    wants = [row_logits(bare, model.soft, row) for row in rows]
+    layouts = {side: partial(padded, side=side, extra=12) for side in ("left", "right")}
+    for layout, arrange in (layouts | {"packed": LAYOUTS["packed, restarting positions"]}).items():
+        batch, parts = arrange(rows)
+        assert batch["input_ids"].shape[1] > 20
+        for got, want in zip(parts(model(**batch, use_cache=layout == "left").logits), wants, strict=True):
+            close(got, want)
+    prompts = [row.ids[: row.prompt] for row in rows]
+    ids, mask = torch.zeros(len(rows), 24).long(), torch.zeros(len(rows), 24).long()
+    for at, prompt in enumerate(prompts):
+        ids[at, -len(prompt) :], mask[at, -len(prompt) :] = torch.tensor(prompt), 1
+    truths = [greedy(bare, model.soft, prompt, 3) for prompt in prompts]
+    for options in ({}, {"use_cache": False}):
+        assert model.generate(ids, attention_mask=mask, max_new_tokens=3, **options)[:, -3:].tolist() == truths
