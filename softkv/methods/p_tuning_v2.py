@@ -37,8 +37,9 @@ class PTuningV2(Method):
     layers differ in G, D or Dv, as `k_0 [1, G, n, D]`, `v_0 [1, G, n, Dv]`, `k_1`, …: a K and a V of each layer's own.
     Layers that read keys and values of an earlier one (Gemma 3n, Gemma 4) have a K and a V of their own too.
 
-    With an encoder they are computed for each row and block from the hidden states of the row's prompt that enter the
-    block: encoder, average pool to n slots, MLP E → E → G·(D + Dv). Trainable, once (`share_encoder`) or L times:
+    With an encoder they are computed for each row and attention block from the hidden states of the row's prompt that
+    the attention receives (normalised, in a pre-norm model): encoder, average pool to n slots, MLP
+    E → E → G·(D + Dv). Trainable, once (`share_encoder`) or L times:
 
     - "lstm", bidirectional with E/2 units per direction: `2·(4·E/2·(C + E/2 + 2))`;
       "attention", one transformer layer: `E·(C + 1) + 4·E + E·(12·E + 9)`;
